@@ -1,0 +1,1 @@
+"""FSA Serve: sparse attention as a service."""

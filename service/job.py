@@ -1,0 +1,105 @@
+"""One admitted request as the data plane sees it: its sizes and where its bytes lie in an arena."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from fsa_core.problem import Problem
+
+ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A tensor inside a request's slice of an arena."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of one request lies, from the start of its slice: inputs, then outputs.
+
+    The front end and the worker both derive it from the Problem, so it never crosses between them.
+    """
+
+    q: Field
+    k: Field
+    v: Field
+    cu_seqlens_q: Field
+    cu_seqlens_k: Field
+    block_indices: Field
+    out: Field
+    lse: Field
+    total_bytes: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Layout":
+        p = problem
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+            ((p.num_q_tokens, p.num_q_heads, p.head_dim), p.dtype),
+            ((p.num_k_tokens, p.num_kv_heads, p.head_dim), p.dtype),
+            ((p.num_k_tokens, p.num_kv_heads, p.value_dim), p.dtype),
+            ((p.num_sequences + 1,), torch.int32),
+            ((p.num_sequences + 1,), torch.int32),
+            ((p.index_heads, p.num_q_tokens, p.num_slots), torch.int32),
+            ((p.num_q_tokens, p.num_q_heads, p.value_dim), p.dtype),
+            ((p.num_q_tokens, p.num_q_heads), torch.float32),
+        ]
+        fields, offset = [], 0
+        for shape, dtype in shapes:
+            field = Field(offset, shape, dtype)
+            fields.append(field)
+            offset = -(-(offset + field.num_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return cls(*fields, total_bytes=offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A request's bytes: ``num_bytes`` from ``offset`` in one arena segment."""
+
+    segment: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the worker needs to know of one request; the tensors lie at ``memory`` as Layout.of says."""
+
+    problem: Problem
+    memory: Slice
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """Times of the batch a job rode in, in seconds; the answer lies in the job's own slice."""
+
+    h2d_seconds: float
+    kernel_seconds: float
+    d2h_seconds: float
+
+
+def compatible(problem: Problem) -> Problem:
+    """What requests must share to ride in one batch: everything but lengths and slot counts."""
+    return replace(problem, num_q_tokens=0, num_k_tokens=0, num_sequences=0, num_slots=0)
+
+
+def packed(problems: Sequence[Problem]) -> Problem:
+    """The Problem of compatible requests packed into one varlen call."""
+    return replace(
+        problems[0],
+        num_q_tokens=sum(p.num_q_tokens for p in problems),
+        num_k_tokens=sum(p.num_k_tokens for p in problems),
+        num_sequences=sum(p.num_sequences for p in problems),
+        num_slots=max(p.num_slots for p in problems),
+    )

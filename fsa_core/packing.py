@@ -1,0 +1,38 @@
+"""Where the tokens of packed ("varlen") sequences lie, on the device and without synchronising."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Facts about each packed query token, all int64 [num_q_tokens].
+
+    ``sequence``: the sequence it belongs to. ``position``: its place among that sequence's keys,
+    ``len_k - len_q + i`` for the i-th query (negative when it comes before the first key).
+    ``num_visible_keys``: how many keys, from the first of the sequence, it may see.
+    """
+
+    sequence: torch.Tensor
+    position: torch.Tensor
+    num_visible_keys: torch.Tensor
+
+
+def place_queries(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_q_tokens: int, *, causal: bool
+) -> Placement:
+    """Place every query token; ``cu_seqlens_*`` are int32 [num_sequences + 1]."""
+    cu_q, cu_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+    token = torch.arange(num_q_tokens, device=cu_q.device)
+    # Bounded by the last sequence, so that offsets that were not validated cannot lead out of memory.
+    sequence = torch.searchsorted(cu_q[1:], token, right=True).clamp_(max=cu_q.numel() - 2)
+    num_keys = cu_k.diff()[sequence]
+    position = token - cu_q[1:][sequence] + num_keys
+    visible = (position + 1).clamp(min=0).minimum(num_keys) if causal else num_keys
+    return Placement(sequence, position, visible)
+
+
+def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """The ``cu_seqlens`` of one sequence that has all the tokens: int32 [2]."""
+    return torch.tensor([0, num_tokens], dtype=torch.int32, device=device)

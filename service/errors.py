@@ -26,6 +26,7 @@ CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         # More than this server ever takes, and more than it can take now.
         "LIMIT_EXCEEDED": grpc.StatusCode.RESOURCE_EXHAUSTED,
         "BUDGET_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "DEVICE_MEMORY_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
         # Never answered, safe to send again.
         "WORKER_LOST": grpc.StatusCode.UNAVAILABLE,
         "NO_WORKER": grpc.StatusCode.UNAVAILABLE,

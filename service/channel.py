@@ -1,0 +1,458 @@
+"""The one place where a process boundary is crossed: control records over a Unix socket pair.
+
+A record is a kind byte and fixed little-endian fields; nothing in it is ever executed or unpickled. It
+travels in fragments, so that its size is not limited by the socket's buffer, and segments of the arena
+travel as descriptors beside their record. Payloads never pass here.
+"""
+
+import array
+import asyncio
+import math
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import ClassVar, Self
+
+import torch
+
+from fsa_core.problem import BLOCK_SIZES, Problem
+from service.devices import DeviceInfo
+from service.job import Job, Slice
+
+MAX_BATCH_JOBS = 1024
+MAX_TEXT_BYTES = 4096
+FRAGMENT_BYTES = 16 << 10
+_MAX_RECORD_BYTES = 256 << 10
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is no record. Neither side goes on after it."""
+
+
+class FailureKind(IntEnum):
+    """What became of the worker whose batch failed: FATAL is its last word, after the others it lives."""
+
+    ERROR = 0
+    OOM = 1
+    FATAL = 2
+
+
+class _Fixed:
+    """A record whose fields, in order, are those of one struct format."""
+
+    __slots__ = ()
+    _FORMAT: ClassVar[struct.Struct]
+
+    def encode(self) -> bytes:
+        return self._FORMAT.pack(*(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+
+    @classmethod
+    def decode(cls, data: memoryview) -> Self:
+        return cls(*cls._FORMAT.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class AddSegment(_Fixed):
+    """Map the segment whose descriptor comes with this record. To the worker."""
+
+    segment: int
+    num_bytes: int
+    _FORMAT = struct.Struct("<IQ")
+
+
+@dataclass(frozen=True, slots=True)
+class DropSegment(_Fixed):
+    """Unmap a segment: no job refers to it any more. To the worker."""
+
+    segment: int
+    _FORMAT = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(_Fixed):
+    """Finish what was submitted, then exit with 0. To the worker."""
+
+    _FORMAT = struct.Struct("<")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(_Fixed):
+    """The answers of a batch lie in its jobs' slices. From the worker."""
+
+    batch: int
+    h2d_seconds: float
+    kernel_seconds: float
+    d2h_seconds: float
+    _FORMAT = struct.Struct("<Qddd")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory(_Fixed):
+    """Device memory (of the CPU worker: its resident memory and the machine's). From the worker."""
+
+    used_bytes: int
+    total_bytes: int
+    _FORMAT = struct.Struct("<QQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A batch came to nothing. The message is for logs: it may hold paths. From the worker."""
+
+    batch: int
+    kind: FailureKind
+    message: str
+    _FORMAT = struct.Struct("<QB")
+
+    def encode(self) -> bytes:
+        return self._FORMAT.pack(self.batch, self.kind) + _encode_text(self.message)
+
+    @classmethod
+    def decode(cls, data: memoryview) -> Self:
+        batch, kind = cls._FORMAT.unpack_from(data)
+        (message,) = _decode_texts(data[cls._FORMAT.size :], 1)
+        return cls(batch, FailureKind(kind), message)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The device works; segments and batches are taken from now on. From the worker."""
+
+    device: DeviceInfo
+    _FORMAT = struct.Struct("<IQ")
+
+    def encode(self) -> bytes:
+        d = self.device
+        texts = (d.kind, d.name, d.torch_version, d.triton_version, d.cuda_version)
+        return self._FORMAT.pack(d.index, d.memory_bytes) + b"".join(map(_encode_text, texts))
+
+    @classmethod
+    def decode(cls, data: memoryview) -> Self:
+        index, memory_bytes = cls._FORMAT.unpack_from(data)
+        kind, name, *versions = _decode_texts(data[cls._FORMAT.size :], 5)
+        return cls(DeviceInfo(kind, index, name, memory_bytes, *versions))
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Run compatible jobs (see service.job.compatible) as one varlen batch. To the worker."""
+
+    batch: int
+    jobs: tuple[Job, ...]
+    # What the jobs share: batch, job count | dtype, heads, dims, index heads, block size, causal, scale.
+    _COMMON = struct.Struct("<QI BIIIIIIBd")
+    # What they do not: slice | query tokens, key tokens, sequences, slots.
+    _JOB = struct.Struct("<IQQ QQII")
+
+    def encode(self) -> bytes:
+        """
+        Raises:
+            ValueError: no job, too many, or incompatible ones.
+        """
+        if not 1 <= len(self.jobs) <= MAX_BATCH_JOBS:
+            raise ValueError(f"a batch has 1 to {MAX_BATCH_JOBS} jobs, not {len(self.jobs)}")
+        common = _common_fields(self.jobs[0].problem)
+        if any(_common_fields(job.problem) != common for job in self.jobs):
+            raise ValueError("the jobs of a batch must be compatible")
+        parts = [self._COMMON.pack(self.batch, len(self.jobs), *common)]
+        for job in self.jobs:
+            memory, p = job.memory, job.problem
+            sizes = (p.num_q_tokens, p.num_k_tokens, p.num_sequences, p.num_slots)
+            parts.append(self._JOB.pack(memory.segment, memory.offset, memory.num_bytes, *sizes))
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, data: memoryview) -> Self:
+        batch, num_jobs, *common = cls._COMMON.unpack_from(data)
+        table = data[cls._COMMON.size :]
+        if not 1 <= num_jobs <= MAX_BATCH_JOBS or len(table) != num_jobs * cls._JOB.size:
+            raise ProtocolError(f"{len(table)} bytes are not a table of {num_jobs} jobs")
+        jobs = []
+        for segment, offset, num_bytes, *sizes in cls._JOB.iter_unpack(table):
+            jobs.append(Job(_problem(common, sizes), Slice(segment, offset, num_bytes)))
+        return cls(batch, tuple(jobs))
+
+
+def _common_fields(p: Problem) -> tuple[int | float, ...]:
+    """What Submit carries once; equal for two problems exactly when they are compatible."""
+    return (
+        _DTYPES.index(p.dtype),
+        p.num_q_heads,
+        p.num_kv_heads,
+        p.head_dim,
+        p.value_dim,
+        p.index_heads,
+        p.block_size,
+        p.causal,
+        p.softmax_scale,
+    )
+
+
+def _problem(common: list[int | float], sizes: list[int]) -> Problem:
+    """The Problem of a job, or ProtocolError where its sizes contradict one another."""
+    dtype, q_heads, kv_heads, head_dim, value_dim, index_heads, block_size, causal, scale = common
+    num_q_tokens, num_k_tokens, num_sequences, num_slots = sizes
+    is_dense = block_size == 0
+    sound = (
+        dtype < len(_DTYPES)
+        and min(kv_heads, head_dim, value_dim, num_sequences) > 0
+        and q_heads >= kv_heads
+        and q_heads % kv_heads == 0
+        and (index_heads == num_slots == 0 if is_dense else index_heads in (1, kv_heads, q_heads))
+        and (is_dense or block_size in BLOCK_SIZES)
+        and causal in (0, 1)
+        and math.isfinite(scale)
+    )
+    if not sound:
+        raise ProtocolError(f"no attention call has the sizes {common} {sizes}")
+    return Problem(
+        num_q_tokens=num_q_tokens,
+        num_k_tokens=num_k_tokens,
+        num_sequences=num_sequences,
+        num_q_heads=int(q_heads),
+        num_kv_heads=int(kv_heads),
+        head_dim=int(head_dim),
+        value_dim=int(value_dim),
+        dtype=_DTYPES[int(dtype)],
+        index_heads=int(index_heads),
+        num_slots=num_slots,
+        block_size=int(block_size),
+        causal=bool(causal),
+        softmax_scale=scale,
+    )
+
+
+def _encode_text(text: str) -> bytes:
+    """Length and UTF-8, cut to MAX_TEXT_BYTES: an error's text must not outgrow a record."""
+    data = text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore").encode()
+    return struct.pack("<H", len(data)) + data
+
+
+def _decode_texts(data: memoryview, count: int) -> list[str]:
+    texts, offset = [], 0
+    for _ in range(count):
+        (size,) = struct.unpack_from("<H", data, offset)
+        text = bytes(data[offset + 2 : offset + 2 + size])
+        if len(text) != size:
+            raise ProtocolError(f"{len(text)} bytes of a text of {size}")
+        texts.append(text.decode())
+        offset += 2 + size
+    if offset != len(data):
+        raise ProtocolError(f"{len(data) - offset} bytes after the last text")
+    return texts
+
+
+Record = AddSegment | DropSegment | Submit | Stop | Ready | Done | Failed | Memory
+
+_RECORDS: tuple[type[Record], ...] = (AddSegment, DropSegment, Submit, Stop, Ready, Done, Failed, Memory)
+
+
+def encode(record: Record) -> bytes:
+    return bytes([_RECORDS.index(type(record))]) + record.encode()
+
+
+def decode(data: bytes) -> Record:
+    """
+    Raises:
+        ProtocolError: ``data`` is not exactly one record.
+    """
+    if not data or data[0] >= len(_RECORDS):
+        raise ProtocolError(f"no record starts with {data[:1]!r}")
+    kind = _RECORDS[data[0]]
+    try:
+        return kind.decode(memoryview(data)[1:])
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"malformed {kind.__name__}: {error}") from error
+
+
+# A fragment is one packet: a byte that says whether its record ends here, and a piece of the record.
+_MORE, _LAST = b"\0", b"\1"
+
+
+def _fragments(record: Record) -> list[bytes]:
+    data = encode(record)
+    starts = range(0, len(data), FRAGMENT_BYTES)
+    return [
+        (_LAST if start == starts[-1] else _MORE) + data[start : start + FRAGMENT_BYTES] for start in starts
+    ]
+
+
+class _Assembler:
+    """Puts the fragments that arrive on one socket together again."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def receive(self, sock: socket.socket) -> tuple[Record, int | None] | None:
+        """Take one packet. The record that it completes, with its descriptor, or None.
+
+        Raises:
+            EOFError: the peer is gone.
+            ProtocolError: it sent no fragment, no record, or descriptors where none belong.
+            BlockingIOError: nothing there, on a socket that does not block.
+        """
+        try:
+            # Not socket.recv_fds, which drops its flags.
+            packet, ancillary, received, _ = sock.recvmsg(
+                1 + FRAGMENT_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError as error:
+            raise EOFError from error
+        descriptors = array.array("i")
+        for _, _, data in ancillary:
+            descriptors.frombytes(data)
+        try:
+            if not packet:
+                raise EOFError
+            if received & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ProtocolError("a packet larger than any fragment")
+            record = self._append(packet)
+            if len(descriptors) != isinstance(record, AddSegment):
+                raise ProtocolError(f"{len(descriptors)} descriptors came with {type(record).__name__}")
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return None if record is None else (record, descriptors[0] if descriptors else None)
+
+    def _append(self, packet: bytes) -> Record | None:
+        if packet[:1] not in (_MORE, _LAST) or len(self._data) + len(packet) > _MAX_RECORD_BYTES:
+            raise ProtocolError("a packet that is no fragment of a record")
+        self._data += packet[1:]
+        if packet[:1] == _MORE:
+            return None
+        data, self._data = bytes(self._data), bytearray()
+        return decode(data)
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends: the front end's, which never blocks, and the worker's, to be inherited by it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+class Channel:
+    """The worker's end: blocks. One thread receives, any may send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._assembler = _Assembler()
+        self._sending = threading.Lock()
+
+    def receive(self) -> tuple[Record, int | None]:
+        """The next record and, with AddSegment, its descriptor, which is the caller's to close.
+
+        Raises:
+            EOFError: the front end is gone.
+            ProtocolError: what came is no record.
+        """
+        while True:
+            received = self._assembler.receive(self._socket)
+            if received is not None:
+                return received
+
+    def send(self, record: Record) -> None:
+        """
+        Raises:
+            OSError: the front end is gone.
+        """
+        with self._sending:
+            for fragment in _fragments(record):
+                self._socket.send(fragment)
+
+
+class AsyncChannel:
+    """The front end's end, in the running event loop: never blocks, keeps what the socket does not take."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_record: Callable[[Record], None],
+        on_end: Callable[[Exception], None],
+    ) -> None:
+        """``on_end`` is called once, with EOFError or ProtocolError, when no more records will come."""
+        self._socket = sock
+        self._on_record = on_record
+        self._on_end = on_end
+        self._assembler = _Assembler()
+        self._unsent: deque[tuple[bytes, int | None]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self._read)
+
+    def send(self, record: Record, descriptor: int | None = None) -> None:
+        """Send, now or when the socket has room, in order; into the void once the worker is gone.
+
+        ``descriptor`` stays the caller's, and may be closed at once.
+        """
+        idle = not self._unsent
+        last = None if descriptor is None else os.dup(descriptor)
+        fragments = _fragments(record)
+        self._unsent.extend((fragment, None) for fragment in fragments[:-1])
+        self._unsent.append((fragments[-1], last))
+        if idle:
+            self._write()
+
+    def close(self) -> None:
+        """Neither callback is called any more."""
+        if self._socket.fileno() < 0:
+            return
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._drop_unsent()
+
+    def _read(self) -> None:
+        try:
+            while self._socket.fileno() >= 0:
+                received = self._assembler.receive(self._socket)
+                if received is None:
+                    continue
+                record, descriptor = received
+                if descriptor is not None:
+                    os.close(descriptor)
+                    raise ProtocolError("a worker has no segments to add")
+                self._on_record(record)
+        except BlockingIOError:
+            return
+        except (EOFError, ProtocolError) as error:
+            self._loop.remove_reader(self._socket)
+            self._on_end(error)
+
+    def _write(self) -> None:
+        while self._unsent:
+            fragment, descriptor = self._unsent[0]
+            try:
+                _send_packet(self._socket, fragment, descriptor)
+            except BlockingIOError:
+                self._loop.add_writer(self._socket, self._write)
+                return
+            except OSError:
+                # The worker is gone, which the reader hears of too, once.
+                self._drop_unsent()
+                break
+            self._unsent.popleft()
+            if descriptor is not None:
+                os.close(descriptor)
+        self._loop.remove_writer(self._socket)
+
+    def _drop_unsent(self) -> None:
+        for _, descriptor in self._unsent:
+            if descriptor is not None:
+                os.close(descriptor)
+        self._unsent.clear()
+
+
+def _send_packet(sock: socket.socket, packet: bytes, descriptor: int | None) -> None:
+    ancillary = []
+    if descriptor is not None:
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])))
+    sock.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)

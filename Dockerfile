@@ -20,15 +20,13 @@ FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="FSA Serve" \
       org.opencontainers.image.description="Sparse attention as a service: Flash Sparse Attention kernels behind a gRPC API" \
       org.opencontainers.image.licenses="Apache-2.0"
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # Triton compiles a C stub against Python's headers for every kernel: official images bring the headers,
 # Debian's own Python has them in a package.
-RUN apt-get update \
-    && headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
-    && packages=(gcc libc6-dev) \
-    && if [[ ! -e $headers ]]; then packages+=(python3-dev); fi \
-    && apt-get install --yes --no-install-recommends "${packages[@]}" \
+RUN headers="$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    && if [ -e "$headers/Python.h" ]; then set --; else set -- python3-dev; fi \
+    && apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev "$@" \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --system --gid 10001 fsa \
     && useradd --system --uid 10001 --gid fsa --home-dir /nonexistent --shell /usr/sbin/nologin fsa \
@@ -37,6 +35,7 @@ RUN apt-get update \
 COPY --from=dependencies /opt/fsa /opt/fsa
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     /opt/fsa/bin/pip install --no-cache-dir --no-deps --no-index /wheel/*.whl
+COPY deploy/healthcheck.py /opt/fsa/healthcheck.py
 
 # The container's own network is the fence here, so the ports listen on every address of it.
 # The NVIDIA_ variables ask the NVIDIA runtime for the driver; without a GPU they do nothing.
@@ -53,7 +52,7 @@ VOLUME /var/cache/fsa
 EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
 # The first start on a GPU compiles the kernels; later ones find them in the volume.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 CMD \
-    ["python", "-c", "import sys; from service.client import AttentionClient as Client; sys.exit(Client('127.0.0.1:50051', timeout_seconds=4, max_attempts=1).health() != 'SERVING')"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=180s --retries=3 \
+    CMD ["python", "/opt/fsa/healthcheck.py"]
 ENTRYPOINT ["fsa"]
 CMD ["serve"]

@@ -29,7 +29,7 @@ test: $(INSTALLED) ## Run the test suite; needs no GPU
 test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
 	PYTHONPATH=. $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose files
+lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,7 +37,7 @@ lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerf
 	$(BIN)/buf lint protos
 	$(BIN)/buf breaking protos --against protos/released.binpb
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose*.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 format: $(INSTALLED) ## Format the Python files
 	$(BIN)/ruff check --fix-only .

@@ -1,0 +1,50 @@
+"""``fsa info``: what a server is."""
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from service.commands.failures import client_failures
+from service.commands.options import DEFAULT_TARGET, Json, Target
+from service.commands.output import format_bytes, print_table
+
+if TYPE_CHECKING:
+    from service.client import Device, ServerInfo
+
+
+def info(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
+    """Print what the server is, what it takes, and its limits."""
+    from service.client import AttentionClient
+
+    with client_failures(target), AttentionClient(target, timeout_seconds=10, max_attempts=1) as client:
+        health, server = client.health(), client.server_info()
+    if as_json:
+        print(json.dumps({"health": health, **dataclasses.asdict(server)}, indent=2))
+    else:
+        print_table([("health", health), *_rows(server)])
+
+
+def _rows(server: "ServerInfo") -> list[tuple[str, str]]:
+    limits = dataclasses.asdict(server.limits)
+    return [
+        ("version", f"{server.version} (protocol {server.protocol})"),
+        *((f"device {device.index}", _device(device)) for device in server.devices),
+        ("dtypes", ", ".join(server.dtypes)),
+        ("patterns", ", ".join(server.patterns)),
+        ("kernels", ", ".join(server.kernels)),
+        *((f"{name} version", version) for name, version in sorted(server.versions.items())),
+        *((name, _limit(name, value)) for name, value in limits.items()),
+    ]
+
+
+def _device(device: "Device") -> str:
+    state = "up" if device.up else "down"
+    return f"{device.name} ({device.kind}), {format_bytes(device.memory_bytes)}, {state}"
+
+
+def _limit(name: str, value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(str(item) for item in value)
+    if value == 0:
+        return "none"
+    return format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)

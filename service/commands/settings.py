@@ -1,0 +1,45 @@
+"""The server's settings as the command line reads them, with errors for people."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from service.commands.failures import WrongUsage
+
+if TYPE_CHECKING:
+    from service.config import Settings
+
+
+def load(flags: Mapping[str, Any]) -> "Settings":
+    """The settings from flags (None: not given), environment and file. Raises WrongUsage."""
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
+    from service.config import Settings
+
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise WrongUsage("; ".join(_sentence(dict(detail)) for detail in error.errors())) from error
+    except (SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"the settings cannot be read: {error}") from error
+
+
+def sources(settings: "Settings") -> dict[str, str]:
+    """Where each setting is from: "environment", "file" or "default"."""
+    environment = {name.lower() for name in os.environ}
+    in_file = tomllib.loads(settings.config.read_text()) if settings.config else {}
+    found = {}
+    for name in type(settings).model_fields:
+        if f"fsa_{name}" in environment:
+            found[name] = "environment"
+        else:
+            found[name] = "file" if name in in_file else "default"
+    return found
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    problem = detail["msg"].removeprefix("Value error, ")
+    name = ".".join(str(part) for part in detail["loc"])
+    return f"{name}: {problem}, not {detail['input']!r}" if name else problem

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,6 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shared machine makes single examples slow; pytest-timeout bounds the whole test.
+    settings.register_profile("fsa", deadline=None)
+    settings.load_profile("fsa")
     # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,336 @@
+"""Selected attention, forward: KV blocks outside, the query tokens that chose them inside.
+
+Flash Sparse Attention, arXiv 2508.18224, with one launch sequence for all sequences and heads.
+
+Three stages a chunk of tokens, no host synchronisation:
+
+1. index.invert: for each KV block, the (token, slot) pairs that chose it, cut into work items;
+2. partial: an item loads its K/V block once and attends its rows (pairs x query heads) tile by tile; each
+   row's own softmax maximum and sum, so a result does not depend on what shares its tile;
+3. merge: per token and head, the slots by their log-sum-exp, in slot order, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert, search_steps
+from fsa_core.kernels.primitives import find_segment_sequence, first_segment
+from fsa_core.plan import (
+    COUNTER_INTS,
+    DEFAULT_WORKSPACE_BYTES,
+    ForwardPlan,
+    chunks,
+    groups,
+    padded_dim,
+    plan_forward,
+)
+from fsa_core.problem import Problem
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+# Measured: one warp with four rows reads the partials fastest, and pipelining its loads wins nothing.
+MERGE_ROWS = 4
+MERGE_WARPS = 1
+
+
+@triton.jit
+def _scores(q, k, q_positions, k_positions, k_length, row_mask, CAUSAL: tl.constexpr):
+    """Scores [rows, keys], not scaled yet; -inf where a row may not see a key."""
+    scores = tl.dot(q, k, input_precision="tf32x3")
+    visible = row_mask[:, None] & (k_positions < k_length)[None, :]
+    if CAUSAL:
+        visible &= k_positions[None, :] <= q_positions[:, None]
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _finite(row_max):
+    """What to subtract from a row of scores: its maximum, or 0 where it sees no key, whose weights are 0."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit(do_not_specialize=(*LENGTHS, "first_head", "chunk"))
+def _partial(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    item_segment_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    max_items,
+    first_head,
+    chunk,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: tl.constexpr,
+    INDEX_PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES_PER_ITEM: tl.constexpr,
+):
+    """Attends one work item: up to ROWS * TILES_PER_ITEM rows against one KV block.
+
+    Writes partial_out [heads, tokens, slots, HEADS_PER_PAIR, VALUE_DIM], normalised, and partial_lse (log2
+    units) [heads, tokens, slots, HEADS_PER_PAIR] at the rows' own (token, slot).
+    """
+    item = tl.program_id(0)
+    chunk_head = tl.program_id(1)
+    head = first_head + chunk_head
+    index_head = head if INDEX_PER_HEAD else 0
+    row = index_head * num_chunks + chunk
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    if item >= tl.load(item_offsets_ptr + num_segments):
+        return
+    segment = tl.load(item_segment_ptr + tl.cast(row, tl.int64) * max_items + item)
+    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
+    block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
+    q_start = tl.load(cu_seqlens_q_ptr + sequence)
+    k_start = tl.load(cu_seqlens_k_ptr + sequence)
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
+    q_shift = k_length - (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start) - q_start
+    segment_start = tl.load(offsets_ptr + segment)
+    num_rows = (tl.load(offsets_ptr + segment + 1) - segment_start) * HEADS_PER_PAIR
+    first_row = (item - tl.load(item_offsets_ptr + segment)) * ROWS * TILES_PER_ITEM
+    pairs_ptr += (
+        tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots + segment_start
+    )
+
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    value_dims = tl.arange(0, VALUE_DIM_PADDED)
+    dim_mask = dims < HEAD_DIM
+    value_mask = value_dims < VALUE_DIM
+    kv_head = head // TILE_HEADS_PER_KV_HEAD
+    keys = block_start + tl.arange(0, KEYS)
+    k_ptrs = (
+        k_ptr + (((k_start + keys).to(tl.int64) * NUM_KV_HEADS + kv_head) * HEAD_DIM)[None, :] + dims[:, None]
+    )
+    v_ptrs = (
+        v_ptr
+        + (((k_start + keys).to(tl.int64) * NUM_KV_HEADS + kv_head) * VALUE_DIM)[:, None]
+        + value_dims[None, :]
+    )
+    key_mask = keys < k_length
+    k = tl.load(k_ptrs, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
+    v = tl.load(v_ptrs, mask=key_mask[:, None] & value_mask[None, :], other=0.0)
+
+    num_tiles = tl.minimum(TILES_PER_ITEM, tl.cdiv(num_rows - first_row, ROWS))
+    for tile in range(num_tiles):
+        rows = first_row + tile * ROWS + tl.arange(0, ROWS)
+        row_mask = rows < num_rows
+        pairs = tl.load(pairs_ptr + rows // HEADS_PER_PAIR, mask=row_mask, other=0)
+        chunk_token = pairs >> SLOT_BITS
+        tokens = first_token + chunk_token
+        q_heads = head * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
+        q_ptrs = q_ptr + ((tokens.to(tl.int64) * NUM_Q_HEADS + q_heads) * HEAD_DIM)[:, None] + dims[None, :]
+        q = tl.load(q_ptrs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0)
+        positions = tokens + q_shift
+        scores = _scores(q, k, positions, keys, k_length, row_mask, CAUSAL)
+        row_max = tl.max(scores, 1)
+        weights = tl.exp2(scores * scale - (_finite(row_max) * scale)[:, None])
+        row_sum = tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
+        for start in tl.static_range(KEYS, BLOCK_SIZE, KEYS):
+            more_keys = keys + start
+            more_mask = more_keys < k_length
+            k_more = tl.load(
+                k_ptrs + start * NUM_KV_HEADS * HEAD_DIM,
+                mask=more_mask[None, :] & dim_mask[:, None],
+                other=0.0,
+            )
+            v_more = tl.load(
+                v_ptrs + start * NUM_KV_HEADS * VALUE_DIM,
+                mask=more_mask[:, None] & value_mask[None, :],
+                other=0.0,
+            )
+            scores = _scores(q, k_more, positions, more_keys, k_length, row_mask, CAUSAL)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            shift = _finite(new_max)
+            shrink = tl.exp2((row_max - shift) * scale)
+            weights = tl.exp2(scores * scale - (shift * scale)[:, None])
+            row_sum = row_sum * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v_more, input_precision="tf32x3")
+            row_max = new_max
+        places = (chunk_head.to(tl.int64) * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
+        places = places * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
+        out_ptrs = partial_out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
+        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        tl.store(
+            out_ptrs, acc.to(partial_out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :]
+        )
+        tl.store(partial_lse_ptr + places, row_max * scale + tl.log2(row_sum), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=(*LENGTHS, "first_head", "chunk"))
+def _merge(
+    partial_out_ptr,
+    partial_lse_ptr,
+    ranks_ptr,
+    out_ptr,
+    lse_ptr,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    num_slots,
+    group_pairs,
+    first_head,
+    chunk,
+    NUM_Q_HEADS: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    INDEX_PER_HEAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Merges the slots of ROWS (token, query head) rows: out [total_q, q heads, dim], lse in natural units.
+
+    The slots are added one after another, so that unused slots at the end change no bit.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk_head = tl.program_id(1)
+    tokens = rows // HEADS_PER_PAIR
+    row_mask = tokens < num_tokens
+    heads = rows % HEADS_PER_PAIR
+    value_dims = tl.arange(0, VALUE_DIM_PADDED)
+    value_mask = value_dims < VALUE_DIM
+    index_head = first_head + chunk_head if INDEX_PER_HEAD else 0
+    rank_ptrs = (
+        ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
+    )
+    first_pair = (chunk_head.to(tl.int64) * num_tokens + tokens) * num_slots
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    for slot in range(num_slots):
+        used = row_mask & (tl.load(rank_ptrs + slot, mask=row_mask, other=-1) >= 0)
+        places = (first_pair + slot) * HEADS_PER_PAIR + heads
+        lse = tl.load(partial_lse_ptr + places, mask=used, other=float("-inf"))
+        out_ptrs = partial_out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
+        out = tl.load(out_ptrs, mask=used[:, None] & value_mask[None, :], other=0.0)
+        new_max = tl.maximum(row_max, lse)
+        shift = _finite(new_max)
+        shrink = tl.exp2(row_max - shift)
+        weight = tl.exp2(lse - shift)
+        row_sum = row_sum * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * out.to(tl.float32)
+        row_max = new_max
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    q_heads = (first_head + chunk_head) * HEADS_PER_PAIR + heads
+    places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
+    tl.store(
+        out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & value_mask[None, :],
+    )
+    tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
+
+
+def selected_attention_forward(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected attention over packed sequences; every tensor contiguous and on one device.
+
+    q [total_q, num_q_heads, head_dim], k [total_k, num_kv_heads, head_dim], v [total_k, num_kv_heads,
+    value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1].
+    Returns out [total_q, num_q_heads, value_dim] in the dtype of q and lse float32 [total_q, num_q_heads].
+    """
+    p = problem
+    out = q.new_empty(p.num_q_tokens, p.num_q_heads, p.value_dim)
+    lse = q.new_empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
+    if p.num_q_tokens == 0:
+        return out, lse
+    plan = plan_forward(p, workspace_limit_bytes)
+    inversion, partial_out, partial_lse = _workspace(p, plan, q)
+    heads = {
+        "NUM_Q_HEADS": p.num_q_heads,
+        "HEADS_PER_PAIR": plan.heads_per_pair,
+        "INDEX_PER_HEAD": p.index_heads > 1,
+        "VALUE_DIM": p.value_dim,
+        "VALUE_DIM_PADDED": padded_dim(p.value_dim),
+    }
+    shapes = {
+        "NUM_KV_HEADS": p.num_kv_heads,
+        "TILE_HEADS_PER_KV_HEAD": plan.tile_heads_per_kv_head,
+        "HEAD_DIM": p.head_dim,
+        "HEAD_DIM_PADDED": padded_dim(p.head_dim),
+        "BLOCK_SIZE": p.block_size,
+        "CAUSAL": p.causal,
+        "ROWS": plan.tile.rows,
+        "KEYS": plan.tile.keys,
+        "TILES_PER_ITEM": plan.tile.tiles_per_item,
+    }
+    compiling = {"num_warps": plan.tile.num_warps, "num_stages": 1, "maxnreg": plan.tile.max_registers}
+    group_pairs = inversion.pairs.shape[1]
+    for group in groups(p, plan):
+        invert(
+            inversion, block_indices, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
+            num_tokens=group.num_tokens, chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
+            heads_per_pair=plan.heads_per_pair, rows_per_item=plan.tile.rows * plan.tile.tiles_per_item,
+        )  # fmt: skip
+        for c in chunks(plan, group):
+            _partial[(plan.max_items, c.num_heads)](
+                q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
+                inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E, c.first_token,
+                c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, search_steps(p.num_sequences),
+                plan.segments, plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.number,
+                **heads, **shapes, **compiling,
+            )  # fmt: skip
+            _merge[(triton.cdiv(c.num_tokens * plan.heads_per_pair, MERGE_ROWS), c.num_heads)](
+                partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
+                plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.number,
+                **heads, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS, num_stages=1,
+            )  # fmt: skip
+    return out, lse
+
+
+def _workspace(
+    problem: Problem, plan: ForwardPlan, like: torch.Tensor
+) -> tuple[Inversion, torch.Tensor, torch.Tensor]:
+    """Index buffers of one group and partials of one chunk; every group and every chunk reuses them."""
+    p = problem
+
+    def int32(*shape: int) -> torch.Tensor:
+        return like.new_empty(shape, dtype=torch.int32)
+
+    rows = p.index_heads * plan.group_chunks
+    inversion = Inversion(
+        counts=like.new_zeros(rows, plan.segments, COUNTER_INTS, dtype=torch.int32),
+        ranks=int32(p.index_heads, plan.group_tokens, p.num_slots),
+        pairs=int32(p.index_heads, plan.group_tokens * p.num_slots),
+        offsets=int32(rows, plan.segments + 1),
+        item_offsets=int32(rows, plan.segments + 1),
+        item_segment=int32(rows, plan.max_items),
+    )
+    pairs = (plan.chunk_heads, plan.chunk_tokens, p.num_slots, plan.heads_per_pair)
+    return inversion, like.new_empty(*pairs, p.value_dim), like.new_empty(pairs, dtype=torch.float32)

@@ -1,0 +1,278 @@
+"""Inversion of block_indices on the device: for each KV block, the (token, slot) pairs that chose it.
+
+A counting sort into compressed rows ("CSR"), one row a segment. A segment is one KV block of one
+sequence, chosen by the tokens of one chunk under one index head. Three launches, no host synchronisation:
+
+1. count: rank every pair inside its segment, and size the segments;
+2. scan: where each segment's pairs, and the work items cut from them, begin;
+3. scatter: write the pairs, and name the segment of each work item.
+
+A work item is a fixed number of rows (pairs x query heads) of one segment, so a popular block is many
+items and no item is longer than another. The order of pairs inside a segment varies from run to run
+and must not matter to whoever reads them: every pair's result has a place of its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa_core import plan
+from fsa_core.kernels.primitives import find_sequence, first_segment
+
+MAX_SLOTS_IN_TILE = 128
+PAIRS_IN_TILE = 1024
+SEGMENTS_IN_TILE = 1024
+# A pair is one int32, token << SLOT_BITS | slot: the partial kernel would otherwise divide for every row.
+SLOT_BITS = tl.constexpr(plan.SLOT_BITS)
+SLOT_MASK = tl.constexpr(plan.MAX_SLOTS - 1)
+# One counter a 32-byte sector: atomics on a shared one wait for each other (0.17 ms became 0.14).
+COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
+
+# Sizes that change from call to call; specialising on their divisibility would recompile.
+LENGTHS = (
+    "first_token", "num_tokens", "chunk_tokens", "total_q", "num_slots", "num_sequences", "search_steps",
+    "num_segments", "num_chunks", "group_pairs", "max_items",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """Buffers of a group of tokens, cut into chunks that are attended one after another; all int32.
+
+    A row of the lists below is one chunk under one index head: row = head * chunks + chunk.
+
+    counts [heads * chunks, segments, 8]: the first of each eight counts, zero between uses.
+    ranks [heads, tokens, slots]: the pair's place in its segment, -1 for a slot that selects nothing.
+    pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
+    offsets, item_offsets [heads * chunks, segments + 1]: where segments begin in the chunk's pairs and items.
+    item_segment [heads * chunks, max_items]: the segment that a work item belongs to.
+    """
+
+    counts: torch.Tensor
+    ranks: torch.Tensor
+    pairs: torch.Tensor
+    offsets: torch.Tensor
+    item_offsets: torch.Tensor
+    item_segment: torch.Tensor
+
+
+@triton.jit
+def _load_segments(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    total_q,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Of this program's pairs [TOKENS, SLOTS]: rows, segments (-1 for none), which exist, and places.
+
+    Ids that name no block of the token's sequence select nothing, so that no index can reach memory
+    it should not.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    head = tl.program_id(2).to(tl.int64)
+    inside = (tokens < num_tokens)[:, None] & (slots < num_slots)[None, :]
+    packed_tokens = first_token + tokens
+    places = packed_tokens.to(tl.int64)[:, None] * num_slots + slots[None, :]
+    blocks = tl.load(indices_ptr + head * total_q * num_slots + places, mask=inside, other=-1)
+    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
+    k_start = tl.load(cu_seqlens_k_ptr + sequences)
+    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
+    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    valid = inside & (blocks >= 0) & (blocks < num_blocks[:, None])
+    segments = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)[:, None] + blocks
+    rows = tl.program_id(2) * num_chunks + tokens // chunk_tokens
+    group_places = tokens[:, None] * num_slots + slots[None, :]
+    return rows, tl.where(valid, segments, -1), inside, group_places
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _count(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    counts_ptr,
+    ranks_ptr,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    total_q,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    rows, segments, inside, places = _load_segments(
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
+        num_slots, num_sequences, search_steps, num_segments, num_chunks, BLOCK_SIZE, TOKENS, SLOTS,
+    )  # fmt: skip
+    counters = tl.where(segments >= 0, rows[:, None] * num_segments + segments, -1)
+    # Neighbouring tokens often choose the same block in the same slot (block 0 always), and atomics on one
+    # address wait for each other. So each run of equal counters down a column adds its length once.
+    line = tl.arange(0, TOKENS)[:, None] + tl.zeros_like(counters)
+    is_head = (line == 0) | (counters != tl.gather(counters, tl.maximum(line - 1, 0), 0))
+    is_tail = (line == TOKENS - 1) | (counters != tl.gather(counters, tl.minimum(line + 1, TOKENS - 1), 0))
+    head_line = tl.associative_scan(tl.where(is_head, line, 0), 0, _larger)
+    tail_line = tl.associative_scan(tl.where(is_tail, line, TOKENS), 0, _smaller, reverse=True)
+    counts = counts_ptr + counters * COUNTER_STRIDE
+    base = tl.atomic_add(counts, tail_line - line + 1, mask=is_head & (counters >= 0), sem="relaxed")
+    rank = tl.gather(base, head_line, 0) + line - head_line
+    ranks = ranks_ptr + tl.program_id(2).to(tl.int64) * group_pairs + places
+    tl.store(ranks, tl.where(counters >= 0, rank, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _scan(
+    counts_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    num_segments,
+    HEADS_PER_PAIR: tl.constexpr,
+    ROWS_PER_ITEM: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    counts_ptr += row * num_segments * COUNTER_STRIDE
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    offset = 0
+    item_offset = 0
+    for start in range(0, num_segments, SEGMENTS):
+        segments = start + tl.arange(0, SEGMENTS)
+        inside = segments < num_segments
+        counts = tl.load(counts_ptr + segments * COUNTER_STRIDE, mask=inside, other=0)
+        tl.store(counts_ptr + segments * COUNTER_STRIDE, tl.zeros_like(counts), mask=inside)
+        items = (counts * HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
+        tl.store(offsets_ptr + segments, offset + tl.cumsum(counts, 0) - counts, mask=inside)
+        tl.store(item_offsets_ptr + segments, item_offset + tl.cumsum(items, 0) - items, mask=inside)
+        offset += tl.sum(counts, 0)
+        item_offset += tl.sum(items, 0)
+    tl.store(offsets_ptr + num_segments, offset)
+    tl.store(item_offsets_ptr + num_segments, item_offset)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _scatter(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    ranks_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    pairs_ptr,
+    item_segment_ptr,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    total_q,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    max_items,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    ROWS_PER_ITEM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    rows, segments, _, places = _load_segments(
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
+        num_slots, num_sequences, search_steps, num_segments, num_chunks, BLOCK_SIZE, TOKENS, SLOTS,
+    )  # fmt: skip
+    valid = segments >= 0
+    entries = rows[:, None] * (num_segments + 1) + segments
+    first_pair = tl.program_id(2).to(tl.int64) * group_pairs
+    rank = tl.load(ranks_ptr + first_pair + places, mask=valid, other=0)
+    # Places count from the group's first token, a chunk's pairs from the chunk's.
+    chunk_start = ((rows - tl.program_id(2) * num_chunks) * chunk_tokens * num_slots)[:, None]
+    offset = tl.load(offsets_ptr + entries, mask=valid, other=0)
+    chunk_places = places - chunk_start
+    pairs = (chunk_places // num_slots << SLOT_BITS) | chunk_places % num_slots
+    tl.store(pairs_ptr + first_pair + chunk_start + offset + rank, pairs, mask=valid)
+    # A pair is HEADS_PER_PAIR rows; it names the segment of every work item whose first row is its own.
+    first_item = (rank * HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
+    item_segments = item_segment_ptr + rows.to(tl.int64)[:, None] * max_items
+    for extra in tl.static_range((HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM):
+        item = first_item + extra
+        starts_here = valid & (item * ROWS_PER_ITEM < (rank + 1) * HEADS_PER_PAIR)
+        item_offset = tl.load(item_offsets_ptr + entries, mask=starts_here, other=0)
+        tl.store(item_segments + item_offset + item, segments, mask=starts_here)
+
+
+def invert(
+    inversion: Inversion,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    first_token: int,
+    num_tokens: int,
+    chunk_tokens: int,
+    block_size: int,
+    heads_per_pair: int,
+    rows_per_item: int,
+) -> None:
+    """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
+
+    ``block_indices`` is int32 [index_heads, total_q, slots], contiguous.
+    """
+    num_heads, total_q, num_slots = block_indices.shape
+    num_rows, num_segments = inversion.counts.shape[:2]
+    num_sequences = cu_seqlens_q.numel() - 1
+    slots = min(triton.next_power_of_2(num_slots), MAX_SLOTS_IN_TILE)
+    tokens = PAIRS_IN_TILE // slots
+    grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads)
+    sizes = (
+        first_token, num_tokens, chunk_tokens, total_q, num_slots, num_sequences, search_steps(num_sequences),
+        num_segments, num_rows // num_heads, inversion.pairs.shape[1],
+    )  # fmt: skip
+    _count[grid](
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes,
+        BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
+    )  # fmt: skip
+    _scan[(num_rows,)](
+        inversion.counts, inversion.offsets, inversion.item_offsets, num_segments,
+        HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item, SEGMENTS=SEGMENTS_IN_TILE,
+    )  # fmt: skip
+    _scatter[grid](
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
+        inversion.pairs, inversion.item_segment, *sizes, inversion.item_segment.shape[1],
+        BLOCK_SIZE=block_size, HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item,
+        TOKENS=tokens, SLOTS=slots,
+    )  # fmt: skip
+
+
+def search_steps(num_sequences: int) -> int:
+    """Steps of the binary search over ``num_sequences`` that primitives.find_sequence takes."""
+    return max(num_sequences - 1, 0).bit_length()

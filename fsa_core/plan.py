@@ -1,0 +1,173 @@
+"""How a call is cut into chunks and tiles, and the workspace it takes: arithmetic, before anything runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fsa_core.problem import Problem
+
+DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+
+INT32_BYTES = 4
+FLOAT32_BYTES = 4
+# A counter of the index has a 32-byte sector to itself.
+COUNTER_INTS = 8
+# A (token of a chunk, slot) pair is packed into one int32.
+SLOT_BITS = 12
+MAX_SLOTS = 1 << SLOT_BITS
+MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
+MIN_CHUNK_TOKENS = 16
+# More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
+PARTIAL_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """Tiles of the partial kernel; what decides the order of additions depends on head dims alone."""
+
+    rows: int
+    keys: int
+    tiles_per_item: int
+    num_warps: int
+    max_registers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """Selected attention, forward: an index for ``group_tokens`` at a time, attended in chunks.
+
+    A tile head is the unit that owns a list of selected blocks and the query heads that share it: a KV
+    head, or a query head when each query head selects for itself. ``heads_per_pair`` query heads ride
+    with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads.
+    """
+
+    tile_heads: int
+    heads_per_pair: int
+    tile_heads_per_kv_head: int
+    chunk_tokens: int
+    chunk_heads: int
+    group_tokens: int
+    segments: int
+    max_items: int
+    tile: TileShape
+    workspace_bytes: int
+
+    @property
+    def group_chunks(self) -> int:
+        return -(-self.group_tokens // self.chunk_tokens)
+
+
+def plan_forward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> ForwardPlan:
+    """The largest chunks and groups that ``limit_bytes`` of workspace allows, fewest tile heads first.
+
+    Many tokens of one head rather than few of all: the head's K/V stays in the L2 cache, and the blocks'
+    lists of tokens are long, so that tiles are full. At least 16 tokens (or all) ride in a chunk,
+    whatever the limit.
+    """
+    p = problem
+    tile_heads = max(p.index_heads, p.num_kv_heads)
+    heads_per_pair = p.num_q_heads // tile_heads
+    tile = tile_shape(p)
+    partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
+    pair_bytes = heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
+    token_bytes = p.num_slots * pair_bytes
+    chunk_tokens = max(partial_limit // token_bytes, MIN_CHUNK_TOKENS)
+    chunk_tokens = min(chunk_tokens, MAX_CHUNK_TOKENS, p.num_q_tokens)
+    # Equal chunks: a short last one would leave its tiles empty.
+    chunk_tokens = _equal_parts(p.num_q_tokens, chunk_tokens)
+    chunk_heads = min(max(partial_limit // (chunk_tokens * token_bytes), 1), tile_heads)
+    chunk_heads = _equal_parts(tile_heads, chunk_heads)
+    partial_bytes = chunk_heads * chunk_tokens * token_bytes
+    max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
+    index_ints = 2 * chunk_tokens * p.num_slots + (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
+    index_bytes = p.index_heads * index_ints * INT32_BYTES
+    num_chunks = -(-p.num_q_tokens // chunk_tokens)
+    group_chunks = min(max((limit_bytes - partial_bytes) // index_bytes, 1), num_chunks)
+    return ForwardPlan(
+        tile_heads=tile_heads,
+        heads_per_pair=heads_per_pair,
+        tile_heads_per_kv_head=tile_heads // p.num_kv_heads,
+        chunk_tokens=chunk_tokens,
+        chunk_heads=chunk_heads,
+        group_tokens=group_chunks * chunk_tokens,
+        segments=num_segments(p),
+        max_items=max_items,
+        tile=tile,
+        workspace_bytes=partial_bytes + group_chunks * index_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Query tokens that are indexed together, for all heads."""
+
+    first_token: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Query tokens and tile heads that are attended together; chunks of a group are numbered from 0."""
+
+    number: int
+    first_token: int
+    num_tokens: int
+    first_head: int
+    num_heads: int
+
+
+def groups(problem: Problem, plan: ForwardPlan) -> Iterator[Group]:
+    for first in range(0, problem.num_q_tokens, plan.group_tokens):
+        yield Group(first, min(plan.group_tokens, problem.num_q_tokens - first))
+
+
+def chunks(plan: ForwardPlan, group: Group) -> Iterator[Chunk]:
+    """The chunks of a group: all those of the same heads before the next heads."""
+    for first_head in range(0, plan.tile_heads, plan.chunk_heads):
+        num_heads = min(plan.chunk_heads, plan.tile_heads - first_head)
+        for number, start in enumerate(range(0, group.num_tokens, plan.chunk_tokens)):
+            num_tokens = min(plan.chunk_tokens, group.num_tokens - start)
+            yield Chunk(number, group.first_token + start, num_tokens, first_head, num_heads)
+
+
+def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> int:
+    """Device memory that the call takes beyond its inputs and outputs."""
+    if problem.is_dense or problem.num_q_tokens == 0:
+        return 0
+    return plan_forward(problem, limit_bytes).workspace_bytes
+
+
+def tile_shape(problem: Problem) -> TileShape:
+    """Measured on an H200, D = 128: 64 rows beat 32 and 128, 4 tiles an item (8 at one head a group) beat
+    fewer and more, and 4 warps beat 8 until the accumulator outgrows their registers. The limit on
+    registers lets four programs share a multiprocessor instead of three; pipelined loads (num_stages of 2
+    and 3) cost more room than they won.
+    """
+    widest = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim))
+    return TileShape(
+        rows=64,
+        keys=min(problem.block_size, 64),
+        tiles_per_item=8 if problem.group_size == 1 else 4,
+        num_warps=4 if widest <= 128 else 8,
+        max_registers=144,
+    )
+
+
+def padded_dim(dim: int) -> int:
+    """The power of two that a tile holds ``dim`` channels in."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def num_segments(problem: Problem) -> int:
+    """An upper bound of the KV blocks of all sequences, known without reading cu_seqlens."""
+    return problem.num_k_tokens // problem.block_size + problem.num_sequences
+
+
+def _max_items(problem: Problem, tokens: int, heads_per_pair: int, tile: TileShape) -> int:
+    """An upper bound of the work items of one tile head: full ones, and one that is not full a segment."""
+    pairs = tokens * problem.num_slots
+    return pairs * heads_per_pair // (tile.rows * tile.tiles_per_item) + min(num_segments(problem), pairs)
+
+
+def _equal_parts(total: int, most: int) -> int:
+    """The size of equal parts of ``total``, each at most ``most``."""
+    return -(-total // -(-total // most))

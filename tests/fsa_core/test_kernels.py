@@ -1,0 +1,189 @@
+"""The Triton kernels against the oracle: natively with --device cuda, in the interpreter without a GPU.
+
+The interpreter's tl.dot is wrong for bfloat16, and it is slow: there float16 and float32 run, on few shapes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fsa_core.kernels import forward, index
+from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.plan import plan_forward, workspace_bytes
+
+GROUP_SIZES = (1, 2, 3, 4, 6, 7, 8, 12, 16, 32)
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DISTRIBUTIONS = ("random", "local", "same", "ragged", "empty_rows")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN and huge integers, so that whatever reads it before writing it is found out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def tiles_for_the_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pays for each program and each element of a tile, not for what the GPU pays for."""
+    if device.type == "cpu":
+        monkeypatch.setattr(forward, "MERGE_ROWS", 64)
+        monkeypatch.setattr(index, "PAIRS_IN_TILE", 256)
+
+
+@pytest.fixture(params=("float16", "bfloat16"))
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    if device.type == "cpu" and request.param == "bfloat16":
+        pytest.skip("tl.dot on bfloat16 is wrong in the Triton interpreter")
+    return getattr(torch, request.param)
+
+
+@pytest.fixture
+def check(make_case: Callable, assert_close_to_oracle: Callable) -> Callable:
+    def run(**options: object) -> None:
+        case = make_case(**options)
+        assert_close_to_oracle(*selected_attention_forward(case.problem, *case.tensors), case)
+
+    return run
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_every_group_size(check: Callable, dtype: torch.dtype, group_size: int) -> None:
+    check(q_lens=(33,), group_size=group_size, num_kv_heads=1, head_dim=32, dtype=dtype)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(check: Callable, dtype: torch.dtype, head_dim: int) -> None:
+    check(q_lens=(33,), group_size=3, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (64, 80), (16, 256)])
+def test_values_of_another_width(check: Callable, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    check(q_lens=(33,), num_kv_heads=1, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_with_a_short_last_block(
+    check: Callable, dtype: torch.dtype, block_size: int
+) -> None:
+    check(q_lens=(20,), k_lens=(2 * block_size + 7,), num_kv_heads=1, block_size=block_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_way_to_choose_blocks(check: Callable, distribution: str, causal: bool) -> None:
+    check(q_lens=(40, 23), distribution=distribution, causal=causal, dtype=torch.float16, head_dim=32)
+
+
+@pytest.mark.parametrize("index_heads", [1, 2, 6])
+def test_blocks_chosen_for_all_heads_a_kv_head_or_a_query_head(check: Callable, index_heads: int) -> None:
+    check(
+        q_lens=(40,), num_kv_heads=2, group_size=3, index_heads=index_heads, dtype=torch.float16, head_dim=32
+    )
+
+
+def test_packed_sequences_of_any_length(check: Callable) -> None:
+    check(q_lens=(1, 0, 17, 5, 0), k_lens=(70, 9, 17, 64, 0), head_dim=32, dtype=torch.float16)
+
+
+def test_queries_before_the_first_key_see_nothing(check: Callable) -> None:
+    check(q_lens=(40,), k_lens=(17,), head_dim=32, dtype=torch.float16)
+
+
+def test_large_logits_stay_finite_and_right(check: Callable, dtype: torch.dtype) -> None:
+    check(q_scale=16.0, dtype=dtype)
+
+
+def test_float32(check: Callable) -> None:
+    check(dtype=torch.float32, head_dim=32)
+
+
+def test_more_slots_than_one_tile_of_the_index_holds(check: Callable) -> None:
+    check(q_lens=(3,), k_lens=(2100,), num_kv_heads=1, num_slots=130, head_dim=32, dtype=torch.float16)
+
+
+def test_a_tenth_of_the_workspace_gives_the_same_bits(make_case: Callable, device: torch.device) -> None:
+    case = make_case(q_lens=(70, 33), num_kv_heads=2, num_slots=6, dtype=torch.float16, head_dim=32)
+    whole = plan_forward(case.problem)
+    limit = whole.workspace_bytes // 10
+    cut = plan_forward(case.problem, limit)
+    assert cut.chunk_tokens < whole.chunk_tokens
+    assert cut.group_tokens < case.problem.num_q_tokens
+    _same(
+        selected_attention_forward(case.problem, *case.tensors),
+        selected_attention_forward(case.problem, *case.tensors, workspace_limit_bytes=limit),
+        device,
+    )
+
+
+def test_ids_that_no_validation_has_seen_read_no_foreign_memory(
+    make_case: Callable, assert_close_to_oracle: Callable
+) -> None:
+    case = make_case(q_lens=(40, 24), distribution="ragged", dtype=torch.float16, head_dim=32)
+    ids = case.block_indices
+    wild = torch.tensor([2**31 - 1, -(2**31), -7, 4], dtype=torch.int32, device=ids.device)
+    wild = wild[torch.arange(ids.numel(), device=ids.device) % 4].view_as(ids)
+    spoiled = torch.where(ids == -1, wild, ids)
+    tensors = (*case.tensors[:3], spoiled, *case.tensors[4:])
+    assert_close_to_oracle(*selected_attention_forward(case.problem, *tensors), case)
+
+
+def test_a_request_alone_gives_the_bits_it_has_in_company(make_case: Callable, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("the interpreter multiplies with numpy, whose rows depend on their place in the matrix")
+    lens = [(int(n), int(n) + int(extra)) for n, extra in torch.randint(1, 300, (200, 2)).tolist()]
+    company = make_case(q_lens=[q for q, _ in lens], k_lens=[k for _, k in lens], dtype=torch.bfloat16)
+    out, lse = selected_attention_forward(company.problem, *company.tensors)
+    cu_q, cu_k = company.cu_seqlens_q.tolist(), company.cu_seqlens_k.tolist()
+    for i, (q_len, k_len) in enumerate(lens):
+        q_rows, k_rows = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        problem = replace(company.problem, num_q_tokens=q_len, num_k_tokens=k_len, num_sequences=1)
+        alone = selected_attention_forward(
+            problem, company.q[q_rows], company.k[k_rows], company.v[k_rows],
+            company.block_indices[:, q_rows].contiguous(),
+            torch.tensor([0, q_len], dtype=torch.int32, device=device),
+            torch.tensor([0, k_len], dtype=torch.int32, device=device),
+        )  # fmt: skip
+        assert torch.equal(alone[0], out[q_rows]), f"request {i}: {q_len} queries, {k_len} keys"
+        assert torch.equal(alone[1], lse[q_rows])
+
+
+def test_the_plan_says_what_is_allocated(make_case: Callable, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("only the CUDA allocator counts bytes")
+    case = make_case(q_lens=(3000,), num_slots=16, dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = selected_attention_forward(case.problem, *case.tensors)
+    answer = out.numel() * out.element_size() + lse.numel() * lse.element_size()
+    used = torch.cuda.max_memory_allocated() - before - answer
+    # The allocator rounds each of the eight buffers and two answers up to 2 MiB at most.
+    assert abs(used - workspace_bytes(case.problem)) <= 10 * 2 * 2**20
+
+
+def test_it_runs_inside_a_cuda_graph(make_case: Callable, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("graphs are CUDA's")
+    case = make_case(q_lens=(500, 100), dtype=torch.bfloat16)
+    expected = selected_attention_forward(case.problem, *case.tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = selected_attention_forward(case.problem, *case.tensors)
+    out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+def _same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], device: torch.device) -> None:
+    """Bitwise on the GPU; in the interpreter within a rounding, since numpy's sums depend on the tile."""
+    for x, y in zip(a, b, strict=True):
+        if device.type == "cuda":
+            assert torch.equal(x, y)
+        else:
+            torch.testing.assert_close(x, y, atol=2e-3, rtol=0)

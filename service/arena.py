@@ -112,14 +112,9 @@ class ArenaPool:
     def __init__(
         self, capacity_bytes: int, *, segment_bytes: int = SEGMENT_BYTES, initial_bytes: int = 0
     ) -> None:
-        """``initial_bytes`` are made and touched here: about a second a GiB, once, before serving."""
-        if segment_bytes % mmap.PAGESIZE or not segment_bytes <= capacity_bytes >= initial_bytes:
-            raise ValueError(
-                f"segments of {segment_bytes} bytes must be whole pages, and {initial_bytes} initial bytes "
-                f"must fit the capacity of {capacity_bytes}"
-            )
+        """``initial_bytes`` (whole segments of them) are made and touched here, about a second a GiB."""
         self.capacity_bytes = capacity_bytes
-        self.segment_bytes = segment_bytes
+        self.segment_bytes = min(segment_bytes, capacity_bytes)
         self._lock = threading.Lock()
         self._numbers = count()
         self._segments: dict[int, Segment] = {}
@@ -128,9 +123,9 @@ class ArenaPool:
         self._committed_bytes = 0
         self._generation = 0
         self._listeners: list[Callable[[], None]] = []
-        while self._committed_bytes + segment_bytes <= initial_bytes:
-            self._committed_bytes += segment_bytes
-            self._add(Segment(next(self._numbers), segment_bytes))
+        while self._committed_bytes + self.segment_bytes <= min(initial_bytes, capacity_bytes):
+            self._committed_bytes += self.segment_bytes
+            self._add(Segment(next(self._numbers), self.segment_bytes))
 
     @property
     def used_bytes(self) -> int:

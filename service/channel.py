@@ -363,11 +363,14 @@ class Channel:
     def send(self, record: Record) -> None:
         """
         Raises:
-            OSError: the front end is gone.
+            EOFError: the front end is gone.
         """
-        with self._sending:
-            for fragment in _fragments(record):
-                self._socket.send(fragment)
+        try:
+            with self._sending:
+                for fragment in _fragments(record):
+                    self._socket.send(fragment)
+        except ConnectionError as error:
+            raise EOFError from error
 
 
 class AsyncChannel:

@@ -1,0 +1,131 @@
+"""The arena as the worker maps it: where the tensors of a job lie, and how jobs become one varlen call."""
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from service.channel import ProtocolError
+from service.job import Field, Job, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedJob:
+    """A job with the bytes it is about: ``memory`` is its slice of the arena, uint8 on the host."""
+
+    job: Job
+    layout: Layout
+    memory: torch.Tensor
+
+
+class Segments:
+    """The arena as the worker maps it."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, torch.Tensor] = {}
+
+    def add(self, segment: int, descriptor: int, num_bytes: int) -> torch.Tensor:
+        """Map a segment: uint8 [num_bytes], shared with the front end. The descriptor is closed."""
+        try:
+            # The pages exist: populating only fills this process's page table, before a request needs it.
+            mapped = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except ValueError as error:
+            raise ProtocolError(f"segment {segment} has not the {num_bytes} bytes announced") from error
+        finally:
+            os.close(descriptor)
+        self._memory[segment] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._memory[segment]
+
+    def drop(self, segment: int) -> torch.Tensor:
+        """Forget a segment; it is unmapped with the last reference to the tensor returned."""
+        if segment not in self._memory:
+            raise ProtocolError(f"segment {segment} is not mapped")
+        return self._memory.pop(segment)
+
+    def place(self, job: Job) -> PlacedJob:
+        """
+        Raises:
+            ProtocolError: the slice is not within a mapped segment, or too small for the job's tensors.
+        """
+        memory, layout = job.memory, Layout.of(job.problem)
+        segment = self._memory.get(memory.segment)
+        end = memory.offset + memory.num_bytes
+        if segment is None or end > segment.numel() or layout.total_bytes > memory.num_bytes:
+            raise ProtocolError(f"{memory} does not hold the {layout.total_bytes} bytes of a job")
+        return PlacedJob(job, layout, segment[memory.offset : end])
+
+
+def field_of(memory: torch.Tensor, field: Field) -> torch.Tensor:
+    """The tensor at ``field`` of a slice, uint8 on any device, without a copy."""
+    return memory[field.offset : field.offset + field.num_bytes].view(field.dtype).view(field.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInputs:
+    """The tensors of one varlen call. q, k, v: [tokens, heads, dim]; block_indices None when dense."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    block_indices: torch.Tensor | None
+
+
+def pack_inputs(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> PackedInputs:
+    """The jobs' inputs one after the other; of one job: views of its memory, uncopied."""
+
+    def joined(fields: Iterable[Field]) -> torch.Tensor:
+        tensors = [field_of(memory, field) for memory, field in zip(memories, fields, strict=True)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    return PackedInputs(
+        q=joined(layout.q for layout in layouts),
+        k=joined(layout.k for layout in layouts),
+        v=joined(layout.v for layout in layouts),
+        block_indices=_pack_block_indices(layouts, memories),
+    )
+
+
+def _pack_block_indices(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """int32 [index_heads, tokens, slots of the widest job]. Ids count from their own sequence: no shift."""
+    index_heads, _, _ = layouts[0].block_indices.shape
+    if index_heads == 0:
+        return None
+    num_slots = max(layout.block_indices.shape[2] for layout in layouts)
+    rows = []
+    for layout, memory in zip(layouts, memories, strict=True):
+        indices = field_of(memory, layout.block_indices)
+        missing = num_slots - indices.shape[2]
+        rows.append(F.pad(indices, (0, missing), value=-1) if missing else indices)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def pack_cu_seqlens(cu_seqlens: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int32 [sequences of all jobs + 1], from those of each job, on the host."""
+    if len(cu_seqlens) == 1:
+        return cu_seqlens[0]
+    parts, offset = [cu_seqlens[0][:1]], 0
+    for lengths in cu_seqlens:
+        parts.append(lengths[1:] + offset)
+        offset += int(lengths[-1])
+    return torch.cat(parts)
+
+
+def unpack_outputs(jobs: Sequence[PlacedJob], out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Copy each job's rows of ``out`` and ``lse`` into its slice; from a GPU: in the current stream."""
+    start = 0
+    for placed in jobs:
+        end = start + placed.job.problem.num_q_tokens
+        field_of(placed.memory, placed.layout.out).copy_(out[start:end], non_blocking=True)
+        field_of(placed.memory, placed.layout.lse).copy_(lse[start:end], non_blocking=True)
+        start = end
+
+
+def host_cu_seqlens(jobs: Sequence[PlacedJob]) -> tuple[torch.Tensor, torch.Tensor]:
+    """cu_seqlens of queries and of keys for the batch, on the host."""
+    return (
+        pack_cu_seqlens([field_of(placed.memory, placed.layout.cu_seqlens_q) for placed in jobs]),
+        pack_cu_seqlens([field_of(placed.memory, placed.layout.cu_seqlens_k) for placed in jobs]),
+    )

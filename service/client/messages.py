@@ -58,7 +58,7 @@ class AttendCall(Generic[ArrayT]):
         request_id: str | None,
         priority: int,
     ) -> "AttendCall[ArrayT]":
-        """Encodes the call. Raises TypeError for what cannot be encoded; the server judges the rest."""
+        """Encodes the call. TypeError or ValueError for what cannot be; the server judges the rest."""
         request_id = request_id or uuid.uuid4().hex
         head = _REQUEST(request_id=request_id)
         tail = _REQUEST(

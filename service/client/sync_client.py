@@ -69,7 +69,7 @@ class AttentionClient:
         at position k_length - q_length + i and sees no later key. ``request_id``: goes into the
         server's log and into errors; made up if None. ``priority``: larger is served earlier.
 
-        Raises AttentionError, or TypeError for arguments that cannot be encoded.
+        Raises AttentionError, or TypeError or ValueError for arguments that cannot be encoded.
         """
         call = AttendCall.of(
             q,

@@ -61,7 +61,7 @@ def attend(
                 causal=parameters.get("causal", True),
                 return_lse=True,
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise CommandFailed(f"{source}: {error}") from error
     _write(destination, answer)
     _report(answer, as_json)

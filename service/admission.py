@@ -19,96 +19,90 @@ class Permit:
     ``lease`` is its memory in the arena: ``Layout.of(problem).total_bytes`` of it.
     """
 
-    def __init__(self, admission: "Admission", planned_workspace_bytes: int, lease: Lease) -> None:
+    def __init__(self, admission: "Admission", cost: "Cost", lease: Lease) -> None:
         self.lease = lease
         self._admission = admission
-        self._workspace_bytes = planned_workspace_bytes
+        self._cost = cost
         self._released = False
 
     def release(self) -> None:
         """Give everything back. Idempotent."""
         if not self._released:
             self._released = True
-            self._admission._give_back(self._workspace_bytes)
+            self._admission._give_back(self._cost)
             self.lease.release()
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask for; the names are those of the wire's Limits."""
+class Cost:
+    """The bytes that one request holds while it is in flight."""
 
-    max_tokens: int
-    max_sequences: int
-    max_q_heads: int
-    max_slots: int
-    max_message_bytes: int
-
-    def check(self, problem: Problem) -> None:
-        """Raises FsaError(LIMIT_EXCEEDED) naming the first limit that ``problem`` is over."""
-        answer_bytes = Layout.of(problem)
-        sizes = (
-            ("max_tokens", "query tokens", problem.num_q_tokens),
-            ("max_tokens", "key tokens", problem.num_k_tokens),
-            ("max_sequences", "sequences", problem.num_sequences),
-            ("max_q_heads", "query heads", problem.num_q_heads),
-            ("max_slots", "slots in a row of block indices", problem.num_slots),
-            ("max_message_bytes", "bytes of answer", answer_bytes.out.num_bytes + answer_bytes.lse.num_bytes),
-        )
-        for name, what, size in sizes:
-            if size > (most := getattr(self, name)):
-                raise limit_exceeded(name, f"the request has {size} {what}", size, most)
+    host_bytes: int
+    workspace_bytes: int
 
 
 class Admission:
     """The budgets: requests, bytes of shared host memory, bytes of planned device workspace."""
 
     def __init__(self, settings: Settings, arena: ArenaPool) -> None:
-        self._limits = Limits(
-            settings.max_tokens,
-            settings.max_sequences,
-            settings.max_q_heads,
-            settings.max_slots,
-            settings.max_message_bytes,
-        )
+        self._settings = settings
         self._arena = arena
-        self._max_requests = settings.max_inflight_requests
-        self._max_workspace_bytes = settings.max_workspace_bytes
         self.num_requests = 0
+        self.host_bytes = 0
         self.workspace_bytes = 0
 
     async def admit(self, problem: Problem) -> Permit:
-        """A permit for ``problem``, with its memory.
+        """A permit for ``problem``, with its memory. Never waits for others to finish.
 
         Raises FsaError: LIMIT_EXCEEDED when the request can never be admitted, BUDGET_EXHAUSTED (with
-        RetryInfo) when others must finish first. It never waits for others.
+        RetryInfo) when others must finish first.
         """
-        self._limits.check(problem)
-        host, workspace = Layout.of(problem).total_bytes, workspace_bytes(problem)
-        self._check_fits("max_inflight_bytes", "bytes of host memory", host, self._arena.capacity_bytes)
-        self._check_fits("max_workspace_bytes", "bytes of device workspace", workspace, self._max_workspace_bytes)
-        if self.num_requests >= self._max_requests:
-            raise _budget_exhausted("max_inflight_requests", "requests in flight", self._max_requests)
-        if self.workspace_bytes + workspace > self._max_workspace_bytes:
-            raise _budget_exhausted("max_workspace_bytes", "bytes of workspace", self._max_workspace_bytes)
+        check_limits(problem, self._settings)
+        cost = Cost(Layout.of(problem).total_bytes, workspace_bytes(problem))
+        self._check_budgets(cost)
         self.num_requests += 1
-        self.workspace_bytes += workspace
+        self.host_bytes += cost.host_bytes
+        self.workspace_bytes += cost.workspace_bytes
         try:
-            return Permit(self, workspace, await self._arena.acquire(host))
+            return Permit(self, cost, await self._arena.acquire(cost.host_bytes))
         except BaseException as error:
-            self._give_back(workspace)
+            self._give_back(cost)
             if isinstance(error, ArenaFull):
-                raise _budget_exhausted(
-                    "max_inflight_bytes", "bytes of host memory", self._arena.capacity_bytes
-                ) from error
+                raise _exhausted("max_inflight_bytes", self._settings) from error
             raise
 
-    def _check_fits(self, name: str, what: str, size: int, most: int) -> None:
-        if size > most:
-            raise limit_exceeded(name, f"the request needs {size} {what}", size, most)
+    def _check_budgets(self, cost: Cost) -> None:
+        settings = self._settings
+        _check("max_inflight_bytes", "bytes of host memory", cost.host_bytes, settings)
+        _check("max_workspace_bytes", "bytes of device workspace", cost.workspace_bytes, settings)
+        if self.num_requests >= settings.max_inflight_requests:
+            raise _exhausted("max_inflight_requests", settings)
+        if self.host_bytes + cost.host_bytes > settings.max_inflight_bytes:
+            raise _exhausted("max_inflight_bytes", settings)
+        if self.workspace_bytes + cost.workspace_bytes > settings.max_workspace_bytes:
+            raise _exhausted("max_workspace_bytes", settings)
 
-    def _give_back(self, planned_workspace_bytes: int) -> None:
+    def _give_back(self, cost: Cost) -> None:
         self.num_requests -= 1
-        self.workspace_bytes -= planned_workspace_bytes
+        self.host_bytes -= cost.host_bytes
+        self.workspace_bytes -= cost.workspace_bytes
+
+
+def check_limits(problem: Problem, settings: Settings) -> None:
+    """Raises FsaError(LIMIT_EXCEEDED) naming the first limit of one request that ``problem`` is over."""
+    layout = Layout.of(problem)
+    _check("max_tokens", "query tokens", problem.num_q_tokens, settings)
+    _check("max_tokens", "key tokens", problem.num_k_tokens, settings)
+    _check("max_sequences", "sequences", problem.num_sequences, settings)
+    _check("max_q_heads", "query heads", problem.num_q_heads, settings)
+    _check("max_slots", "slots in a row of block indices", problem.num_slots, settings)
+    _check("max_message_bytes", "bytes of answer", layout.out.num_bytes + layout.lse.num_bytes, settings)
+
+
+def _check(setting: str, what: str, size: int, settings: Settings) -> None:
+    most = getattr(settings, setting)
+    if size > most:
+        raise limit_exceeded(setting, f"the request has {size} {what}", size, most)
 
 
 def limit_exceeded(name: str, what: str, size: int, most: int) -> FsaError:
@@ -117,10 +111,11 @@ def limit_exceeded(name: str, what: str, size: int, most: int) -> FsaError:
     return FsaError("LIMIT_EXCEEDED", f"{what}; this server takes at most {most}", metadata=metadata)
 
 
-def _budget_exhausted(name: str, what: str, most: int) -> FsaError:
+def _exhausted(setting: str, settings: Settings) -> FsaError:
+    most = getattr(settings, setting)
     return FsaError(
         "BUDGET_EXHAUSTED",
-        f"all {most} {what} are in use; try again when others have finished",
-        metadata={"limit": name, "max": str(most)},
+        f"{setting} ({most}) is used up by requests in flight; try again when some have finished",
+        metadata={"limit": setting, "max": str(most)},
         retry_after_seconds=RETRY_AFTER_SECONDS,
     )

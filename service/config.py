@@ -58,83 +58,88 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FSA_", extra="forbid", frozen=True)
 
     config: FilePath | None = Field(
-        None, description="TOML file with any of these settings. Read before the environment and the flags."
+        default=None,
+        description="TOML file with any of these settings. Read before the environment and the flags.",
     )
 
     host: str = Field(
-        "127.0.0.1",
+        default="127.0.0.1",
         min_length=1,
         description="Address that the gRPC and the metrics port listen on. The default is reachable from "
         "this machine only, as there is no authentication yet; a container sets 0.0.0.0.",
     )
-    port: Port = Field(50051, description="gRPC port. 0: any free one, named in the ready line.")
+    port: Port = Field(default=50051, description="gRPC port. 0: any free one, named in the ready line.")
     metrics_port: Port = Field(
-        9464,
+        default=9464,
         description="Port of Prometheus' /metrics. 0: any free one, named in the ready line.",
     )
-    reflection: bool = Field(False, description="Serve gRPC reflection, for tools such as grpcurl.")
+    reflection: bool = Field(default=False, description="Serve gRPC reflection, for tools such as grpcurl.")
 
     devices: str = Field(
-        "auto",
+        default="auto",
         pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$",
         description="Devices that get a worker process each: auto (every GPU, or the CPU where there is "
         "none), cpu, cuda (every GPU), or a list such as cuda:0,cuda:1.",
     )
     backend: Backend = Field(
-        Backend.AUTO, description="Attention implementation; auto: triton on a GPU, cpu elsewhere."
+        default=Backend.AUTO, description="Attention implementation; auto: triton on a GPU, cpu elsewhere."
     )
 
     max_inflight_requests: PositiveInt = Field(
-        256, description="Requests admitted and not yet answered, at most. More get RESOURCE_EXHAUSTED."
+        default=256,
+        description="Requests admitted and not yet answered, at most. More get RESOURCE_EXHAUSTED.",
     )
     max_inflight_bytes: int = Field(
-        4 * GIB,
+        default=4 * GIB,
         ge=64 * MIB,
         description="Bytes of shared host memory that admitted requests may hold, inputs and outputs. "
         "Taken from the system as it is first needed.",
     )
     max_workspace_bytes: PositiveInt = Field(
-        8 * GIB,
+        default=8 * GIB,
         description="Bytes of device workspace that admitted requests may be planned to need, in sum.",
     )
 
     max_message_bytes: int = Field(
-        512 * MIB, gt=0, le=MAX_MESSAGE_BYTES, description="Bytes of one gRPC message, at most."
+        default=512 * MIB, gt=0, le=MAX_MESSAGE_BYTES, description="Bytes of one gRPC message, at most."
     )
     max_tokens: PositiveInt = Field(
-        1 << 20, description="Query tokens in a request, and key tokens in a request, at most."
+        default=1 << 20, description="Query tokens in a request, and key tokens in a request, at most."
     )
-    max_sequences: PositiveInt = Field(4096, description="Packed sequences in a request, at most.")
-    max_q_heads: PositiveInt = Field(256, description="Query heads in a request, at most.")
-    max_slots: PositiveInt = Field(1024, description="Slots in a row of block indices, at most.")
+    max_sequences: PositiveInt = Field(default=4096, description="Packed sequences in a request, at most.")
+    max_q_heads: PositiveInt = Field(default=256, description="Query heads in a request, at most.")
+    max_slots: PositiveInt = Field(default=1024, description="Slots in a row of block indices, at most.")
 
-    max_batch_requests: PositiveInt = Field(64, description="Requests in one batch, at most.")
+    max_batch_requests: PositiveInt = Field(default=64, description="Requests in one batch, at most.")
     max_batch_tokens: PositiveInt = Field(
-        65536,
+        default=65536,
         description="Query and key tokens in one batch, at most. A larger request rides alone.",
     )
     max_batch_bytes: PositiveInt = Field(
-        1 * GIB,
+        default=1 * GIB,
         description="Bytes of inputs and outputs in one batch, at most. A larger request rides alone.",
     )
     max_batch_delay_seconds: NonNegativeFloat = Field(
-        0.0,
+        default=0.0,
         description="How long a request may wait for company while a worker is free, in seconds. "
         "0: a free worker takes what is there.",
     )
 
     worker_wait_seconds: PositiveFloat = Field(
-        30.0,
+        default=30.0,
         description="How long queued requests wait for a worker while none is up, in seconds, before "
         "they get UNAVAILABLE. Their own deadlines hold as well.",
     )
     drain_grace_seconds: NonNegativeFloat = Field(
-        30.0, description="How long requests in flight may take to finish after SIGTERM, in seconds."
+        default=30.0, description="How long requests in flight may take to finish after SIGTERM, in seconds."
     )
 
-    log_level: LogLevel = Field(LogLevel.INFO, description="The least severe records that are written.")
+    log_level: LogLevel = Field(
+        default=LogLevel.INFO, description="The least severe records that are written."
+    )
     log_format: LogFormat = Field(
-        LogFormat.JSON, description="json: one object a line; text: a line for people. To standard error."
+        default=LogFormat.JSON,
+        description="json: one object a line; text: a line for people. To standard error.",
     )
 
     @model_validator(mode="after")

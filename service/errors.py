@@ -14,6 +14,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 DOMAIN = "fsa"
+MAX_TEXT_LENGTH = 500
 
 CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
     {
@@ -22,6 +23,9 @@ CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
         "MALFORMED_MESSAGE": grpc.StatusCode.INVALID_ARGUMENT,
         "UNKNOWN_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
         "MISSING_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
+        "UNKNOWN_DTYPE": grpc.StatusCode.INVALID_ARGUMENT,
+        "WRONG_SHAPE": grpc.StatusCode.INVALID_ARGUMENT,
+        "WRONG_BYTE_COUNT": grpc.StatusCode.INVALID_ARGUMENT,
         "INVALID_REQUEST_ID": grpc.StatusCode.INVALID_ARGUMENT,
         # More than this server ever takes, and more than it can take now.
         "LIMIT_EXCEEDED": grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -41,7 +45,8 @@ CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
 class FsaError(Exception):
     """A request's failure, as the client will see it.
 
-    ``retry_after_seconds`` is set when the same request can succeed later.
+    ``retry_after_seconds`` is set when the same request can succeed later. ``request_id`` is set where it
+    is known better than by the task's own (see service.telemetry).
     """
 
     def __init__(
@@ -49,30 +54,32 @@ class FsaError(Exception):
         reason: str,
         message: str,
         *,
-        code: grpc.StatusCode | None = None,
         metadata: Mapping[str, str] | None = None,
         retry_after_seconds: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
-        self.code = CODES[reason] if code is None else code
+        self.code = CODES[reason]
         self.reason = reason
         self.message = message
         self.metadata = dict(metadata or {})
         self.retry_after_seconds = retry_after_seconds
+        self.request_id = request_id
 
-    def to_status(self) -> grpc.Status:
+    def to_status(self, request_id: str) -> grpc.Status:
         """The gRPC status: code, message, and the details packed into its trailing metadata."""
-        rich = Status(code=self.code.value[0], message=self.message)
-        rich.details.add().Pack(ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata))
+        rich = Status(code=self.code.value[0], message=_bounded(self.message))
+        metadata = {name: _bounded(value) for name, value in self.metadata.items()}
+        info = ErrorInfo(reason=self.reason, domain=DOMAIN, metadata={**metadata, "request_id": request_id})
+        rich.details.add().Pack(info)
         if self.retry_after_seconds is not None:
             delay = Duration()
             delay.FromNanoseconds(round(self.retry_after_seconds * 1e9))
             rich.details.add().Pack(RetryInfo(retry_delay=delay))
-        status: grpc.Status = rpc_status.to_status(rich)
-        return status
+        return rpc_status.to_status(rich)
 
 
-def from_exception(error: BaseException, request_id: str) -> FsaError:
+def from_exception(error: Exception, request_id: str) -> FsaError:
     """The failure that the client may see for ``error``; anything unforeseen becomes INTERNAL.
 
     An unforeseen exception's own text may name paths, classes or addresses, so the client gets the
@@ -81,7 +88,10 @@ def from_exception(error: BaseException, request_id: str) -> FsaError:
     if isinstance(error, FsaError):
         return error
     return FsaError(
-        "INTERNAL",
-        f"the server failed to answer request {request_id}; its log has the cause under this id",
-        metadata={"request_id": request_id},
+        "INTERNAL", f"the server failed to answer request {request_id}; its log has the cause under this id"
     )
+
+
+def _bounded(text: str) -> str:
+    """Clients choose what messages quote; trailing metadata has room for a few thousand bytes."""
+    return text if len(text) <= MAX_TEXT_LENGTH else text[: MAX_TEXT_LENGTH - 3] + "..."

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
@@ -10,7 +9,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-STAGES = ("decode", "queue", "h2d", "kernel", "d2h", "encode")
+from service.pb.fsa.v1 import attention_pb2
+
+# Each stage and the field of the response's Timings that holds the same number.
+STAGE_FIELDS = {
+    "decode": "receive",
+    "queue": "queue",
+    "h2d": "h2d",
+    "kernel": "kernel",
+    "d2h": "d2h",
+    "encode": "send",
+}
 
 
 def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -22,18 +31,6 @@ def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
 SECONDS_BUCKETS = geometric(50e-6, 60.0, 22)
 REQUESTS_BUCKETS = geometric(1, 1024, 11)
 TOKENS_BUCKETS = geometric(1, 1 << 20, 21)
-
-
-@dataclass(frozen=True, slots=True)
-class StageSeconds:
-    """Where the time of one answered request went; Timings of the response carries the same numbers."""
-
-    decode: float
-    queue: float
-    h2d: float
-    kernel: float
-    d2h: float
-    encode: float
 
 
 class WorkerGauges(Protocol):
@@ -57,7 +54,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "fsa_requests", "Requests answered, by method and gRPC code.", ["method", "code"], registry=self.registry
+            "fsa_requests",
+            "Requests answered, by method and gRPC code.",
+            ["method", "code"],
+            registry=self.registry,
         )
         self._request_seconds = Histogram(
             "fsa_request_duration_seconds",
@@ -83,7 +83,10 @@ class Metrics:
             registry=self.registry,
         )
         self._rejected = Counter(
-            "fsa_rejected", "Requests refused before they started, by reason.", ["reason"], registry=self.registry
+            "fsa_rejected",
+            "Requests refused before they started, by reason.",
+            ["reason"],
+            registry=self.registry,
         )
         self._queue_depth = Gauge(
             "fsa_queue_depth", "Requests that wait for a batch.", registry=self.registry
@@ -91,16 +94,17 @@ class Metrics:
         self._inflight_bytes = Gauge(
             "fsa_inflight_bytes", "Bytes that admitted requests hold.", ["pool"], registry=self.registry
         )
-        for stage in STAGES:
+        for stage in STAGE_FIELDS:
             self._stage_seconds.labels(stage)
 
     def observe_request(self, method: str, code: str, seconds: float) -> None:
         self._requests.labels(method, code).inc()
         self._request_seconds.labels(method).observe(seconds)
 
-    def observe_stages(self, seconds: StageSeconds) -> None:
-        for stage in STAGES:
-            self._stage_seconds.labels(stage).observe(getattr(seconds, stage))
+    def observe_stages(self, timings: attention_pb2.Timings) -> None:
+        """The very numbers that the response carries."""
+        for stage, field in STAGE_FIELDS.items():
+            self._stage_seconds.labels(stage).observe(getattr(timings, field))
 
     def observe_batch(self, num_requests: int, num_tokens: int) -> None:
         self._batch_requests.observe(num_requests)

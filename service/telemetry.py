@@ -12,14 +12,14 @@ from typing import Any
 from service.config import LogFormat, LogLevel
 
 MAX_REQUEST_ID_LENGTH = 128
-_PRINTABLE = re.compile(r"[!-~]{1,%d}" % MAX_REQUEST_ID_LENGTH)
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID_LENGTH}}}")
 
 _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("fsa_request_id", default="")
 
 
 def is_request_id(text: str) -> bool:
     """Whether ``text`` can be an id: 1 to 128 printable ASCII characters without spaces."""
-    return _PRINTABLE.fullmatch(text) is not None
+    return _REQUEST_ID.fullmatch(text) is not None
 
 
 def new_request_id() -> str:

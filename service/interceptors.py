@@ -1,0 +1,101 @@
+"""What every call of ours has in common: its id, its error, its metrics, its line in the log."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from service import telemetry
+from service.errors import FsaError, from_exception
+from service.metrics import Metrics
+from service.servicer import SERVICE_NAME, Context
+
+REQUEST_ID_HEADER = "x-request-id"
+
+log = logging.getLogger("fsa.access")
+
+Behaviour = Callable[[bytes, Context], Awaitable[bytes]]
+
+# A refusal is the request's or the moment's fault; these are not refusals.
+_NOT_REJECTED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class RequestInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of AttentionService; health and reflection pass as they are."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        _, service, method = handler_call_details.method.split("/", 2)
+        if handler is None or service != SERVICE_NAME:
+            return handler
+        behaviour = self._observed(method, handler.unary_unary, _request_id(handler_call_details))
+        return grpc.unary_unary_rpc_method_handler(behaviour)
+
+    def _observed(self, method: str, behaviour: Behaviour, request_id: str) -> Behaviour:
+        async def observed(raw: bytes, context: Context) -> bytes:
+            telemetry.set_request_id(request_id)
+            started = time.perf_counter()
+            remaining = context.time_remaining()
+            error: FsaError | None = None
+            response = b""
+            try:
+                response = await behaviour(raw, context)
+            except asyncio.CancelledError:
+                late = remaining is not None and time.perf_counter() - started >= remaining
+                error = FsaError("DEADLINE_EXCEEDED" if late else "CANCELLED", "the client is gone")
+                raise
+            except Exception as cause:
+                error = self._client_error(cause)
+            finally:
+                self._record(method, error, time.perf_counter() - started, len(raw), len(response))
+            if error is not None:
+                status = error.to_status(telemetry.request_id())
+                await context.abort(status.code, status.details, status.trailing_metadata)
+            return response
+
+        return observed
+
+    def _client_error(self, cause: Exception) -> FsaError:
+        error = from_exception(cause, telemetry.request_id())
+        if error.request_id:
+            telemetry.set_request_id(error.request_id)
+        if error is not cause:
+            log.error("request failed", exc_info=cause)
+        return error
+
+    def _record(
+        self, method: str, error: FsaError | None, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None:
+        code = grpc.StatusCode.OK if error is None else error.code
+        self._metrics.observe_request(method, code.name, seconds)
+        fields: dict[str, Any] = {
+            "method": method,
+            "code": code.name,
+            "seconds": round(seconds, 6),
+            "request_bytes": request_bytes,
+            "response_bytes": response_bytes,
+        }
+        if error is not None:
+            fields["reason"] = error.reason
+            if error.code not in _NOT_REJECTED:
+                self._metrics.count_rejected(error.reason)
+        log.info("request" if error is None else error.message, extra=fields)
+
+
+def _request_id(details: grpc.HandlerCallDetails) -> str:
+    """The id from the call's metadata, or a new one; one in the message itself comes to light later."""
+    for key, value in details.invocation_metadata or ():
+        if key == REQUEST_ID_HEADER and isinstance(value, str) and telemetry.is_request_id(value):
+            return value
+    return telemetry.new_request_id()

@@ -1,0 +1,403 @@
+"""Selected attention on the CPU: the KV-major algorithm of the GPU kernels, in torch operations.
+
+The queries that selected a KV block are gathered into tiles, a tile attends to its one block, and the
+partial answers of a token are merged by their log-sum-exp. Arithmetic is float32 throughout.
+
+A sequence's answer is bitwise the same alone and in any company, because nothing that shapes it comes from
+outside: chunks and tiles are cut from the start of each sequence and count only slots that are in use, a tile
+is computed by one thread with a matrix product of its own, and slots are added one after the other.
+
+A NaN in k or v may reach every query that selected its block, as in any tiled attention; it reaches no other.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fsa_core.packing import Placement, place_queries
+from fsa_core.problem import Problem
+
+# The answer costs first touches of fresh memory as much as arithmetic, so the workspace is small and reused.
+CPU_WORKSPACE_BYTES = 64 * 2**20
+# A segment (all queries of one KV block) is cut greedily into tiles of these rows; only the last kind may
+# have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
+TILE_ROWS = (256, 64, 16)
+# Tiles that are computed together: small enough for the cache, enough of them to occupy all threads.
+BATCH_BYTES = 8 * 2**20
+INDEX_ROWS_AT_ONCE = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a (token, slot) pair means in this call.
+
+    A unit owns a list of selected blocks: a KV head, or a query head when each selects for itself.
+    ``heads_per_unit`` query heads ride with every pair. Tiles are ``width`` channels wide.
+    """
+
+    units_per_kv_head: int
+    heads_per_unit: int
+    width: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Layout":
+        units = max(problem.index_heads, problem.num_kv_heads)
+        return cls(
+            units_per_kv_head=units // problem.num_kv_heads,
+            heads_per_unit=problem.num_q_heads // units,
+            width=max(problem.head_dim, problem.value_dim),
+        )
+
+    @property
+    def pair_bytes(self) -> int:
+        return 128 + self.heads_per_unit * (4 * self.width + 48)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Query tokens under KV heads that share one pass through the workspace."""
+
+    tokens: slice
+    heads: slice
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The used slots of a chunk in (unit, token, slot) order; ``block_start`` is the block's first key.
+
+    All int64 [num_pairs]; ``count`` is int64 [num_units * num_tokens]: how many pairs each row has.
+    """
+
+    unit: torch.Tensor
+    token: torch.Tensor
+    block_start: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Tiles of one size. Each attends to the block of the pair ``order[first]``, for ``count`` pairs."""
+
+    segment: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    pairs_per_tile: int
+
+    def __getitem__(self, part: slice) -> "_Tiles":
+        return _Tiles(self.segment[part], self.first[part], self.count[part], self.pairs_per_tile)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What one part works on; ``q`` is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
+
+    problem: Problem
+    layout: _Layout
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    placed: Placement
+    pairs: _Pairs
+    first_head: int
+
+    @property
+    def num_units(self) -> int:
+        return self.pairs.count.numel() // self.placed.sequence.numel()
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The KV head of each pair."""
+        return self.first_head + self.pairs.unit // self.layout.units_per_kv_head
+
+
+def selected_attention_cpu(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    workspace_limit_bytes: int = CPU_WORKSPACE_BYTES,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected attention over packed sequences; every tensor contiguous and on the CPU.
+
+    q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
+    v: [num_k_tokens, num_kv_heads, value_dim], block_indices: int32 [index_heads, num_q_tokens, num_slots].
+    Returns out [num_q_tokens, num_q_heads, value_dim] in q's dtype and lse float32 [num_q_tokens, num_q_heads].
+    The workspace stays near ``workspace_limit_bytes`` (one token under one head may need more), beside a few
+    bytes a token and one an index. Ids that a token may not see are ignored.
+    """
+    p, layout = problem, _Layout.of(problem)
+    out = q.new_zeros(p.num_q_tokens, p.num_q_heads, p.value_dim)
+    lse = torch.full((p.num_q_tokens, p.num_q_heads), -torch.inf)
+    placed = place_queries(cu_seqlens_q, cu_seqlens_k, p.num_q_tokens, causal=p.causal)
+    num_pairs = _pairs_per_token(p, block_indices, placed)
+    parts = list(_parts(p, layout, num_pairs, placed.sequence, workspace_limit_bytes))
+    rows = max((part.num_pairs for part in parts), default=0) * layout.heads_per_unit
+    partial_out, partial_lse = torch.empty(rows, layout.width), torch.empty(rows)
+    for part in parts:
+        if part.num_pairs:
+            q_heads = slice(part.heads.start * p.group_size, part.heads.stop * p.group_size)
+            chunk = _chunk(
+                p, layout, part, q[part.tokens, q_heads], k, v, block_indices, cu_seqlens_k, placed
+            )
+            place = _attend_chunk(chunk, partial_out, partial_lse)
+            out[part.tokens, q_heads], lse[part.tokens, q_heads] = _merge(
+                chunk, partial_out, partial_lse, place
+            )
+    return out, lse
+
+
+def _is_used(problem: Problem, block_indices: torch.Tensor, num_visible_keys: torch.Tensor) -> torch.Tensor:
+    num_visible_blocks = -(-num_visible_keys // problem.block_size)
+    return (block_indices >= 0) & (block_indices < num_visible_blocks[:, None])
+
+
+def _pairs_per_token(problem: Problem, block_indices: torch.Tensor, placed: Placement) -> torch.Tensor:
+    """int64 [num_kv_heads, num_q_tokens]: the used slots of each token under each KV head."""
+    rows = zip(
+        block_indices.split(INDEX_ROWS_AT_ONCE, dim=1),
+        placed.num_visible_keys.split(INDEX_ROWS_AT_ONCE),
+        strict=True,
+    )
+    counts = torch.cat([_is_used(problem, ids, visible).sum(-1) for ids, visible in rows], dim=1)
+    if problem.index_heads < problem.num_kv_heads:
+        return counts.expand(problem.num_kv_heads, -1)
+    return counts.unflatten(0, (problem.num_kv_heads, -1)).sum(1)
+
+
+def _parts(
+    problem: Problem, layout: _Layout, num_pairs: torch.Tensor, sequence: torch.Tensor, limit_bytes: int
+) -> Iterator[_Part]:
+    """Cut the call into parts whose workspace fits the limit, all tokens of a head before the next.
+
+    Sequences are cut into pieces by their own slots alone, and two pieces of one never share a part, so that
+    tiles do not depend on what else is in the batch.
+    """
+    heads = problem.num_kv_heads
+    token_bytes = 4 * problem.group_size * (problem.head_dim + 3 * layout.width)
+    cost = num_pairs.amax(0) * layout.pair_bytes + token_bytes
+    runs = list(_runs(cost, sequence, limit_bytes, limit_bytes // heads))
+    for tokens, run_bytes in runs:
+        at_once = min(max(limit_bytes // run_bytes, 1), heads)
+        for first in range(0, heads, at_once):
+            part_heads = slice(first, min(first + at_once, heads))
+            yield _Part(tokens, part_heads, int(num_pairs[part_heads, tokens].sum()))
+
+
+def _runs(
+    cost: torch.Tensor, sequence: torch.Tensor, piece_bytes: int, run_bytes: int
+) -> Iterator[tuple[slice, int]]:
+    """Runs of tokens, and what each costs: pieces of at most ``piece_bytes``, and several of different
+    sequences together up to ``run_bytes``."""
+    before = cost.cumsum(0) - cost
+    starts_sequence = F.pad(sequence.diff() != 0, (1, 0), value=True)
+    sequence_length = torch.unique_consecutive(sequence, return_counts=True)[1]
+    piece = (before - before[starts_sequence].repeat_interleave(sequence_length)) // piece_bytes
+    starts = (starts_sequence | F.pad(piece.diff() != 0, (1, 0))).nonzero()[:, 0]
+    pieces = zip(starts.tolist(), before[starts].tolist(), sequence[starts].tolist(), strict=True)
+    end = (cost.numel(), int(cost.sum()), -1)
+    first, first_before, _ = (0, 0, 0)
+    previous_sequence = -1
+    for (token, token_before, its_sequence), (_, next_before, _) in itertools.pairwise([*pieces, end]):
+        if token > first and (next_before - first_before > run_bytes or its_sequence == previous_sequence):
+            yield slice(first, token), token_before - first_before
+            first, first_before = token, token_before
+        previous_sequence = its_sequence
+    if end[0] > first:
+        yield slice(first, end[0]), end[1] - first_before
+
+
+def _chunk(
+    problem: Problem,
+    layout: _Layout,
+    part: _Part,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    placed: Placement,
+) -> _Chunk:
+    """The inputs of one part; ``q`` is the part's own: its tokens under its query heads."""
+    tokens, upk = part.tokens, layout.units_per_kv_head
+    here = Placement(placed.sequence[tokens], placed.position[tokens], placed.num_visible_keys[tokens])
+    num_units = (part.heads.stop - part.heads.start) * upk
+    if problem.index_heads < problem.num_kv_heads:
+        ids = block_indices[:, tokens].expand(num_units, -1, -1)
+    else:
+        ids = block_indices[part.heads.start * upk : part.heads.stop * upk, tokens]
+    used = _is_used(problem, ids, here.num_visible_keys)
+    unit, token, slot = used.nonzero(as_tuple=True)
+    pairs = _Pairs(unit, token, ids[unit, token, slot].long() * problem.block_size, used.sum(-1).flatten())
+    q_rows = q.float().reshape(-1, layout.heads_per_unit * problem.head_dim)
+    return _Chunk(problem, layout, q_rows, k, v, cu_seqlens_k.long(), here, pairs, part.heads.start)
+
+
+def _attend_chunk(chunk: _Chunk, partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+    """Fill the first rows of ``partial_out`` and ``partial_lse`` with every pair's partial answer.
+
+    Returns where each pair lies, int64 [num_pairs], counted in ``heads_per_unit`` rows.
+    """
+    heads, num_pairs = chunk.layout.heads_per_unit, chunk.pairs.token.numel()
+    order, segment_size, num_whole = _segments(chunk)
+    out, lse = partial_out.view(-1, heads * chunk.layout.width), partial_lse.view(-1, heads)
+    place = torch.empty(num_pairs, dtype=torch.int64)
+    done = 0
+    for tiles, masked in _tile_batches(chunk, segment_size, num_whole):
+        entry = tiles.first[:, None] + torch.arange(tiles.pairs_per_tile)
+        used = (entry < (tiles.first + tiles.count)[:, None]).flatten().nonzero()[:, 0]
+        pair = order[entry.clamp(max=num_pairs - 1)]
+        tile_out, tile_lse = _attend_tiles(chunk, order, tiles, pair, masked)
+        end = done + used.numel()
+        torch.index_select(tile_out.view(-1, out.shape[1]), 0, used, out=out[done:end])
+        torch.index_select(tile_lse.view(-1, heads), 0, used, out=lse[done:end])
+        place[pair.flatten()[used]] = torch.arange(done, end)
+        done = end
+    return place
+
+
+def _segments(chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Invert the selection: pairs sorted by the block they chose.
+
+    Returns the sorting order [num_pairs], the size of each segment, and how many segments come first that
+    need no mask: all their pairs see the whole block.
+    """
+    p, pairs = chunk.problem, chunk.pairs
+    num_blocks = -(-chunk.cu_seqlens_k.diff() // p.block_size)
+    first_block = num_blocks.cumsum(0) - num_blocks
+    total_blocks = int(num_blocks.sum())
+    block = first_block[chunk.placed.sequence][pairs.token] + pairs.block_start // p.block_size
+    key = chunk.head * total_blocks + block
+    is_cut = chunk.placed.num_visible_keys[pairs.token] < pairs.block_start + p.block_size
+    first_cut_key = p.num_kv_heads * total_blocks
+    keys, order = (key + is_cut * first_cut_key).sort(stable=True)
+    segment_key, size = torch.unique_consecutive(keys, return_counts=True)
+    return order, size, int((segment_key < first_cut_key).sum())
+
+
+def _tile_batches(chunk: _Chunk, segment_size: torch.Tensor, num_whole: int) -> Iterator[tuple[_Tiles, bool]]:
+    """Cut segments into tiles, and tiles of one size into batches; the flag says that they need a mask."""
+    position = segment_size.cumsum(0) - segment_size
+    remaining = segment_size.clone()
+    for rows in TILE_ROWS:
+        per_tile = max(rows // chunk.layout.heads_per_unit, 1)
+        num_tiles = (remaining + (per_tile - 1 if rows == TILE_ROWS[-1] else 0)) // per_tile
+        segment = torch.arange(segment_size.numel()).repeat_interleave(num_tiles)
+        rank = torch.arange(segment.numel()) - (num_tiles.cumsum(0) - num_tiles)[segment]
+        first = position[segment] + rank * per_tile
+        count = (remaining[segment] - rank * per_tile).clamp(max=per_tile)
+        tiles = _Tiles(segment, first, count, per_tile)
+        taken = num_tiles * per_tile
+        position, remaining = position + taken, (remaining - taken).clamp(min=0)
+        split = int(num_tiles[:num_whole].sum())
+        for part, masked in ((tiles[:split], False), (tiles[split:], True)):
+            size = _tiles_at_once(chunk, per_tile)
+            for start in range(0, part.segment.numel(), size):
+                yield _at_least_two(part[start : start + size]), masked
+
+
+def _tiles_at_once(chunk: _Chunk, pairs_per_tile: int) -> int:
+    rows = pairs_per_tile * chunk.layout.heads_per_unit
+    tile_bytes = 4 * (
+        2 * (rows + chunk.problem.block_size) * chunk.layout.width + rows * chunk.problem.block_size
+    )
+    return max(BATCH_BYTES // tile_bytes, 2)
+
+
+def _at_least_two(tiles: _Tiles) -> _Tiles:
+    """Add an empty tile to a lone one: torch would spread a single tile's products over all threads, and
+    round otherwise than in a larger batch, where each tile is one thread's."""
+    if tiles.segment.numel() > 1:
+        return tiles
+    twice = (tiles.segment.repeat(2), tiles.first.repeat(2), F.pad(tiles.count, (0, 1)))
+    return _Tiles(*twice, tiles.pairs_per_tile)
+
+
+def _attend_tiles(
+    chunk: _Chunk, order: torch.Tensor, tiles: _Tiles, pair: torch.Tensor, masked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each tile's queries over its block: out [num_tiles, rows, width] and lse [num_tiles, rows].
+
+    pair: int64 [num_tiles, pairs_per_tile]; unused places repeat some pair, and what they give is dropped.
+    """
+    p, layout = chunk.problem, chunk.layout
+    q_row = chunk.pairs.token[pair] * chunk.num_units + chunk.pairs.unit[pair]
+    q = chunk.q.index_select(0, q_row.flatten()).view(len(pair), 1, -1, p.head_dim)
+    k, v = _block_tiles(chunk, order, tiles)
+    mask = None
+    if masked:
+        visible = chunk.placed.num_visible_keys[chunk.pairs.token[pair]] - chunk.pairs.block_start[pair]
+        hidden = (
+            torch.arange(p.block_size) >= visible.repeat_interleave(layout.heads_per_unit, dim=1)[..., None]
+        )
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _widened(q, layout.width), k, v, 0.0, False, attn_mask=mask, scale=p.softmax_scale
+    )
+    return out.reshape(len(pair), -1, layout.width), lse.reshape(len(pair), -1)
+
+
+def _block_tiles(chunk: _Chunk, order: torch.Tensor, tiles: _Tiles) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V blocks of the tiles, float32 [num_tiles, 1, block_size, width]; each block is read once."""
+    p, pairs = chunk.problem, chunk.pairs
+    used, which = torch.unique_consecutive(tiles.segment, return_inverse=True)
+    first_tile = torch.searchsorted(tiles.segment, used)
+    leader = order[tiles.first[first_tile]]
+    sequence = chunk.placed.sequence[pairs.token[leader]]
+    key = (chunk.cu_seqlens_k[sequence] + pairs.block_start[leader])[:, None] + torch.arange(p.block_size)
+    outside = key >= chunk.cu_seqlens_k[sequence + 1][:, None]
+    row = key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + chunk.head[leader][:, None]
+
+    def tiled(x: torch.Tensor) -> torch.Tensor:
+        blocks = x.view(-1, x.shape[-1]).index_select(0, row.flatten()).float()
+        # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
+        blocks[outside.flatten()] = 0
+        blocks = _widened(blocks, chunk.layout.width).view(len(used), -1)
+        return blocks.index_select(0, which).view(len(which), 1, p.block_size, -1)
+
+    return tiled(chunk.k), tiled(chunk.v)
+
+
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _merge(
+    chunk: _Chunk, partial_out: torch.Tensor, partial_lse: torch.Tensor, place: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weigh each token's partial answers by their share of its softmax, and add them in slot order.
+
+    partial_out: [num_pairs * heads_per_unit, width] in tile order; place: where each pair lies in it.
+    An embedding bag is exactly this: a weighted sum of rows, added one after the other.
+    """
+    p, layout, count = chunk.problem, chunk.layout, chunk.pairs.count
+    heads = layout.heads_per_unit
+    lse = partial_lse.view(-1, heads).index_select(0, place)
+    first = count.cumsum(0) - count
+    row = torch.arange(count.numel()).repeat_interleave(count)
+    row_max = torch.full((count.numel(), heads), -torch.inf)
+    row_max.scatter_reduce_(0, row[:, None].expand_as(lse), lse, "amax")
+    weight = (lse - row_max[row]).exp_()
+    total = F.embedding_bag(torch.arange(len(row)), weight, first, mode="sum")
+    weight /= total[row]
+    # The bag of (row, head) holds that head of each of the row's pairs.
+    head = torch.arange(heads)
+    rank = torch.arange(len(row)) - first[row]
+    bag_entry = (first[row] * heads + rank)[:, None] + head * count[row][:, None]
+    source = torch.empty(bag_entry.numel(), dtype=torch.int64)
+    source[bag_entry.flatten()] = (place[:, None] * heads + head).flatten()
+    bag_weight = torch.empty(bag_entry.numel())
+    bag_weight[bag_entry.flatten()] = weight.flatten()
+    bag_first = (first * heads)[:, None] + head * count[:, None]
+    out = F.embedding_bag(source, partial_out, bag_first.flatten(), mode="sum", per_sample_weights=bag_weight)
+    out = out.view(chunk.num_units, -1, heads, layout.width)[..., : p.value_dim]
+    lse = (row_max + total.log()).view(chunk.num_units, -1, heads)
+    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)

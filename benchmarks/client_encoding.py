@@ -1,6 +1,7 @@
 """What a request and an answer cost the client, beside protobuf's own classes.
 
-Run: ``python benchmarks/client_encoding.py``. Each case runs in a process of its own, so that its peak memory is its own. Linux only.
+Run: ``python benchmarks/client_encoding.py``, on Linux. Each case runs in a process of its own, so that its
+peak memory is its own.
 """
 
 import subprocess

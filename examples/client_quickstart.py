@@ -1,4 +1,4 @@
-"""A first call; needs the base install only, no torch: ``python examples/client_quickstart.py [HOST:PORT]``."""
+"""A first call, with the base install only: ``python examples/client_quickstart.py [HOST:PORT]``."""
 
 import sys
 

@@ -16,9 +16,10 @@ def config(
     as_json: Json = False,
 ) -> None:
     """Print every setting that `fsa serve` would run with here, and where it is from."""
-    chosen = settings.load({"config": config})
+    flags = {"config": config}
+    chosen = settings.load(flags)
     values = chosen.model_dump(mode="json")
-    sources = settings.sources(chosen)
+    sources = settings.sources(chosen, flags)
     if as_json:
         print(
             json.dumps({name: {"value": values[name], "source": sources[name]} for name in values}, indent=2)

@@ -26,13 +26,15 @@ def load(flags: Mapping[str, Any]) -> "Settings":
         raise WrongUsage(f"the settings cannot be read: {error}") from error
 
 
-def sources(settings: "Settings") -> dict[str, str]:
-    """Where each setting is from: "environment", "file" or "default"."""
+def sources(settings: "Settings", flags: Mapping[str, Any]) -> dict[str, str]:
+    """Where each setting that ``load(flags)`` gave is from: "flag", "environment", "file" or "default"."""
     environment = {name.lower() for name in os.environ}
     in_file = tomllib.loads(settings.config.read_text()) if settings.config else {}
     found = {}
     for name in type(settings).model_fields:
-        if f"fsa_{name}" in environment:
+        if flags.get(name) is not None:
+            found[name] = "flag"
+        elif f"fsa_{name}" in environment:
             found[name] = "environment"
         else:
             found[name] = "file" if name in in_file else "default"

@@ -1,0 +1,1 @@
+"""Benchmarks: real-looking data, everything compiled first, the median of many, peers in the same run."""

@@ -288,7 +288,7 @@ class WorkerClient:
         log_level: str = "info",
         log_format: str = "json",
     ) -> None:
-        """``on_change`` is called from the event loop after ``ready`` changed or a batch ended.
+        """``on_change`` is called from the event loop after ``ready`` or ``restarts`` changed or a batch ended.
 
         ``num_threads`` (CPU worker) 0 is one a core. A batch that takes longer than ``batch_timeout_seconds``
         gets its worker killed as hung. The back-off between restarts doubles from 0.2 s to 10 s, and starts
@@ -392,6 +392,7 @@ class WorkerClient:
                 if self._stopping.done():
                     break
                 self.restarts[cause] += 1
+                self._announce()
                 if self._was_healthy(process):
                     back_off = FIRST_BACK_OFF_SECONDS
                 details = {"device": self.spec.label, "pid": process.pid, "cause": cause}

@@ -52,8 +52,8 @@ protos-released: $(INSTALLED) ## Record protos/ as released: what later versions
 image: ## Build the container image with Docker
 	docker build -t $(IMAGE) .
 
-image-check: $(INSTALLED) ## Build the image without Docker, run its server, compare an answer (root, buildah)
-	$(BIN)/python tests/deploy/check_image.py
+image-check: $(INSTALLED) ## Run the server of the IMAGE in buildah's storage and check it; needs root
+	$(BIN)/python tests/deploy/check_image.py $(IMAGE)
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

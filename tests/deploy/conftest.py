@@ -24,6 +24,14 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
 @dataclass(frozen=True)
+class Server:
+    """host:port of a running server's gRPC and of its /metrics."""
+
+    target: str
+    metrics_address: str
+
+
+@dataclass(frozen=True)
 class Prometheus:
     """A running Prometheus."""
 
@@ -42,38 +50,31 @@ class Prometheus:
 
 
 @pytest.fixture(scope="session")
-def metrics_address(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """host:port of /metrics of a server that has answered a good request and refused a bad one."""
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has answered a good request and refused a bad one."""
     devices = request.config.getoption("--device")
-    command = [
-        sys.executable,
-        "-m",
-        "service.cli",
-        "serve",
-        "--port=0",
-        "--metrics-port=0",
-        f"--devices={devices}",
-    ]
+    flags = ["--port=0", "--metrics-port=0", f"--devices={devices}"]
     with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "serve", *flags], stdout=subprocess.PIPE, stderr=log
+        )
     try:
-        ready = json.loads(server.stdout.readline())
-        with AttentionClient(f"127.0.0.1:{ready['port']}") as client:
+        ready = json.loads(process.stdout.readline())
+        running = Server(f"127.0.0.1:{ready['port']}", f"127.0.0.1:{ready['metrics_port']}")
+        with AttentionClient(running.target) as client:
             client.wait_ready(120)
             x = np.ones((16, 1, 16), np.float16)
             client.attend(x, x, x, BlockIndices(np.zeros((1, 16, 1), np.int32), 16))
             with pytest.raises(InvalidRequest):
                 client.attend(x, x, x, BlockIndices(np.full((1, 16, 1), 7, np.int32), 16))
-        yield f"127.0.0.1:{ready['metrics_port']}"
+        yield running
     finally:
-        server.terminate()
-        server.wait(60)
+        process.terminate()
+        process.wait(60)
 
 
 @pytest.fixture(scope="session")
-def prometheus(metrics_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus with the deployed configuration, but for the server's address and shorter intervals."""
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
@@ -81,7 +82,7 @@ def prometheus(metrics_address: str, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copy(DEPLOY / "prometheus" / "alerts.yml", folder)
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["scrape_configs"][0]["static_configs"] = [{"targets": [metrics_address]}]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [server.metrics_address]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{_free_port()}"
     command = [

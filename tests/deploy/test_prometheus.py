@@ -48,8 +48,8 @@ def exposed(families: Iterator[Metric]) -> dict[str, bool]:
 
 
 @pytest.fixture(scope="module")
-def series(metrics_address: str) -> dict[str, bool]:
-    with urllib.request.urlopen(f"http://{metrics_address}/metrics") as response:
+def series(server: Any) -> dict[str, bool]:
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
         return exposed(text_string_to_metric_families(response.read().decode()))
 
 

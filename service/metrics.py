@@ -165,7 +165,7 @@ class _WorkerCollector(Collector):
             up.add_metric([worker.label], float(worker.is_up))
             for cause, count in worker.restarts.items():
                 causes[cause] = causes.get(cause, 0) + count
-            if worker.memory_total_bytes:
+            if worker.label.startswith("cuda"):
                 used.add_metric([worker.label], worker.memory_used_bytes)
                 total.add_metric([worker.label], worker.memory_total_bytes)
         for cause, count in causes.items():

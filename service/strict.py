@@ -37,7 +37,7 @@ def parse(message_type: type[M], raw: bytes) -> tuple[M, Mapping[Path, memoryvie
         message = message_type.FromString(b"".join(cut.without_payloads(memoryview(raw))))
     except (DecodeError, ValueError, OverflowError) as error:
         raise FsaError(
-            "MALFORMED_MESSAGE", f"the bytes are not a {_name(message_type.DESCRIPTOR)}"
+            "MALFORMED_MESSAGE", f"the bytes are no {_name(message_type.DESCRIPTOR)} message"
         ) from error
     _refuse_unknown_fields(message)
     return message, cut.payloads

@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -16,19 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from service.client import AttentionClient, BlockIndices, InvalidRequest
+from tests.serving import ServerProcess, running_server
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-
-
-@dataclass(frozen=True)
-class Server:
-    """host:port of a running server's gRPC and of its /metrics."""
-
-    target: str
-    metrics_address: str
 
 
 @dataclass(frozen=True)
@@ -50,31 +43,21 @@ class Prometheus:
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that has answered a good request and refused a bad one."""
-    devices = request.config.getoption("--device")
-    flags = ["--port=0", "--metrics-port=0", f"--devices={devices}"]
-    with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "serve", *flags], stdout=subprocess.PIPE, stderr=log
-        )
-    try:
-        ready = json.loads(process.stdout.readline())
-        running = Server(f"127.0.0.1:{ready['port']}", f"127.0.0.1:{ready['metrics_port']}")
-        with AttentionClient(running.target) as client:
-            client.wait_ready(120)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(log, devices=device.type) as running:
+        running.wait_for_health()
+        with AttentionClient(f"127.0.0.1:{running.port}") as client:
             x = np.ones((16, 1, 16), np.float16)
             client.attend(x, x, x, BlockIndices(np.zeros((1, 16, 1), np.int32), 16))
             with pytest.raises(InvalidRequest):
                 client.attend(x, x, x, BlockIndices(np.full((1, 16, 1), 7, np.int32), 16))
         yield running
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture(scope="session")
-def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus with the deployed configuration, but for the server's address and shorter intervals."""
     if not shutil.which("prometheus"):
         pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")
@@ -82,7 +65,7 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     shutil.copy(DEPLOY / "prometheus" / "alerts.yml", folder)
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["scrape_configs"][0]["static_configs"] = [{"targets": [server.metrics_address]}]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{server.metrics_port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{_free_port()}"
     command = [

@@ -14,6 +14,8 @@ import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.serving import ServerProcess
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool is not installed (Debian: apt-get install prometheus)"
@@ -48,8 +50,8 @@ def exposed(families: Iterator[Metric]) -> dict[str, bool]:
 
 
 @pytest.fixture(scope="module")
-def series(server: Any) -> dict[str, bool]:
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics") as response:
+def series(server: ServerProcess) -> dict[str, bool]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as response:
         return exposed(text_string_to_metric_families(response.read().decode()))
 
 

@@ -104,6 +104,7 @@ class App:
             spec,
             self._arena,
             backend=self._settings.backend.value,
+            healthy_seconds=self._settings.worker_healthy_seconds,
             log_level=self._settings.log_level.value,
             log_format=self._settings.log_format.value,
         )

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from fsa_core.patterns import expand_query_blocks
-from fsa_core.validation import InputError, validate_dense, validate_selected
 
 from fsa_core.packing import single_sequence
+from fsa_core.patterns import expand_query_blocks
 from fsa_core.problem import Problem
+from fsa_core.validation import InputError, validate_dense, validate_selected
 from service import strict, wire
 from service.errors import FsaError
 from service.job import Field, Layout
@@ -28,6 +28,7 @@ DTYPES: Mapping[tensor_pb2.Dtype, torch.dtype] = {
     tensor_pb2.DTYPE_INT32: torch.int32,
 }
 _RESPONSE = attention_pb2.AttendResponse
+_INDICES: strict.Path = ("pattern", "block_indices", "indices")
 _NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 
 MAX_RANK = 8
@@ -131,7 +132,7 @@ def encode_attend(
 
 
 def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path, memoryview]) -> AttendCall:
-    q, k, v = (_required_tensor(message, name, payloads) for name in ("q", "k", "v"))
+    q, k, v = (_tensor_field(name, message, (name,), payloads) for name in ("q", "k", "v"))
     cu_seqlens_q, cu_seqlens_k = _starts(message.cu_seqlens_q), _starts(message.cu_seqlens_k)
     rest: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
@@ -146,7 +147,7 @@ def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path,
         case "block_indices":
             pattern = message.pattern.block_indices
             query_block_size = pattern.query_block_size or 1
-            index_rows = _required_tensor(pattern, "indices", payloads, ("pattern", "block_indices"))
+            index_rows = _tensor_field("block_indices", pattern, _INDICES, payloads)
             problem = validate_selected(
                 q,
                 k,
@@ -173,22 +174,21 @@ def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path,
     )
 
 
-def _required_tensor(
-    parent: Any, name: str, payloads: Mapping[strict.Path, memoryview], path: strict.Path = ()
+def _tensor_field(
+    label: str, parent: Any, path: strict.Path, payloads: Mapping[strict.Path, memoryview]
 ) -> torch.Tensor:
-    """The tensor in field ``name`` of ``parent``, a view of its payload."""
-    label = ".".join((*path, name))
-    if not parent.HasField(name):
+    """The tensor at ``path`` of the message, the last name of it in ``parent``: a view of its payload."""
+    if not parent.HasField(path[-1]):
         raise _missing(label)
-    header: tensor_pb2.Tensor = getattr(parent, name)
+    header: tensor_pb2.Tensor = getattr(parent, path[-1])
     if header.WhichOneof("payload") != "inline":
         raise _missing(f"{label}.inline")
     dtype = DTYPES.get(header.dtype)
     if dtype is None:
         known = ", ".join(tensor_pb2.Dtype.Name(number) for number in DTYPES)
         text = f"{label}.dtype is {header.dtype}; it must be one of {known}"
-        raise FsaError("UNKNOWN_DTYPE", text, metadata={"field": label, "dtype": str(header.dtype)})
-    return _view(label, payloads[(*path, name, "inline")], header.shape, dtype)
+        raise FsaError("INVALID_DTYPE", text, metadata={"field": label, "dtype": str(header.dtype)})
+    return _view(label, payloads[*path, "inline"], header.shape, dtype)
 
 
 def _view(label: str, payload: memoryview, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -203,7 +203,7 @@ def _view(label: str, payload: memoryview, sizes: Sequence[int], dtype: torch.dt
     expected = math.prod(shape) * dtype.itemsize
     if len(payload) != expected:
         raise FsaError(
-            "WRONG_BYTE_COUNT",
+            "INVALID_BYTE_COUNT",
             f"{label} of shape {list(shape)} and {str(dtype).removeprefix('torch.')} must have {expected} "
             f"bytes, not {len(payload)}",
             metadata={"field": label, "num_bytes": str(len(payload)), "expected_bytes": str(expected)},
@@ -273,4 +273,4 @@ def _missing(label: str) -> FsaError:
 
 
 def _bad_shape(label: str, text: str) -> FsaError:
-    return FsaError("WRONG_SHAPE", text, metadata={"field": label})
+    return FsaError("INVALID_SHAPE", text, metadata={"field": label})

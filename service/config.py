@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         description="How long queued requests wait for a worker while none is up, in seconds, before "
         "they get UNAVAILABLE. Their own deadlines hold as well.",
     )
+    worker_healthy_seconds: NonNegativeFloat = Field(
+        default=10.0,
+        description="How long a worker must have been up, in seconds, for its next restart to be at once. "
+        "After shorter lives the wait between restarts doubles, from 0.2 s to 10 s.",
+    )
     drain_grace_seconds: NonNegativeFloat = Field(
         default=30.0, description="How long requests in flight may take to finish after SIGTERM, in seconds."
     )

@@ -16,29 +16,43 @@ from grpc_status import rpc_status
 DOMAIN = "fsa"
 MAX_TEXT_LENGTH = 500
 
+_CODE_REASONS: Mapping[grpc.StatusCode, tuple[str, ...]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        # The message.
+        "MALFORMED_MESSAGE",
+        "UNKNOWN_FIELD",
+        "MISSING_FIELD",
+        "INVALID_REQUEST_ID",
+        "INVALID_SHAPE",
+        "INVALID_BYTE_COUNT",
+        # Its contents: fsa_core.validation says what each means.
+        "INVALID_TYPE",
+        "INVALID_RANK",
+        "INVALID_DTYPE",
+        "INVALID_DEVICE",
+        "INVALID_HEADS",
+        "INVALID_HEAD_DIM",
+        "INVALID_TOKENS",
+        "INVALID_BLOCK_SIZE",
+        "INVALID_QUERY_BLOCK_SIZE",
+        "INVALID_SOFTMAX_SCALE",
+        "INVALID_CU_SEQLENS",
+        "INVALID_INDEX_SHAPE",
+        "INDEX_OUT_OF_RANGE",
+        "INDEX_NOT_CAUSAL",
+        "INDEX_DUPLICATE",
+    ),
+    # More than this server ever takes, than it can take now, and than the device could hold.
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ("LIMIT_EXCEEDED", "BUDGET_EXHAUSTED", "DEVICE_MEMORY_EXHAUSTED"),
+    # Never answered, so safe to send again.
+    grpc.StatusCode.UNAVAILABLE: ("WORKER_LOST", "NO_WORKER", "DRAINING"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: ("DEADLINE_EXCEEDED",),
+    grpc.StatusCode.CANCELLED: ("CANCELLED",),
+    grpc.StatusCode.INTERNAL: ("INTERNAL",),
+}
+
 CODES: Mapping[str, grpc.StatusCode] = MappingProxyType(
-    {
-        # The message itself. Reasons about its contents come from fsa_core.validation.InputError
-        # and are INVALID_ARGUMENT, all of them.
-        "MALFORMED_MESSAGE": grpc.StatusCode.INVALID_ARGUMENT,
-        "UNKNOWN_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
-        "MISSING_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
-        "UNKNOWN_DTYPE": grpc.StatusCode.INVALID_ARGUMENT,
-        "WRONG_SHAPE": grpc.StatusCode.INVALID_ARGUMENT,
-        "WRONG_BYTE_COUNT": grpc.StatusCode.INVALID_ARGUMENT,
-        "INVALID_REQUEST_ID": grpc.StatusCode.INVALID_ARGUMENT,
-        # More than this server ever takes, and more than it can take now.
-        "LIMIT_EXCEEDED": grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "BUDGET_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "DEVICE_MEMORY_EXHAUSTED": grpc.StatusCode.RESOURCE_EXHAUSTED,
-        # Never answered, safe to send again.
-        "WORKER_LOST": grpc.StatusCode.UNAVAILABLE,
-        "NO_WORKER": grpc.StatusCode.UNAVAILABLE,
-        "DRAINING": grpc.StatusCode.UNAVAILABLE,
-        "DEADLINE_EXCEEDED": grpc.StatusCode.DEADLINE_EXCEEDED,
-        "CANCELLED": grpc.StatusCode.CANCELLED,
-        "INTERNAL": grpc.StatusCode.INTERNAL,
-    }
+    {reason: code for code, reasons in _CODE_REASONS.items() for reason in reasons}
 )
 
 

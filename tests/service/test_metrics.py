@@ -3,6 +3,7 @@
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from prometheus_client import generate_latest
@@ -60,7 +61,7 @@ def test_every_metric_has_its_name(metrics: Metrics) -> None:
 
 
 def test_buckets_are_geometric_from_50_microseconds_to_60_seconds() -> None:
-    ratios = [b / a for a, b in zip(SECONDS_BUCKETS, SECONDS_BUCKETS[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(SECONDS_BUCKETS)]
     assert (SECONDS_BUCKETS[0], SECONDS_BUCKETS[-1]) == (50e-6, 60.0)
     assert max(ratios) / min(ratios) < 1.01
 

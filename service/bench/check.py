@@ -46,6 +46,7 @@ def check_answer(shape: Shape, request: Request, out: NDArray[np.generic]) -> Ch
 
 def _oracle(shape: Shape, request: Request) -> NDArray[np.float32]:
     import torch
+
     from fsa_core.api import dense_attention, selected_attention
 
     q, k, v = (torch.from_numpy(array.astype(np.float32)) for array in (request.q, request.k, request.v))

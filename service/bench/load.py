@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -65,15 +66,16 @@ def run_load(
 ) -> tuple[list[Sample], float]:
     """Makes the load; returns its samples and the seconds from the common start to the last answer.
 
-    ``on_sample(count, elapsed_seconds)`` is called for each. Raises LoadFailed.
+    ``on_sample(count, elapsed_seconds)`` is called for each. Raises LoadFailed. Main thread only.
     """
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     try:
-        for lanes, quota in _shares(load, min(num_processes, load.concurrency)):
-            process, pipe = _start(load, lanes, quota)
-            processes.append(process)
-            pipes.append(pipe)
+        with _ignoring_ctrl_c():  # the children inherit it: this process is the one that ends them
+            for lanes, quota in _shares(load, min(num_processes, load.concurrency)):
+                process, pipe = _start(load, lanes, quota)
+                processes.append(process)
+                pipes.append(pipe)
         for pipe in pipes:
             _await_ready(pipe)
         start = time.monotonic()
@@ -99,6 +101,15 @@ def _shares(load: Load, num_processes: int) -> Iterator[tuple[int, int | None]]:
 
     for index in range(num_processes):
         yield share(load.concurrency, index), None if load.requests is None else share(load.requests, index)
+
+
+@contextmanager
+def _ignoring_ctrl_c() -> Iterator[None]:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _start(load: Load, lanes: int, quota: int | None) -> tuple[BaseProcess, Connection]:
@@ -137,7 +148,6 @@ def _collect(
 
 
 def _run_process(load: Load, lanes: int, quota: int | None, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     asyncio.run(_Process(load, quota, pipe).run(lanes))
 
 

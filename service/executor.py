@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 import torch
-from fsa_core.api import attend
 
+from fsa_core.api import attend
 from service.channel import Done, Failed, FailureKind, Memory, Record
 from service.devices import DeviceInfo
 from service.job import packed
@@ -82,7 +82,7 @@ class Executor(ABC):
             self._report(self.memory())
 
     def _fail(self, batch: int, error: Exception) -> None:
-        kind = _failure_kind(error)
+        kind = failure_kind(error)
         if kind is FailureKind.FATAL:
             self._die(batch, error)
         log.error("batch failed", extra={"batch": batch, "kind": kind.name.lower()}, exc_info=error)
@@ -97,7 +97,7 @@ class Executor(ABC):
         os._exit(FATAL_EXIT_CODE)
 
 
-def _failure_kind(error: Exception) -> FailureKind:
+def failure_kind(error: Exception) -> FailureKind:
     if isinstance(error, torch.OutOfMemoryError):
         return FailureKind.OOM
     # Triton has no type of its own for an error of the driver.
@@ -213,7 +213,7 @@ class CudaExecutor(Executor):
         try:
             self._in_flight.put(self._enqueue(batch, jobs))
         except Exception as error:
-            if _failure_kind(error) is not FailureKind.FATAL:
+            if failure_kind(error) is not FailureKind.FATAL:
                 self._settle(batch, error)
             self._fail(batch, error)
 

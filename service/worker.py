@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executor = _make_executor(options, channel)
     try:
         channel.send(Ready(executor.describe()))
-        _serve(channel, executor)
+        serve(channel, executor)
     except ProtocolError:
         log.critical("the front end sent what is no record; the worker ends", exc_info=True)
         return PROTOCOL_EXIT_CODE
@@ -72,7 +72,8 @@ def _make_executor(options: argparse.Namespace, channel: Channel) -> Executor:
     return CpuExecutor(0, options.backend, channel.send)
 
 
-def _serve(channel: Channel, executor: Executor) -> None:
+def serve(channel: Channel, executor: Executor) -> None:
+    """Take records until Stop. Raises ProtocolError and EOFError as they come."""
     segments = Segments()
     while True:
         record, descriptor = channel.receive()

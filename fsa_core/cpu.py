@@ -130,7 +130,7 @@ def selected_attention_cpu(
 
     q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
     v: [num_k_tokens, num_kv_heads, value_dim], block_indices: int32 [index_heads, num_q_tokens, num_slots].
-    Returns out [num_q_tokens, num_q_heads, value_dim] in q's dtype and lse float32 [num_q_tokens, num_q_heads].
+    Returns out [num_q_tokens, num_q_heads, value_dim] in q's dtype, lse float32 [num_q_tokens, num_q_heads].
     The workspace stays near ``workspace_limit_bytes`` (one token under one head may need more), beside a few
     bytes a token and one an index. Ids that a token may not see are ignored.
     """
@@ -170,7 +170,7 @@ def _pairs_per_token(problem: Problem, block_indices: torch.Tensor, placed: Plac
     counts = torch.cat([_is_used(problem, ids, visible).sum(-1) for ids, visible in rows], dim=1)
     if problem.index_heads < problem.num_kv_heads:
         return counts.expand(problem.num_kv_heads, -1)
-    return counts.unflatten(0, (problem.num_kv_heads, -1)).sum(1)
+    return counts.view(problem.num_kv_heads, -1, problem.num_q_tokens).sum(1)
 
 
 def _parts(

@@ -35,4 +35,14 @@ def place_queries(
 
 def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
     """The ``cu_seqlens`` of one sequence that has all the tokens: int32 [2]."""
-    return torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+    # Computed on the device: copying a list there would synchronise.
+    return torch.arange(2, dtype=torch.int32, device=device) * num_tokens
+
+
+def row_starts(cu_seqlens_q: torch.Tensor, query_block_size: int) -> torch.Tensor:
+    """Where each sequence's rows of indices start, int64 [num_sequences + 1], the number of rows last.
+
+    A sequence of n queries has ceil(n / query_block_size) rows.
+    """
+    num_rows = -(-cu_seqlens_q.long().diff() // query_block_size)
+    return torch.nn.functional.pad(num_rows.cumsum(0), (1, 0))

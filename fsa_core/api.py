@@ -1,0 +1,183 @@
+"""The public functions: validate, choose an implementation, run it."""
+
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+
+from fsa_core.cpu import selected_attention_cpu
+from fsa_core.dense import dense_attention_forward
+from fsa_core.packing import single_sequence
+from fsa_core.patterns import expand_query_blocks
+from fsa_core.problem import Problem
+from fsa_core.reference import dense_attention_reference, selected_attention_reference
+from fsa_core.validation import validate_dense, validate_selected
+
+BACKENDS = ("auto", "triton", "cpu", "reference")
+
+Answer = tuple[torch.Tensor, torch.Tensor]
+
+
+def selected_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    *,
+    block_size: int,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    query_block_size: int = 1,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Answer:
+    """softmax(q k^T * softmax_scale) v over the KV blocks that each query token selected.
+
+    Args:
+        q: [num_q_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; head_dim 16 to 256. Query i
+            of a sequence sits at position len_k - len_q + i.
+        k: [num_k_tokens, num_kv_heads, head_dim]; num_q_heads is any multiple of num_kv_heads.
+        v: [num_k_tokens, num_kv_heads, value_dim]; value_dim 16 to 256.
+        block_indices: int32 [1 | num_kv_heads | num_q_heads, rows, num_slots], ids of blocks inside the row's
+            own sequence, unique in a row, -1 in unused slots, in any order; ascending rows are checked
+            fastest. One row a query token, or one for ``query_block_size`` queries of a sequence.
+        block_size: keys in a block: 16, 32, 64, 128 or 256. The last block of a sequence may be short.
+        cu_seqlens_q, cu_seqlens_k: int32 [num_sequences + 1], where each packed sequence starts, and the
+            total; None: one sequence.
+        softmax_scale: default 1 / sqrt(head_dim).
+        causal: a token sees no key after its own position, and selects no block after its own.
+        backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
+            "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
+        validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
+            synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or give a wrong
+            answer, but touch no foreign memory; cu_seqlens must be right.
+
+    Returns:
+        out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],
+        the natural log of the sum of exponentials of each row of scores. A token without keys gives 0 and
+        -inf. Neither carries gradients. Bitwise the same whatever else is packed into the call.
+
+    Raises:
+        InputError: the call breaks the contract above.
+        ValueError: the backend is unknown or cannot run on these tensors.
+        torch.OutOfMemoryError: as any CUDA allocation.
+
+    Source: Flash Sparse Attention, arXiv 2508.18224; the selected branch of NSA, arXiv 2502.11089.
+    """
+    problem = validate_selected(
+        q,
+        k,
+        v,
+        block_indices,
+        block_size=block_size,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        query_block_size=query_block_size,
+        check_values=validate,
+    )
+    cu_seqlens_q, cu_seqlens_k = _starts(q, cu_seqlens_q), _starts(k, cu_seqlens_k)
+    rows = expand_query_blocks(
+        block_indices,
+        query_block_size=query_block_size,
+        block_size=block_size,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=causal,
+        num_q_tokens=problem.num_q_tokens,
+    )
+    return attend(problem, q, k, v, rows, cu_seqlens_q, cu_seqlens_k, backend=backend)
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    backend: str = "auto",
+) -> Answer:
+    """softmax(q k^T * softmax_scale) v over every key that a token may see; as ``selected_attention``.
+
+    There is one implementation a device, torch's own: "auto", "triton" and "cpu" all mean it, on tensors of
+    a device that they can run on.
+    """
+    problem = validate_dense(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    return attend(problem, q, k, v, None, _starts(q, cu_seqlens_q), _starts(k, cu_seqlens_k), backend=backend)
+
+
+@torch.no_grad()
+def attend(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> Answer:
+    """Run an already validated problem; block_indices is in normal form, or None for dense attention.
+
+    Shapes, answer and ``backend`` as in ``selected_attention``. Raises ValueError when the backend cannot
+    run on these tensors.
+    """
+    backend = _resolved(backend, q.device)
+    q, k, v, cu_seqlens_q, cu_seqlens_k = (x.contiguous() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+    if problem.num_q_tokens == 0:
+        shape = (0, problem.num_q_heads)
+        return q.new_empty(*shape, problem.value_dim), torch.empty(shape, device=q.device)
+    if block_indices is None:
+        forward = dense_attention_reference if backend == "reference" else dense_attention_forward
+        out, lse = forward(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    else:
+        selected = _selected_forward(backend)
+        out, lse = selected(problem, q, k, v, block_indices.contiguous(), cu_seqlens_q, cu_seqlens_k)
+    return out.to(q.dtype), lse.float()
+
+
+def _starts(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    return single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
+
+
+def _resolved(backend: str, device: torch.device) -> str:
+    """The backend to run, after checking that it can run there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "cpu"
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' takes CPU tensors, not tensors on {device}")
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' takes CUDA tensors, not tensors on {device}; "
+            "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter"
+        )
+    return backend
+
+
+def _selected_forward(backend: str) -> Callable[..., Answer]:
+    if backend == "reference":
+        return selected_attention_reference
+    if backend == "cpu":
+        return selected_attention_cpu
+    # Triton is imported when a kernel is first needed, and by fsa_core.kernels alone.
+    kernels = importlib.import_module("fsa_core.kernels.forward")
+    forward: Callable[..., Answer] = kernels.selected_attention_forward
+    return forward

@@ -1,0 +1,176 @@
+"""The values of block_indices: in range, causal, unique in a row; the first offender is named.
+
+The check runs beside the receipt of a request, so what is usual is cheap: a row whose ids ascend (unused
+slots anywhere) is never sorted, and temporaries are a few chunks that fit the cache. On CUDA nothing
+synchronises: the verdict is a tensor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fsa_core.errors import InputError
+from fsa_core.packing import row_starts
+
+CPU_IDS_AT_ONCE = 2**16
+CUDA_IDS_AT_ONCE = 2**24
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRows:
+    """What each row of block_indices belongs to, each [num_rows].
+
+    ``first_token`` is the row's first packed query, ``num_blocks`` (int32) those of its sequence, and
+    ``num_allowed`` (int32) how many of them, from the first, its last query may see.
+    """
+
+    sequence: torch.Tensor
+    first_token: torch.Tensor
+    num_blocks: torch.Tensor
+    num_allowed: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        num_rows: int,
+        *,
+        block_size: int,
+        query_block_size: int,
+        causal: bool,
+    ) -> "IndexRows":
+        starts = row_starts(cu_seqlens_q, query_block_size)
+        row = torch.arange(num_rows, device=starts.device)
+        sequence = torch.searchsorted(starts[1:], row, right=True).clamp_(max=len(starts) - 2)
+        start, end = cu_seqlens_q.long()[:-1][sequence], cu_seqlens_q.long()[1:][sequence]
+        first_token = start + (row - starts[sequence]) * query_block_size
+        num_keys = cu_seqlens_k.long().diff()[sequence]
+        num_blocks = -(-num_keys // block_size)
+        num_allowed = num_blocks
+        if causal:
+            last_token = torch.minimum(first_token + query_block_size, end) - 1
+            position = num_keys - (end - last_token)
+            num_allowed = torch.minimum(position // block_size + 1, num_blocks).clamp_(min=0)
+        return cls(sequence, first_token, num_blocks.int(), num_allowed.int())
+
+
+def ids_are_valid(block_indices: torch.Tensor, rows: IndexRows) -> torch.Tensor:
+    """bool []: every id of ``block_indices`` [heads, num_rows, num_slots] is in range, causal and unique."""
+    verdict = torch.ones((), dtype=torch.bool, device=block_indices.device)
+    for _, _, ids, part in _parts(block_indices, rows):
+        if block_indices.is_cuda:
+            verdict &= _in_range(ids, part.num_allowed).all() & ~_repeats(ids).any()
+        elif not _are_valid_on_cpu(ids, part.num_allowed):
+            return ~verdict
+    return verdict
+
+
+def first_offender(
+    block_indices: torch.Tensor, rows: IndexRows, *, block_size: int, per_token: bool
+) -> InputError:
+    """The error that names the first bad id by head, then token, then slot.
+
+    Of several faults of one id the order is: out of range, not causal, duplicate (of an earlier slot).
+    """
+    for head, first_row, ids, part in _parts(block_indices, rows):
+        bad = ~_in_range(ids, part.num_allowed)
+        bad |= _repeats(ids)
+        if bad.any():
+            row, slot = divmod(int(bad.flatten().int().argmax()), ids.shape[1])
+            place = (head, first_row + row, slot)
+            return _error(block_indices, rows, place, block_size=block_size, per_token=per_token)
+    raise AssertionError("every id is valid")
+
+
+def _parts(
+    block_indices: torch.Tensor, rows: IndexRows
+) -> Iterator[tuple[int, int, torch.Tensor, IndexRows]]:
+    """(head, first row, ids [n, num_slots], their rows), in order."""
+    _, num_rows, num_slots = block_indices.shape
+    size = max((CUDA_IDS_AT_ONCE if block_indices.is_cuda else CPU_IDS_AT_ONCE) // num_slots, 1)
+    for head, ids in enumerate(block_indices):
+        for start in range(0, num_rows, size):
+            part = slice(start, start + size)
+            facts = (rows.sequence, rows.first_token, rows.num_blocks, rows.num_allowed)
+            yield head, start, ids[part], IndexRows(*(fact[part] for fact in facts))
+
+
+def _are_valid_on_cpu(ids: torch.Tensor, num_allowed: torch.Tensor) -> bool:
+    if not _in_range(ids, num_allowed).all():
+        return False
+    # Cleared of its sign an unused slot is the largest id, so this passes rows that ascend and then end.
+    as_last = ids & _INT32_MAX
+    ascends = (as_last[:, 1:] > as_last[:, :-1]) | (ids[:, 1:] < 0)
+    if ascends.all():
+        return True
+    doubtful = ids[~ascends.all(1)]
+    doubtful = doubtful[~_ascends_between_pads(doubtful)]
+    return not _repeats(doubtful).any()
+
+
+def _ascends_between_pads(ids: torch.Tensor) -> torch.Tensor:
+    """bool [rows]: whether the ids in use ascend, wherever the unused slots lie."""
+    largest, step = ids.clone(), 1
+    while step < ids.shape[1]:
+        largest[:, step:] = torch.maximum(largest[:, step:], largest[:, :-step])
+        step *= 2
+    return ((ids[:, 1:] > largest[:, :-1]) | (ids[:, 1:] < 0)).all(1)
+
+
+def _in_range(ids: torch.Tensor, num_allowed: torch.Tensor) -> torch.Tensor:
+    return (ids >= -1) & (ids < num_allowed[:, None])
+
+
+def _repeats(ids: torch.Tensor) -> torch.Tensor:
+    """bool like ids: the id stands in an earlier slot of its row already."""
+    values, slot = ids.sort(dim=1, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    return repeated.scatter_(1, slot[:, 1:], (values[:, 1:] == values[:, :-1]) & (values[:, 1:] >= 0))
+
+
+def _error(
+    block_indices: torch.Tensor,
+    rows: IndexRows,
+    place: tuple[int, int, int],
+    *,
+    block_size: int,
+    per_token: bool,
+) -> InputError:
+    head, row, slot = place
+    row_ids = block_indices[head, row].tolist()
+    value, sequence = row_ids[slot], int(rows.sequence[row])
+    num_blocks, num_allowed = int(rows.num_blocks[row]), int(rows.num_allowed[row])
+    who = "token" if per_token else "row"
+    what = f"block_indices[head {head}, {who} {row}, slot {slot}] is {value}"
+    if value < -1 or value >= num_blocks:
+        reason = "INDEX_OUT_OF_RANGE"
+        expected = f"0 to {num_blocks - 1}, or -1" if num_blocks else "-1"
+        why = f"sequence {sequence} has {num_blocks} blocks of {block_size} keys, so expected {expected}"
+    elif value >= num_allowed:
+        reason = "INDEX_NOT_CAUSAL"
+        expected = f"at most {num_allowed - 1}" if num_allowed else "-1"
+        own = (
+            f"the {who}'s own block is {num_allowed - 1}"
+            if num_allowed
+            else f"the {who} comes before all keys"
+        )
+        why = f"{own}, so under causal expected {expected}"
+    else:
+        reason = "INDEX_DUPLICATE"
+        expected = "an id that no earlier slot has"
+        why = f"slot {row_ids.index(value)} has it already; ids must be unique in a row"
+    return InputError(
+        reason,
+        "block_indices",
+        f"{what}: {why}",
+        head=head,
+        token=int(rows.first_token[row]),
+        row=row,
+        slot=slot,
+        value=value,
+        sequence=sequence,
+        expected=expected,
+    )

@@ -1,0 +1,312 @@
+"""The contract of a call, checked where data enters; nothing that fails here reaches a kernel.
+
+Checks go from the outside in, and the first fault found is the one reported: types, ranks and dtypes, heads
+and dims, token counts, options, cu_seqlens, the shape of block_indices, and last its values, of which the
+first offending one by head, token and slot is named (index_checks.py).
+
+Reasons: INVALID_TYPE, INVALID_RANK, INVALID_DTYPE, INVALID_DEVICE, INVALID_HEADS, INVALID_HEAD_DIM,
+INVALID_TOKENS, INVALID_BLOCK_SIZE, INVALID_QUERY_BLOCK_SIZE, INVALID_SOFTMAX_SCALE, INVALID_CU_SEQLENS,
+INVALID_INDEX_SHAPE, INDEX_OUT_OF_RANGE, INDEX_NOT_CAUSAL, INDEX_DUPLICATE.
+
+Allowed on purpose: NaN and infinity in q, k and v; no tokens at all (the answer is empty); sequences of no
+tokens; more queries than keys under causal (the first queries then see nothing, and have to select nothing).
+"""
+
+import math
+from typing import Any, NoReturn, TypeGuard
+
+import torch
+
+from fsa_core.errors import InputError as InputError
+from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
+from fsa_core.packing import row_starts, single_sequence
+from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM, Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TOKENS = 2**31 - 1
+
+
+def validate_selected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    *,
+    block_size: int,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    query_block_size: int = 1,
+    check_values: bool = True,
+) -> Problem:
+    """The sizes of a call of selected attention, or InputError.
+
+    q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
+    v: [num_k_tokens, num_kv_heads, value_dim], all float16, bfloat16 or float32, on one device, of any
+    strides. block_indices: int32 [1 | num_kv_heads | num_q_heads, rows, num_slots], with a row for every
+    ``query_block_size`` queries of a sequence. cu_seqlens_*: int32 [num_sequences + 1]; None: one sequence.
+    ``check_values=False`` leaves the contents of cu_seqlens and block_indices unread. Reading them costs one
+    synchronisation on CUDA when they are valid.
+    """
+    _check_operands(q, k, v)
+    _check_choice("block_size", block_size, BLOCK_SIZES)
+    _check_query_block_size(query_block_size)
+    scale = _checked_scale(softmax_scale, q.shape[2])
+    cu_seqlens_q, cu_seqlens_k = _checked_starts(q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_index_shape(q, k, block_indices)
+    if query_block_size == 1:
+        _check_row_count(block_indices, q.shape[0], "one a query token")
+    if check_values:
+        options: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
+        _check_values(q, k, block_indices, cu_seqlens_q, cu_seqlens_k, causal=causal, **options)
+    return _problem(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        block_size=block_size,
+        index_heads=block_indices.shape[0],
+        num_slots=block_indices.shape[2],
+        causal=causal,
+        softmax_scale=scale,
+    )
+
+
+def validate_dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    check_values: bool = True,
+) -> Problem:
+    """The sizes of a call of dense attention, or InputError; arguments as in validate_selected."""
+    _check_operands(q, k, v)
+    scale = _checked_scale(softmax_scale, q.shape[2])
+    cu_seqlens_q, cu_seqlens_k = _checked_starts(q, k, cu_seqlens_q, cu_seqlens_k)
+    if check_values:
+        valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
+        if not valid:
+            _refuse_bad_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+            _refuse_bad_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    return _problem(
+        q, k, v, cu_seqlens_q, block_size=0, index_heads=0, num_slots=0, causal=causal, softmax_scale=scale
+    )
+
+
+def _problem(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, **rest: Any
+) -> Problem:
+    return Problem(
+        num_q_tokens=q.shape[0],
+        num_k_tokens=k.shape[0],
+        num_sequences=cu_seqlens_q.numel() - 1,
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        dtype=q.dtype,
+        **rest,
+    )
+
+
+def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, "[tokens, heads, dim]", 3)
+        if x.dtype not in DTYPES:
+            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "float16, bfloat16 or float32")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), f"{_name(q.dtype)}, that of q")
+        _check_device(name, x, q.device)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not MIN_HEAD_DIM <= x.shape[2] <= MAX_HEAD_DIM:
+            _refuse("INVALID_HEAD_DIM", name, "head dim", x.shape[2], f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+        if x.shape[1] == 0:
+            _refuse("INVALID_HEADS", name, "head count", 0, "at least 1")
+        if x.shape[0] > MAX_TOKENS:
+            _refuse("INVALID_TOKENS", name, "token count", x.shape[0], f"at most {MAX_TOKENS}")
+    if k.shape[2] != q.shape[2]:
+        _refuse("INVALID_HEAD_DIM", "k", "head dim", k.shape[2], f"{q.shape[2]}, that of q")
+    if v.shape[0] != k.shape[0]:
+        _refuse("INVALID_TOKENS", "v", "token count", v.shape[0], f"{k.shape[0]}, that of k")
+    if v.shape[1] != k.shape[1]:
+        _refuse("INVALID_HEADS", "v", "head count", v.shape[1], f"{k.shape[1]}, that of k")
+    if q.shape[1] % k.shape[1]:
+        raise InputError(
+            "INVALID_HEADS",
+            "q",
+            f"k has {k.shape[1]} heads, q has {q.shape[1]}: q's must be a multiple",
+            got=q.shape[1],
+            expected=f"a multiple of {k.shape[1]}",
+        )
+
+
+def _check_tensor(name: str, x: object, layout: str, rank: int) -> None:
+    if not isinstance(x, torch.Tensor):
+        _refuse("INVALID_TYPE", name, "type", type(x).__name__, "torch.Tensor")
+    if x.dim() != rank:
+        shape = f"{x.dim()} (shape {list(x.shape)})"
+        _refuse("INVALID_RANK", name, "rank", shape, f"{rank}, {layout}")
+
+
+def _check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+    if x.device != device:
+        _refuse("INVALID_DEVICE", name, "device", x.device, f"{device}, that of q")
+
+
+def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+    if not _is_int(value) or value not in choices:
+        expected = f"one of {', '.join(map(str, choices))}"
+        raise InputError(
+            f"INVALID_{name.upper()}",
+            name,
+            f"{name} is {value!r}: expected {expected}",
+            got=value,
+            expected=expected,
+        )
+
+
+def _check_query_block_size(value: object) -> None:
+    if not _is_int(value) or not 1 <= value <= MAX_TOKENS:
+        expected = f"an integer from 1 to {MAX_TOKENS}"
+        raise InputError(
+            "INVALID_QUERY_BLOCK_SIZE",
+            "query_block_size",
+            f"query_block_size is {value!r}: expected {expected}",
+            got=value,
+            expected=expected,
+        )
+
+
+def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
+    if not is_number or not math.isfinite(softmax_scale) or softmax_scale <= 0:
+        expected = "a finite number above 0"
+        raise InputError(
+            "INVALID_SOFTMAX_SCALE",
+            "softmax_scale",
+            f"softmax_scale is {softmax_scale!r}: expected {expected}",
+            got=softmax_scale,
+            expected=expected,
+        )
+    return float(softmax_scale)
+
+
+def _checked_starts(
+    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both cu_seqlens, checked but for their values; those left out become one sequence."""
+    if cu_seqlens_q is None:
+        cu_seqlens_q = single_sequence(q.shape[0], q.device)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = single_sequence(k.shape[0], k.device)
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_tensor(name, x, "[num_sequences + 1]", 1)
+        if x.dtype != torch.int32:
+            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
+        _check_device(name, x, q.device)
+        if x.numel() < 2:
+            _refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")
+    if cu_seqlens_k.numel() != cu_seqlens_q.numel():
+        expected = f"{cu_seqlens_q.numel()}, that of cu_seqlens_q"
+        _refuse("INVALID_CU_SEQLENS", "cu_seqlens_k", "length", cu_seqlens_k.numel(), expected)
+    return cu_seqlens_q, cu_seqlens_k
+
+
+def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:
+    _check_tensor("block_indices", block_indices, "[heads, rows, slots]", 3)
+    if block_indices.dtype != torch.int32:
+        _refuse("INVALID_DTYPE", "block_indices", "dtype", _name(block_indices.dtype), "int32")
+    _check_device("block_indices", block_indices, q.device)
+    heads, _, slots = block_indices.shape
+    allowed = sorted({1, k.shape[1], q.shape[1]})
+    if heads not in allowed:
+        expected = f"{' or '.join(map(str, allowed))} (1, the heads of k, or those of q)"
+        _refuse("INVALID_INDEX_SHAPE", "block_indices", "head count", heads, expected)
+    if slots == 0:
+        _refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", 0, "at least 1")
+
+
+def _check_row_count(block_indices: torch.Tensor, expected: int, why: str) -> None:
+    rows = block_indices.shape[1]
+    if rows != expected:
+        _refuse("INVALID_INDEX_SHAPE", "block_indices", "row count", rows, f"{expected}, {why}")
+
+
+def _check_values(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    block_size: int,
+    query_block_size: int,
+    causal: bool,
+) -> None:
+    num_rows = block_indices.shape[1]
+    index_rows = IndexRows.of(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        num_rows,
+        block_size=block_size,
+        query_block_size=query_block_size,
+        causal=causal,
+    )
+    valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
+    valid &= row_starts(cu_seqlens_q, query_block_size)[-1] == num_rows
+    # On CUDA the verdicts meet on the device and are read once; on the CPU the costly one is last.
+    if (q.is_cuda or valid) and valid & ids_are_valid(block_indices, index_rows):
+        return
+    _refuse_bad_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    _refuse_bad_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    expected_rows = int(row_starts(cu_seqlens_q, query_block_size)[-1])
+    _check_row_count(block_indices, expected_rows, f"one for {query_block_size} queries of a sequence")
+    raise first_offender(block_indices, index_rows, block_size=block_size, per_token=query_block_size == 1)
+
+
+def _starts_are_valid(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+
+
+def _refuse_bad_starts(name: str, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0:
+        _refuse_start(name, 0, starts[0], "0")
+    for i in range(1, len(starts)):
+        if starts[i] < starts[i - 1]:
+            _refuse_start(name, i, starts[i], f"at least {starts[i - 1]}, the one before it")
+    if starts[-1] != num_tokens:
+        _refuse_start(name, len(starts) - 1, starts[-1], f"{num_tokens}, the token count")
+
+
+def _refuse_start(name: str, index: int, value: int, expected: str) -> NoReturn:
+    raise InputError(
+        "INVALID_CU_SEQLENS",
+        name,
+        f"{name}[{index}] is {value}: expected {expected}",
+        index=index,
+        value=value,
+        expected=expected,
+    )
+
+
+def _refuse(reason: str, field: str, what: str, got: object, expected: str) -> NoReturn:
+    raise InputError(
+        reason, field, f"{field} has {what} {got}: expected {expected}", got=got, expected=expected
+    )
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

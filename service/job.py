@@ -60,7 +60,8 @@ class Layout:
             field = Field(offset, shape, dtype)
             fields.append(field)
             offset = -(-(offset + field.num_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(*fields, total_bytes=offset)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, block_indices, out, lse = fields
+        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, block_indices, out, lse, total_bytes=offset)
 
 
 @dataclass(frozen=True, slots=True)

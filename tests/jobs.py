@@ -73,17 +73,17 @@ class Request:
         """What lies where the answer belongs, copied."""
         return self.tensor("out").clone(), self.tensor("lse").clone()
 
-    def expected(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, device: str, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The answer of the request alone, computed in this process."""
         names = ("q", "k", "v", "block_indices", "cu_seqlens_q", "cu_seqlens_k")
         q, k, v, indices, cu_q, cu_k = (self.tensor(name).to(device, copy=True) for name in names)
         selection = None if self.problem.is_dense else indices
-        out, lse = attend(self.problem, q, k, v, selection, cu_q, cu_k)
+        out, lse = attend(self.problem, q, k, v, selection, cu_q, cu_k, backend=backend)
         return out.cpu(), lse.cpu()
 
-    def is_answered(self, device: str = "cpu") -> bool:
+    def is_answered(self, device: str = "cpu", backend: str = "auto") -> bool:
         """Whether the answer there is bitwise that of the request alone."""
-        pairs = zip(self.answer(), self.expected(device), strict=True)
+        pairs = zip(self.answer(), self.expected(device, backend), strict=True)
         return all(torch.equal(_bits(got), _bits(wanted)) for got, wanted in pairs)
 
     def _fill(self, seed: int, lengths_q: Sequence[int], lengths_k: Sequence[int]) -> None:

@@ -168,6 +168,21 @@ def test_the_worker_maps_new_segments_and_unmaps_dropped_ones(
     runner.run(scenario())
 
 
+def test_a_worker_runs_the_triton_kernels(pool: ArenaPool, spec: DeviceSpec, device: torch.device) -> None:
+    """Natively on a GPU; without one the worker inherits TRITON_INTERPRET=1 from the suite."""
+    requests = [Request.write(pool, SELECTED, seed, max_length=20) for seed in range(2)]
+
+    async def scenario() -> None:
+        client = await started(WorkerClient(spec, pool, num_threads=1, backend="triton"))
+        await client.submit([request.job for request in requests])
+        await client.stop(5)
+
+    asyncio.run(scenario())
+    for request in requests:
+        assert request.is_answered(str(device), "triton")
+        request.lease.release()
+
+
 def test_a_batch_that_raises_fails_alone(pool: ArenaPool, spec: DeviceSpec) -> None:
     bad, good = (Request.write(pool, SELECTED, seed) for seed in range(2))
     # More tokens than there are: the oracle, which believes what it is told, raises.

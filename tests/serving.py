@@ -67,6 +67,10 @@ class ServerProcess:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", options)
 
     @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
     def pid(self) -> int:
         return self.process.pid
 

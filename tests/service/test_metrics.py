@@ -82,12 +82,12 @@ def test_gauges_and_workers_are_read_when_asked(metrics: Metrics) -> None:
     metrics.watch_inflight_bytes("host", lambda: depth[0] * 10)
     before = samples(metrics)
     worker.is_up, depth[0] = False, 4
-    worker.restarts["signal"] += 2
+    worker.restarts["killed"] += 2
     after = samples(metrics)
     assert (before["fsa_queue_depth",], after["fsa_queue_depth",]) == (3, 4)
     assert (before["fsa_inflight_bytes", "host"], after["fsa_inflight_bytes", "host"]) == (30, 40)
     assert (before["fsa_worker_up", "cuda:0"], after["fsa_worker_up", "cuda:0"]) == (1, 0)
-    assert after["fsa_worker_restarts_total", "signal"] == 2
+    assert after["fsa_worker_restarts_total", "killed"] == 2
     assert after["fsa_gpu_memory_used_bytes", "cuda:0"] == 10
 
 

@@ -1,0 +1,179 @@
+"""Queue to a real worker process: batches, cancellation, deadlines, failures."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from service.arena import ArenaPool
+from service.batcher import Batcher, BatchLimits
+from service.device_worker import DeviceWorker, RunJob
+from service.devices import discover
+from service.dispatcher import Dispatcher, Outcome
+from service.errors import FsaError
+from service.job import Slice
+from service.metrics import Metrics
+from service.worker_client import WorkerClient, WorkerFailed
+from tests.jobs import SELECTED, Request
+
+LIMITS = BatchLimits(requests=8, tokens=100_000, num_bytes=1 << 30)
+
+
+async def no_warm_up(run: RunJob) -> None:
+    """The worker is taken as it is."""
+
+
+@dataclass
+class Line:
+    """A dispatcher over one worker, in the loop of ``runner``."""
+
+    runner: asyncio.Runner
+    arena: ArenaPool
+    worker: WorkerClient
+    dispatcher: Dispatcher
+
+    def request(self, seed: int = 0) -> Request:
+        return Request.write(self.arena, SELECTED, seed)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        assert self.worker.pid is not None
+        os.kill(self.worker.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.worker.pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def line(device: torch.device) -> Iterator[Line]:
+    arena = ArenaPool(16 << 20, segment_bytes=1 << 20)
+    with asyncio.Runner() as runner:
+
+        async def start() -> Line:
+            worker = WorkerClient(discover(device.type)[0], arena, num_threads=1)
+            workers = [DeviceWorker(worker, no_warm_up)]
+            dispatcher = Dispatcher(workers, Batcher(LIMITS), Metrics(), worker_wait_seconds=5.0)
+            await dispatcher.start()
+            await asyncio.wait_for(worker.wait_ready(), 60)
+            while not dispatcher.is_serving:
+                await asyncio.sleep(0.01)
+            return Line(runner, arena, worker, dispatcher)
+
+        line = runner.run(start())
+        yield line
+        runner.run(line.dispatcher.stop(1.0))
+
+
+def test_the_next_batch_forms_while_the_worker_is_busy(line: Line) -> None:
+    requests = [line.request(seed) for seed in range(6)]
+
+    async def scenario() -> list[Outcome]:
+        with line.frozen():
+            tasks = [asyncio.create_task(line.dispatcher.submit(request.job)) for request in requests]
+            await asyncio.sleep(0.05)
+            assert line.dispatcher.queue_depth == 4
+        return await asyncio.gather(*tasks)
+
+    outcomes = line.runner.run(scenario())
+    # One computes, one is on its way, and the rest had time to gather.
+    assert [outcome.batch_requests for outcome in outcomes] == [1, 1, 4, 4, 4, 4]
+    assert all(request.is_answered() for request in requests)
+
+
+def test_a_queued_request_that_is_cancelled_is_never_started(line: Line) -> None:
+    busy, cancelled = [line.request(seed) for seed in range(2)], line.request(9)
+
+    async def scenario() -> None:
+        with line.frozen():
+            tasks = [asyncio.create_task(line.dispatcher.submit(request.job)) for request in busy]
+            task = asyncio.create_task(line.dispatcher.submit(cancelled.job))
+            await asyncio.sleep(0.02)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 0.5)
+            assert line.dispatcher.queue_depth == 0
+        await asyncio.gather(*tasks)
+
+    line.runner.run(scenario())
+    assert cancelled.tensor("out").isnan().all()
+
+
+def test_a_running_request_that_is_cancelled_keeps_its_memory_until_the_worker_is_done(line: Line) -> None:
+    request = line.request()
+
+    async def scenario() -> None:
+        with line.frozen():
+            task = asyncio.create_task(line.dispatcher.submit(request.job))
+            await asyncio.sleep(0.02)
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0.02)
+                assert not task.done()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, 5)
+
+    line.runner.run(scenario())
+    assert request.is_answered()
+
+
+def test_a_request_that_is_late_when_its_turn_comes_is_never_started(line: Line) -> None:
+    busy, late = [line.request(seed) for seed in range(2)], line.request(9)
+
+    async def scenario() -> None:
+        with line.frozen():
+            tasks = [asyncio.create_task(line.dispatcher.submit(request.job)) for request in busy]
+            await asyncio.sleep(0)
+            deadline = time.monotonic() + 0.05
+            task = asyncio.create_task(line.dispatcher.submit(late.job, deadline=deadline))
+            await asyncio.sleep(0.1)
+        with pytest.raises(FsaError) as caught:
+            await asyncio.wait_for(task, 5)
+        assert caught.value.reason == "DEADLINE_EXCEEDED"
+        await asyncio.gather(*tasks)
+
+    line.runner.run(scenario())
+    assert late.tensor("out").isnan().all()
+
+
+def test_priority_decides_what_goes_first(line: Line) -> None:
+    ended: list[str] = []
+
+    async def submit(name: str, request: Request, priority: int) -> None:
+        await line.dispatcher.submit(request.job, priority=priority)
+        ended.append(name)
+
+    async def scenario() -> None:
+        with line.frozen():
+            busy = [asyncio.create_task(submit("busy", line.request(seed), 0)) for seed in range(2)]
+            await asyncio.sleep(0.02)
+            low, high = line.request(2), line.request(3)
+            # Of different kinds, so that they cannot share a batch.
+            high = Request(replace(high.problem, softmax_scale=0.5), high.lease)
+            late = [asyncio.create_task(submit(*each)) for each in (("low", low, 0), ("high", high, 1))]
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*busy, *late)
+
+    line.runner.run(scenario())
+    assert ended == ["busy", "busy", "high", "low"]
+
+
+def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:
+    good, bad = line.request(1), line.request(2)
+    out_of_bounds = replace(bad.job, memory=Slice(bad.lease.memory.segment, 1 << 40, 256))
+
+    async def scenario() -> None:
+        with pytest.raises((WorkerFailed, FsaError)):
+            await line.dispatcher.submit(out_of_bounds)
+        while not line.dispatcher.is_serving:
+            await asyncio.sleep(0.02)
+        await line.dispatcher.submit(good.job)
+
+    line.runner.run(scenario())
+    assert good.is_answered()

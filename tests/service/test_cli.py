@@ -5,20 +5,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from service.cli import main
+from service.client import AttentionClient, BlockIndices
 from service.config import Settings
+from tests.serving import ServerProcess, eventually, running_server
 
 NOBODY = "127.0.0.1:1"
+MAX_INFLIGHT_REQUESTS = 8
 
 
 class Outcome(NamedTuple):
@@ -28,6 +32,15 @@ class Outcome(NamedTuple):
 
 
 Fsa = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Iterator[ServerProcess]:
+    """A server that more than a few requests at once are too many for."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running_server(log, devices=device.type, max_inflight_requests=MAX_INFLIGHT_REQUESTS) as server:
+        server.wait_for_health()
+        yield server
 
 
 @pytest.fixture
@@ -42,6 +55,14 @@ def fsa(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> F
         return Outcome(code if isinstance(code, int) else 1, *capfd.readouterr())
 
     return run
+
+
+def is_group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_help_lists_the_commands_and_loads_none_of_the_heavy_libraries() -> None:
@@ -59,7 +80,9 @@ def test_help_lists_the_commands_and_loads_none_of_the_heavy_libraries() -> None
     assert not heavy & set(loaded.split())
 
 
-@pytest.mark.parametrize("words", [["serve", "--prot", "1"], ["nonsense"], ["attend"], ["bench", "--slots", "-1"]])
+@pytest.mark.parametrize(
+    "words", [["serve", "--prot", "1"], ["nonsense"], ["attend"], ["bench", "--slots", "-1"]]
+)
 def test_wrong_usage_is_exit_code_2_on_standard_error(fsa: Fsa, words: list[str]) -> None:
     outcome = fsa(*words)
     assert (outcome.code, outcome.out) == (2, "")
@@ -136,3 +159,201 @@ class TestServe:
             _, errors = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "Traceback" not in errors
+
+
+class TestInfo:
+    def test_prints_an_aligned_table(self, fsa: Fsa, server: ServerProcess) -> None:
+        lines = fsa("info", "--target", server.target).out.splitlines()
+        assert lines[0].split() == ["health", "SERVING"]
+        values = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+        assert values["max_message_bytes"] == "512 MiB"
+        assert values["block_sizes"] == "16, 32, 64, 128, 256"
+        assert len({line.index(values[line.split()[0]].split()[0]) for line in lines[:2]}) == 1
+
+    def test_prints_json_for_programs(self, fsa: Fsa, server: ServerProcess) -> None:
+        info = json.loads(fsa("info", "--target", server.target, "--json").out)
+        assert info["health"] == "SERVING"
+        assert info["limits"]["max_message_bytes"] == 512 << 20
+        assert info["devices"][0]["up"] is True
+
+
+class TestAttend:
+    @pytest.fixture
+    def tensors(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        q, k, v = (
+            rng.standard_normal((32, heads, 32), np.float32).astype(ml_dtypes.bfloat16) for heads in (4, 2, 2)
+        )
+        return {"q": q, "k": k, "v": v, "block_indices": np.zeros((1, 32, 1), np.int32)}
+
+    @pytest.fixture
+    def fsa_attend(self, fsa: Fsa, server: ServerProcess, tmp_path: Path) -> Callable[..., Outcome]:
+        """Saves tensors and metadata, and runs ``fsa attend in.safetensors out.safetensors`` with words."""
+
+        def run(tensors: dict[str, np.ndarray], *words: object, **metadata: str) -> Outcome:
+            save_file(tensors, tmp_path / "in.safetensors", metadata=metadata)
+            files = (tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+            return fsa("attend", *files, "--target", server.target, *words)
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("words", "metadata"),
+        [
+            (["--block-size", "16", "--softmax-scale", "0.5", "--no-causal"], {}),
+            ([], {"block_size": "16", "softmax_scale": "0.5", "causal": "false"}),
+            (
+                ["--block-size", "16", "--no-causal"],
+                {"block_size": "64", "softmax_scale": "0.5", "causal": "true"},
+            ),
+        ],
+        ids=["flags", "metadata", "flags win"],
+    )
+    def test_writes_the_answer_of_the_file(
+        self,
+        fsa_attend: Callable[..., Outcome],
+        server: ServerProcess,
+        tmp_path: Path,
+        tensors: dict[str, np.ndarray],
+        words: list[str],
+        metadata: dict[str, str],
+    ) -> None:
+        outcome = fsa_attend(tensors, "--json", *words, **metadata)
+        assert outcome.code == 0, outcome.err
+        report = json.loads(outcome.out)
+        assert report["timings"]["kernel_seconds"] > 0
+        with safe_open(tmp_path / "out.safetensors", framework="numpy") as file:
+            assert file.metadata() == {"request_id": report["request_id"]}
+
+        q, k, v, block_indices = tensors.values()
+        with AttentionClient(server.target) as client:
+            pattern = BlockIndices(block_indices, 16)
+            answer = client.attend(q, k, v, pattern, softmax_scale=0.5, causal=False, return_lse=True)
+        written = load_file(tmp_path / "out.safetensors")
+        assert written["out"].dtype == ml_dtypes.bfloat16
+        assert written["out"].tobytes() == answer.out.tobytes()
+        assert written["lse"].tobytes() == answer.lse.tobytes()
+
+    def test_packed_sequences_and_dense_come_from_the_file_too(
+        self, fsa_attend: Callable[..., Outcome], tmp_path: Path, tensors: dict[str, np.ndarray]
+    ) -> None:
+        starts = np.array([0, 16, 32], np.int32)
+        del tensors["block_indices"]
+        outcome = fsa_attend({**tensors, "cu_seqlens_q": starts, "cu_seqlens_k": starts}, "--dense")
+        assert outcome.code == 0, outcome.err
+        assert [line.split()[0] for line in outcome.out.splitlines()][:3] == ["request", "receive", "queue"]
+        # The first token of each sequence sees its own key alone.
+        out = load_file(tmp_path / "out.safetensors")["out"]
+        np.testing.assert_array_equal(out[16, 0], tensors["v"][16, 0])
+
+    @pytest.mark.parametrize(
+        ("missing", "words", "code", "message"),
+        [
+            ("k", ["--dense"], 1, "has no tensor 'k'; it has block_indices, q, v"),
+            (
+                "block_indices",
+                [],
+                1,
+                "has no tensor 'block_indices'; add it, or attend to all keys with --dense",
+            ),
+            (None, [], 2, "give --block-size, or put block_size into the metadata of"),
+            (None, ["--block-size", "17"], 1, "block_size"),
+        ],
+    )
+    def test_what_the_file_lacks_is_said_in_one_line(
+        self,
+        fsa_attend: Callable[..., Outcome],
+        tensors: dict[str, np.ndarray],
+        missing: str | None,
+        words: list[str],
+        code: int,
+        message: str,
+    ) -> None:
+        outcome = fsa_attend({name: array for name, array in tensors.items() if name != missing}, *words)
+        assert (outcome.code, outcome.out) == (code, "")
+        assert message in outcome.err
+        assert outcome.err.count("\n") == 1
+
+    def test_a_file_that_is_no_safetensors_is_said_in_one_line(self, fsa: Fsa, tmp_path: Path) -> None:
+        file = tmp_path / "text"
+        file.write_text("nothing of the kind")
+        for source in (file, tmp_path / "absent"):
+            outcome = fsa("attend", source, tmp_path / "out", "--dense")
+            assert outcome.code == 1
+            assert outcome.err.startswith(f"fsa: {source} cannot be read as safetensors")
+            assert outcome.err.count("\n") == 1
+
+
+class TestBench:
+    SMALL = (
+        "--tokens",
+        64,
+        "--heads",
+        4,
+        "--kv-heads",
+        2,
+        "--head-dim",
+        32,
+        "--block-size",
+        16,
+        "--slots",
+        3,
+    )
+
+    def test_measures_every_concurrency_and_checks_answers(self, fsa: Fsa, server: ServerProcess) -> None:
+        words = ("--target", server.target, *self.SMALL, "--concurrency", "1,4", "--requests", 20)
+        outcome = fsa("bench", *words, "--processes", 2, "--json")
+        assert outcome.code == 0, outcome.err
+        result = json.loads(outcome.out)
+        assert result["check"]["against"] == "oracle"
+        assert [(run["concurrency"], run["answered"], run["failures"]) for run in result["runs"]] == [
+            (1, 20, {}),
+            (4, 20, {}),
+        ]
+        for run in result["runs"]:
+            latency, stages = run["latency_seconds"], run["stages_seconds"]
+            assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
+            assert 0 < stages["kernel"]["p50"] < stages["total"]["p50"] < latency["p99"]
+            assert run["tokens_per_second"] == pytest.approx(64 * run["requests_per_second"])
+
+    def test_prints_tables_for_people(self, fsa: Fsa, server: ServerProcess) -> None:
+        words = ("--target", server.target, *self.SMALL, "--concurrency", 1, "--duration", 0.3)
+        outcome = fsa("bench", *words, "--dtype", "float16", "--processes", 1)
+        assert outcome.code == 0, outcome.err
+        first_words = [line.split()[0] for line in outcome.out.splitlines() if line]
+        for name in ("request", "checked", "throughput", "latency", "queue", "kernel", "outside"):
+            assert name in first_words
+
+    def test_failures_are_counted_and_make_it_fail(self, fsa: Fsa, server: ServerProcess) -> None:
+        words = ("--target", server.target, *self.SMALL, "--requests", 64)
+        outcome = fsa("bench", *words, "--concurrency", 4 * MAX_INFLIGHT_REQUESTS, "--processes", 1, "--json")
+        (run,) = json.loads(outcome.out)["runs"]
+        failed = run["failures"]["BUDGET_EXHAUSTED"]
+        assert run["answered"] + failed == 64
+        assert outcome.code == 1
+        assert outcome.err == f"fsa: {failed} of 64 requests failed\n"
+
+    def test_a_request_that_the_server_refuses_ends_it_at_once(self, fsa: Fsa, server: ServerProcess) -> None:
+        outcome = fsa("bench", "--target", server.target, "--heads", 3, "--kv-heads", 2)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert outcome.err.startswith("fsa: ")
+        assert outcome.err.count("\n") == 1
+
+    def test_ctrl_c_ends_it_with_130_and_leaves_no_process(self, server: ServerProcess) -> None:
+        command = [sys.executable, "-m", "service.cli", "bench", "--target", server.target]
+        words = [str(word) for word in (*self.SMALL, "--concurrency", 2, "--duration", 60)]
+        with subprocess.Popen(
+            [*command, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith("checked"):
+                pass
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+        eventually(lambda: not is_group_alive(process.pid), what="the end of every process of the group")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving import ServerProcess
+
 pytestmark = pytest.mark.network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,7 +38,7 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def run(python: Path, folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
-    """Runs the environment's interpreter away from the repository, so that only what is installed is found."""
+    """Runs the environment's interpreter where only what is installed can be found."""
     command = [python, "-I", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
 
@@ -49,4 +51,13 @@ def test_nothing_of_the_server_is_installed(python: Path, tmp_path: Path, module
 def test_the_command_line_says_how_to_install_it(python: Path, tmp_path: Path) -> None:
     done = run(python, tmp_path, "-m", "service.cli", "info")
     assert done.returncode == 1
-    assert done.stderr == "fsa: the command line is not in the base install; pip install 'fsa-serve[server]'\n"
+    assert (
+        done.stderr == "fsa: the command line is not in the base install; pip install 'fsa-serve[server]'\n"
+    )
+
+
+def test_the_quickstart_runs_against_a_server(python: Path, tmp_path: Path, server: ServerProcess) -> None:
+    done = run(python, tmp_path, ROOT / "examples" / "client_quickstart.py", server.target)
+    assert done.returncode == 0, done.stderr
+    assert "out (512, 8, 64) float16 lse (512, 8)" in done.stdout
+    assert "refused: " in done.stdout

@@ -1,0 +1,243 @@
+"""Both clients against a real server: right answers in the caller's arrays, and failures worth catching."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from fsa_core.api import dense_attention, selected_attention
+from service.client import (
+    AsyncAttentionClient,
+    AttentionClient,
+    BlockIndices,
+    DeadlineExceeded,
+    Dense,
+    InvalidRequest,
+    ResourceExhausted,
+    Unavailable,
+)
+from tests.serving import ServerProcess, eventually
+
+TOKENS, Q_HEADS, KV_HEADS, DIM, BLOCK_SIZE = 40, 4, 2, 32, 16
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
+
+
+class Awaited:
+    """AsyncAttentionClient with its calls run to their end, so that one test serves both clients."""
+
+    def __init__(self, target: str, **options: Any) -> None:
+        self._runner = asyncio.Runner()
+
+        async def connect() -> AsyncAttentionClient:
+            return AsyncAttentionClient(target, **options)
+
+        self._client = self._runner.run(connect())
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        return lambda *args, **options: self._runner.run(method(*args, **options))
+
+    def __enter__(self) -> "Awaited":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+@pytest.fixture(params=[AttentionClient, Awaited], ids=["sync", "async"])
+def client_type(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def client(client_type: Any, server: ServerProcess) -> Iterator[Any]:
+    with client_type(server.target, timeout_seconds=30) as client:
+        yield client
+
+
+def torch_tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """q, k, v, and rows with their own block and, where there is one, the block before."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(TOKENS, heads, DIM, generator=generator).to(dtype)
+        for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
+    )
+    own = torch.arange(TOKENS, dtype=torch.int32) // BLOCK_SIZE
+    return q, k, v, torch.stack([own - 1, own], dim=-1)[None].expand(KV_HEADS, -1, -1)
+
+
+def expected(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, block_indices = torch_tensors(dtype)
+    q, k, v = q.float(), k.float(), v.float()
+    return selected_attention(q, k, v, block_indices, block_size=BLOCK_SIZE, backend="reference")
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+class TestAnswers:
+    def test_torch_in_and_out(self, client: Any, dtype: torch.dtype) -> None:
+        q, k, v, block_indices = torch_tensors(dtype)
+        answer = client.attend(q, k, v, BlockIndices(block_indices, BLOCK_SIZE), return_lse=True)
+        out, lse = expected(dtype)
+        assert answer.out.dtype == dtype
+        torch.testing.assert_close(
+            answer.out.float(), out.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
+        torch.testing.assert_close(answer.lse, lse.float(), atol=1e-2, rtol=1e-3)
+
+    def test_numpy_in_and_out_has_the_same_bits(self, client: Any, dtype: torch.dtype) -> None:
+        q, k, v, block_indices = torch_tensors(dtype)
+        as_torch = client.attend(q, k, v, BlockIndices(block_indices, BLOCK_SIZE)).out
+        arrays = (to_numpy(tensor) for tensor in (q, k, v))
+        as_numpy = client.attend(*arrays, BlockIndices(block_indices.numpy(), BLOCK_SIZE)).out
+        assert isinstance(as_numpy, np.ndarray)
+        assert as_numpy.dtype == to_numpy(as_torch).dtype
+        assert as_numpy.tobytes() == to_numpy(as_torch).tobytes()
+
+
+def test_selected_attention_takes_the_arguments_of_fsa_core(client: Any) -> None:
+    q, k, v, _ = torch_tensors()
+    starts = torch.tensor([0, 24, TOKENS], dtype=torch.int32)
+    options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "softmax_scale": 0.3, "causal": False}
+    rows = torch.zeros(1, 2 + 1, 1, dtype=torch.int32)  # 24 queries and 16 queries, 16 to a row
+    blocks = {"block_size": BLOCK_SIZE, "query_block_size": 16}
+    answer = client.selected_attention(q, k, v, rows, **blocks, **options)
+    out, _ = selected_attention(q, k, v, rows, **blocks, **options, backend="reference")
+    torch.testing.assert_close(answer.out, out.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_dense_attention_and_an_empty_request(client: Any) -> None:
+    q, k, v, _ = torch_tensors()
+    out, _ = dense_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(client.attend(q, k, v, Dense()).out, out.float(), atol=1e-5, rtol=1e-5)
+    assert client.attend(q[:0], k[:0], v[:0], Dense()).out.shape == (0, Q_HEADS, DIM)
+
+
+def test_an_answer_carries_its_request_id_and_where_the_time_went(client: Any) -> None:
+    q, k, v, _ = torch_tensors()
+    answer = client.attend(q, k, v, Dense(), request_id="mine")
+    timings = answer.timings
+    assert answer.request_id == "mine"
+    assert answer.lse is None
+    assert 0 < timings.kernel_seconds <= timings.total_seconds < 30
+    assert timings.batch_requests == 1
+    assert timings.batch_tokens >= TOKENS
+
+
+def test_a_bad_index_is_an_invalid_request_that_says_where(client: Any) -> None:
+    q, k, v, block_indices = torch_tensors()
+    bad = block_indices.clone()
+    bad[1, 7, 1] = 99
+    with pytest.raises(InvalidRequest) as caught:
+        client.attend(q, k, v, BlockIndices(bad, BLOCK_SIZE), request_id="bad-one")
+    error = caught.value
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.reason
+    assert error.reason in str(error)
+    assert {"head": "1", "token": "7", "slot": "1"}.items() <= error.metadata.items()
+    assert error.request_id == "bad-one"
+    assert error.retry_after_seconds is None
+
+
+def test_more_than_the_server_takes_is_resource_exhausted(client: Any) -> None:
+    heads = client.server_info().limits.max_q_heads + 1
+    q = np.ones((1, heads, 16), np.float32)
+    with pytest.raises(ResourceExhausted) as caught:
+        client.attend(q, q, q, Dense())
+    assert caught.value.reason == "LIMIT_EXCEEDED"
+
+
+def test_a_deadline_is_kept_while_the_worker_stands_still(client: Any, server: ServerProcess) -> None:
+    q, k, v, _ = torch_tensors()
+    start = time.monotonic()
+    with server.frozen_worker(), pytest.raises(DeadlineExceeded):
+        client.attend(q, k, v, Dense(), timeout_seconds=0.3)
+    assert time.monotonic() - start < 3
+
+
+def test_the_server_says_what_it_is(client: Any, device: torch.device) -> None:
+    info = client.server_info()
+    assert {(found.kind, found.up) for found in info.devices} == {(device.type, True)}
+    assert set(info.dtypes) >= {"float16", "bfloat16", "float32"}
+    assert info.limits.block_sizes == (16, 32, 64, 128, 256)
+    assert info.versions["torch"]
+    assert client.health() == "SERVING"
+
+
+def test_waiting_for_a_server_that_is_not_there_ends_in_time(client_type: Any) -> None:
+    start = time.monotonic()
+    with client_type("127.0.0.1:1") as client, pytest.raises(Unavailable, match="not reachable"):
+        client.wait_ready(timeout_seconds=0.5)
+    assert time.monotonic() - start < 3
+
+
+def test_the_number_of_attempts_is_checked() -> None:
+    with pytest.raises(ValueError, match="max_attempts is 6; it must be between 1 and 5"):
+        AttentionClient("127.0.0.1:1", max_attempts=6)
+
+
+def test_cancelling_the_task_cancels_the_call_on_the_server(server: ServerProcess) -> None:
+    q, k, v, _ = torch_tensors()
+
+    def cancelled() -> float:
+        return server.metrics().get(("fsa_requests_total", "CANCELLED", "Attend"), 0)
+
+    async def cancel() -> None:
+        async with AsyncAttentionClient(server.target) as client:
+            task = asyncio.create_task(client.attend(q, k, v, Dense()))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    before = cancelled()
+    with server.frozen_worker():
+        asyncio.run(cancel())
+    eventually(lambda: cancelled() == before + 1, what="a cancelled request in the metrics")
+
+
+class TestLostWorker:
+    @pytest.fixture(autouse=True)
+    def worker_dies_in_half_a_second(self, server: ServerProcess) -> Iterator[None]:
+        """Frozen first, so that it dies with the request in it."""
+        (pid,) = server.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        yield
+        timer.join()
+        server.wait_for_health()
+
+    def test_its_request_is_retried_until_it_is_answered(
+        self, client_type: Any, server: ServerProcess
+    ) -> None:
+        q = np.ones((2048, 2, 64), np.float32)  # larger than gRPC's own limit on what it retries
+        with client_type(server.target, timeout_seconds=60) as client:
+            answer = client.attend(q, q, q, BlockIndices(np.zeros((1, 2048, 1), np.int32), 64))
+        np.testing.assert_allclose(answer.out, q, rtol=1e-3)
+
+    def test_its_request_is_unavailable_when_retries_are_off(
+        self, client_type: Any, server: ServerProcess
+    ) -> None:
+        q, k, v, _ = torch_tensors()
+        with (
+            client_type(server.target, timeout_seconds=60, max_attempts=1) as client,
+            pytest.raises(Unavailable) as caught,
+        ):
+            client.attend(q, k, v, Dense())
+        assert caught.value.reason == "WORKER_LOST"

@@ -100,14 +100,10 @@ class Executor(ABC):
 def failure_kind(error: Exception) -> FailureKind:
     if isinstance(error, torch.OutOfMemoryError):
         return FailureKind.OOM
-    # Triton has no type of its own for an error of the driver.
-    if (
-        isinstance(error, torch.AcceleratorError)
-        or "CUDA error" in str(error)
-        or "Error [CUDA]" in str(error)
-    ):
-        return FailureKind.FATAL
-    return FailureKind.ERROR
+    # Triton and cuBLAS have no type of their own for an error of the driver.
+    of_driver = "CUDA error" in str(error) or "Error [CUDA]" in str(error)
+    is_fatal = of_driver or isinstance(error, torch.AcceleratorError)
+    return FailureKind.FATAL if is_fatal else FailureKind.ERROR
 
 
 def _describe(error: Exception) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
 from fsa_core.problem import Problem
 
 ALIGNMENT_BYTES = 256

@@ -294,8 +294,7 @@ def test_a_worker_that_does_not_start_in_time_is_tried_again_ever_more_slowly(
 
     asyncio.run(scenario())
     pauses = [later - earlier for earlier, later in pairwise(ended_at[end] for end in (1, 2, 3, 4))]
-    for pause, least in zip(pauses, (0.2, 0.4, 0.8), strict=True):
-        assert least <= pause < least + 0.5
+    assert all(pause >= least for pause, least in zip(pauses, (0.2, 0.4, 0.8), strict=True))
     assert len(pids) == 4
     assert not any(is_alive(pid) for pid in pids)
 

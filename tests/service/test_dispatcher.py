@@ -37,6 +37,7 @@ class Line:
     arena: ArenaPool
     worker: WorkerClient
     dispatcher: Dispatcher
+    serving: asyncio.Event
 
     def request(self, seed: int = 0) -> Request:
         return Request.write(self.arena, SELECTED, seed)
@@ -59,12 +60,17 @@ def line(device: torch.device) -> Iterator[Line]:
         async def start() -> Line:
             worker = WorkerClient(discover(device.type)[0], arena, num_threads=1)
             workers = [DeviceWorker(worker, no_warm_up)]
-            dispatcher = Dispatcher(workers, Batcher(LIMITS), Metrics(), worker_wait_seconds=5.0)
+            serving = asyncio.Event()
+            dispatcher = Dispatcher(
+                workers,
+                Batcher(LIMITS),
+                Metrics(),
+                worker_wait_seconds=5.0,
+                on_serving_change=lambda is_serving: serving.set() if is_serving else serving.clear(),
+            )
             await dispatcher.start()
-            await asyncio.wait_for(worker.wait_ready(), 60)
-            while not dispatcher.is_serving:
-                await asyncio.sleep(0.01)
-            return Line(runner, arena, worker, dispatcher)
+            await asyncio.wait_for(serving.wait(), 60)
+            return Line(runner, arena, worker, dispatcher, serving)
 
         line = runner.run(start())
         yield line
@@ -171,8 +177,7 @@ def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: L
     async def scenario() -> None:
         with pytest.raises((WorkerFailed, FsaError)):
             await line.dispatcher.submit(out_of_bounds)
-        while not line.dispatcher.is_serving:
-            await asyncio.sleep(0.02)
+        await asyncio.wait_for(line.serving.wait(), 60)
         await line.dispatcher.submit(good.job)
 
     line.runner.run(scenario())

@@ -1,7 +1,7 @@
 """What a failure looks like to the client."""
 
-import asyncio
 import ast
+import asyncio
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

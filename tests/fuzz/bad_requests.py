@@ -1,0 +1,371 @@
+"""Requests with exactly one fault, and what the server has to say about each."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
+from tests.serving import tensor_message, tensor_of
+
+Request = attention_pb2.AttendRequest
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+# The server under test has small limits, so that small requests can be over them.
+LIMITS = {
+    "max_tokens": 300,
+    "max_sequences": 8,
+    "max_q_heads": 16,
+    "max_slots": 8,
+    "max_message_bytes": 1 << 20,
+}
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+Q_LENS, K_LENS = (5, 0, 24, 1), (33, 7, 24, 50)
+BLOCK, SLOTS = 16, 4
+
+
+@dataclass(frozen=True)
+class BadRequest:
+    """``metadata`` is what the refusal's metadata has to contain, at least."""
+
+    raw: bytes
+    reason: str
+    code: str = "INVALID_ARGUMENT"
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"BadRequest({self.reason}, {self.metadata}, {len(self.raw)} bytes)"
+
+
+@cache
+def _valid(dtype: torch.dtype, index_heads: int, causal: bool) -> bytes:
+    """2 KV heads, 4 query heads; every row has two slots in use and two that are not."""
+    generator = torch.Generator().manual_seed(index_heads)
+    q, k, v = (
+        torch.randn(n, heads, dim, generator=generator).to(dtype)
+        for n, heads, dim in ((sum(Q_LENS), 4, 32), (sum(K_LENS), 2, 32), (sum(K_LENS), 2, 16))
+    )
+    # Every query sees at least one block; block 0 is right for all, block 1 where there is one.
+    own = torch.cat(
+        [(n_k - n_q + torch.arange(n_q)) // BLOCK for n_q, n_k in zip(Q_LENS, K_LENS, strict=True)]
+    )
+    rows = torch.stack([own, torch.full_like(own, -1), own - 1, torch.full_like(own, -1)], dim=-1)
+    indices = rows.clamp(min=-1).int().expand(index_heads, -1, -1)
+    return Request(
+        request_id="fuzz",
+        q=tensor_message(q),
+        k=tensor_message(k),
+        v=tensor_message(v),
+        pattern=pattern_pb2.SparsityPattern(
+            block_indices=pattern_pb2.BlockIndices(indices=tensor_message(indices), block_size=BLOCK)
+        ),
+        cu_seqlens_q=[0, *accumulate(Q_LENS)],
+        cu_seqlens_k=[0, *accumulate(K_LENS)],
+        causal=causal,
+    ).SerializeToString()
+
+
+def valid_requests() -> st.SearchStrategy[attention_pb2.AttendRequest]:
+    """A fresh message that is free of faults."""
+    raws = st.builds(_valid, st.sampled_from(FLOATS), st.sampled_from([1, 2, 4]), st.booleans())
+    return raws.map(Request.FromString)
+
+
+def missing(draw: Draw, request: Request) -> BadRequest:
+    name = draw(st.sampled_from(["q", "k", "v", "pattern"]))
+    request.ClearField(name)
+    return BadRequest(request.SerializeToString(), "MISSING_FIELD", metadata={"field": name})
+
+
+def missing_payload(draw: Draw, request: Request) -> BadRequest:
+    name, tensor = _any_tensor(draw, request)
+    tensor.ClearField("inline")
+    metadata = {"field": f"{name}.inline"}
+    return BadRequest(request.SerializeToString(), "MISSING_FIELD", metadata=metadata)
+
+
+def unknown_dtype(draw: Draw, request: Request) -> BadRequest:
+    name, tensor = _any_tensor(draw, request)
+    tensor.dtype = draw(st.sampled_from([0, 5, 99, -1, 2**31 - 1]))
+    return BadRequest(request.SerializeToString(), "INVALID_DTYPE", metadata={"field": name})
+
+
+def wrong_dtype(draw: Draw, request: Request) -> BadRequest:
+    """A known dtype in the wrong place, with the right number of bytes for it."""
+    name, tensor = _any_tensor(draw, request)
+    values = tensor_of(tensor)
+    wrong = st.sampled_from([torch.int32, *FLOATS] if name != "block_indices" else FLOATS)
+    dtype = draw(wrong.filter(lambda dtype: dtype != values.dtype))
+    tensor.CopyFrom(tensor_message(values.to(dtype)))
+    # Where q changes to another float, it is k that disagrees with it.
+    blamed = "k" if name == "q" and dtype is not torch.int32 else name
+    return BadRequest(request.SerializeToString(), "INVALID_DTYPE", metadata={"field": blamed})
+
+
+def wrong_byte_count(draw: Draw, request: Request) -> BadRequest:
+    name, tensor = _any_tensor(draw, request)
+    payload = tensor.inline
+    cut = draw(st.integers(1, len(payload)))
+    tensor.inline = draw(st.sampled_from([payload[:-cut], payload + bytes(cut)]))
+    metadata = {"field": name, "expected_bytes": str(len(payload)), "num_bytes": str(len(tensor.inline))}
+    return BadRequest(request.SerializeToString(), "INVALID_BYTE_COUNT", metadata=metadata)
+
+
+def impossible_shape(draw: Draw, request: Request) -> BadRequest:
+    name, tensor = _any_tensor(draw, request)
+    axis = draw(st.integers(0, 2))
+    kind = draw(st.sampled_from(["negative", "huge", "deep"]))
+    if kind == "negative":
+        tensor.shape[axis] = draw(st.integers(-(2**63), -1))
+    elif kind == "huge":
+        tensor.shape[axis] = draw(st.integers(2**62, 2**63 - 1))
+        if draw(st.booleans()):
+            tensor.shape[(axis + 1) % 3] = 0
+    else:
+        tensor.shape.extend([1] * draw(st.integers(6, 40)))
+    return BadRequest(request.SerializeToString(), "INVALID_SHAPE", metadata={"field": name})
+
+
+def wrong_rank(draw: Draw, request: Request) -> BadRequest:
+    name, tensor = _any_tensor(draw, request)
+    a, b, c = tensor.shape
+    tensor.shape[:] = draw(st.sampled_from([[a * b * c], [a, b * c], [a, b, c, 1], [1, a, b, c]]))
+    return BadRequest(request.SerializeToString(), "INVALID_RANK", metadata={"field": name})
+
+
+def wrong_heads(draw: Draw, request: Request) -> BadRequest:
+    name = draw(st.sampled_from(["q", "v"]))
+    tensor = getattr(request, name)
+    values = tensor_of(tensor)
+    heads = draw(st.sampled_from([0, 1, 3, 5] if name == "q" else [0, 1, 3]))
+    tensor.CopyFrom(tensor_message(_resized(values, 1, heads)))
+    return BadRequest(request.SerializeToString(), "INVALID_HEADS", metadata={"field": name})
+
+
+def wrong_head_dim(draw: Draw, request: Request) -> BadRequest:
+    name = draw(st.sampled_from(["q", "k", "v"]))
+    tensor = getattr(request, name)
+    sizes = [0, 1, 15, 257, 300] + ([16, 31, 64] if name == "k" else [])
+    tensor.CopyFrom(tensor_message(_resized(tensor_of(tensor), 2, draw(st.sampled_from(sizes)))))
+    return BadRequest(request.SerializeToString(), "INVALID_HEAD_DIM", metadata={"field": name})
+
+
+def wrong_value_tokens(draw: Draw, request: Request) -> BadRequest:
+    values = tensor_of(request.v)
+    count = draw(st.integers(0, 200).filter(lambda n: n != values.shape[0]))
+    request.v.CopyFrom(tensor_message(_resized(values, 0, count)))
+    return BadRequest(request.SerializeToString(), "INVALID_TOKENS", metadata={"field": "v"})
+
+
+def wrong_block_size(draw: Draw, request: Request) -> BadRequest:
+    pattern, int32 = request.pattern.block_indices, st.integers(-(2**31), 2**31 - 1)
+    pattern.block_size = draw(int32.filter(lambda n: n not in (16, 32, 64, 128, 256)))
+    return BadRequest(request.SerializeToString(), "INVALID_BLOCK_SIZE")
+
+
+def wrong_query_block_size(draw: Draw, request: Request) -> BadRequest:
+    request.pattern.block_indices.query_block_size = draw(st.integers(-(2**31), -1))
+    return BadRequest(request.SerializeToString(), "INVALID_QUERY_BLOCK_SIZE")
+
+
+def wrong_scale(draw: Draw, request: Request) -> BadRequest:
+    negative = st.floats(max_value=-(2.0**-100), width=32)
+    request.softmax_scale = draw(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf]) | negative)
+    return BadRequest(request.SerializeToString(), "INVALID_SOFTMAX_SCALE")
+
+
+def wrong_starts(draw: Draw, request: Request) -> BadRequest:
+    name = draw(st.sampled_from(["cu_seqlens_q", "cu_seqlens_k"]))
+    starts = getattr(request, name)
+    match draw(st.sampled_from(["first", "last", "order", "count", "one"])):
+        case "first":
+            starts[0] = draw(st.sampled_from([-(2**31), -1, 1, 4]))
+        case "last":
+            starts[-1] += draw(st.sampled_from([-1, 1, 1000]))
+        case "order":
+            starts[1], starts[2] = 6, 5
+        case "count":
+            starts.append(starts[-1])
+        case _:
+            starts[:] = [starts[-1]]
+    return BadRequest(request.SerializeToString(), "INVALID_CU_SEQLENS")
+
+
+def wrong_index_shape(draw: Draw, request: Request) -> BadRequest:
+    tensor = request.pattern.block_indices.indices
+    values = tensor_of(tensor)
+    axis, sizes = draw(st.sampled_from([(0, (0, 3, 5)), (1, (0, 1, 29, 31, 60)), (2, (0,))]))
+    tensor.CopyFrom(tensor_message(_resized(values, axis, draw(st.sampled_from(sizes)))))
+    return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
+
+
+def wrong_row_count(draw: Draw, request: Request) -> BadRequest:
+    """One row a query token, where rows are said to serve several."""
+    request.pattern.block_indices.query_block_size = draw(st.integers(2, 2**31 - 1))
+    return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
+
+
+def bad_index(draw: Draw, request: Request) -> BadRequest:
+    """One entry that is out of range, after its token, or there twice; named by head, token and slot."""
+    tensor = request.pattern.block_indices.indices
+    values = tensor_of(tensor)
+    head = draw(st.integers(0, values.shape[0] - 1))
+    token = draw(st.integers(0, values.shape[1] - 1))
+    slot = draw(st.sampled_from([1, 3]))
+    num_blocks, own = _blocks_of(token)
+    out_of_range = st.integers(-(2**31), -2) | st.integers(num_blocks, 2**31 - 1)
+    kinds = {"INDEX_OUT_OF_RANGE": out_of_range, "INDEX_DUPLICATE": st.just(own)}
+    if request.causal and own + 1 < num_blocks:
+        kinds["INDEX_NOT_CAUSAL"] = st.integers(own + 1, num_blocks - 1)
+    reason = draw(st.sampled_from(sorted(kinds)))
+    values[head, token, slot] = value = draw(kinds[reason])
+    tensor.CopyFrom(tensor_message(values))
+    where = {"head": head, "token": token, "slot": slot, "value": value}
+    metadata = {name: str(number) for name, number in where.items()}
+    return BadRequest(request.SerializeToString(), reason, metadata=metadata)
+
+
+def unknown_field(draw: Draw, request: Request) -> BadRequest:
+    """A field of a later version, in any of the messages."""
+    owner = draw(st.sampled_from(["", "q", "k", "v", "pattern"]))
+    number = draw(st.integers(200, 2**29 - 1).filter(lambda n: not 19_000 <= n < 20_000))
+    extra = _varint(number << 3) + b"\x01"
+    if owner:
+        part = getattr(request, owner)
+        whole = part.SerializeToString() + extra
+        request.ClearField(owner)
+        tag = Request.DESCRIPTOR.fields_by_name[owner].number << 3 | 2
+        extra = _varint(tag) + _varint(len(whole)) + whole
+    raw = request.SerializeToString() + extra
+    return BadRequest(raw, "UNKNOWN_FIELD", metadata={"field_number": str(number)})
+
+
+def cut_off(draw: Draw, request: Request) -> BadRequest:
+    """The last field promises more bytes than there are."""
+    promised = draw(st.integers(1, 2**31))
+    raw = (
+        request.SerializeToString()
+        + b"\x0a"
+        + _varint(promised)
+        + bytes(draw(st.integers(0, min(promised - 1, 40))))
+    )
+    return BadRequest(raw, "MALFORMED_MESSAGE")
+
+
+def bad_request_id(draw: Draw, request: Request) -> BadRequest:
+    printable = st.text(
+        st.characters(codec="ascii", min_codepoint=33, max_codepoint=126), min_size=129, max_size=300
+    )
+    unprintable = st.text(st.sampled_from(" \n\té\0💥"), min_size=1, max_size=20)
+    request.request_id = draw(printable | unprintable)
+    return BadRequest(request.SerializeToString(), "INVALID_REQUEST_ID")
+
+
+def over_a_limit(draw: Draw, request: Request) -> BadRequest:
+    """Valid for a larger server."""
+    name = draw(
+        st.sampled_from(["max_tokens", "max_sequences", "max_q_heads", "max_slots", "max_message_bytes"])
+    )
+    size = LIMITS[name] + draw(st.integers(1, 40))
+    match name:
+        case "max_tokens":
+            _one_dense_sequence(request, num_k_tokens=size)
+        case "max_sequences":
+            for starts in (request.cu_seqlens_q, request.cu_seqlens_k):
+                starts.extend([starts[-1]] * (size - len(Q_LENS)))
+        case "max_q_heads":
+            size = size // 2 * 2 + 2
+            request.q.CopyFrom(tensor_message(_resized(tensor_of(request.q), 1, size)))
+            indices = request.pattern.block_indices.indices
+            indices.CopyFrom(tensor_message(tensor_of(indices)[:1]))
+        case "max_slots":
+            indices = request.pattern.block_indices.indices
+            padded = _resized(tensor_of(indices), 2, size)
+            padded[:, :, SLOTS:] = -1
+            indices.CopyFrom(tensor_message(padded))
+        case _:
+            raw = request.SerializeToString()
+            # The request id goes round again and again; the last one counts.
+            repeated = b"\x0a\x04fuzz"
+            raw += repeated * -(-(size - len(raw)) // len(repeated))
+            metadata = {"limit": name, "value": str(len(raw)), "max": str(LIMITS[name])}
+            return BadRequest(raw, "LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", metadata)
+    metadata = {"limit": name, "value": str(size), "max": str(LIMITS[name])}
+    return BadRequest(request.SerializeToString(), "LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", metadata)
+
+
+FAULTS = (
+    missing,
+    missing_payload,
+    unknown_dtype,
+    wrong_dtype,
+    wrong_byte_count,
+    impossible_shape,
+    wrong_rank,
+    wrong_heads,
+    wrong_head_dim,
+    wrong_value_tokens,
+    wrong_block_size,
+    wrong_query_block_size,
+    wrong_scale,
+    wrong_starts,
+    wrong_index_shape,
+    wrong_row_count,
+    bad_index,
+    bad_index,
+    bad_index,
+    unknown_field,
+    cut_off,
+    bad_request_id,
+    over_a_limit,
+)
+
+
+@st.composite
+def bad_requests(draw: Draw) -> BadRequest:
+    fault = draw(st.sampled_from(FAULTS))
+    return fault(draw, draw(valid_requests()))
+
+
+def _any_tensor(draw: Draw, request: Request) -> tuple[str, tensor_pb2.Tensor]:
+    name = draw(st.sampled_from(["q", "k", "v", "block_indices"]))
+    tensor = request.pattern.block_indices.indices if name == "block_indices" else getattr(request, name)
+    return name, tensor
+
+
+def _resized(values: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """``values`` repeated or cut to ``size`` along ``axis``."""
+    index = torch.arange(size) % max(values.shape[axis], 1)
+    return values.index_select(axis, index)
+
+
+def _blocks_of(token: int) -> tuple[int, int]:
+    """How many blocks the token's sequence has, and which one is the token's own."""
+    start = 0
+    for n_q, n_k in zip(Q_LENS, K_LENS, strict=True):
+        if token < start + n_q:
+            return -(-n_k // BLOCK), (n_k - n_q + token - start) // BLOCK
+        start += n_q
+    raise ValueError(token)
+
+
+def _one_dense_sequence(request: Request, *, num_k_tokens: int) -> None:
+    for tensor in (request.k, request.v):
+        tensor.CopyFrom(tensor_message(_resized(tensor_of(tensor), 0, num_k_tokens)))
+    request.pattern.CopyFrom(pattern_pb2.SparsityPattern(dense=pattern_pb2.Dense()))
+    request.ClearField("cu_seqlens_q")
+    request.ClearField("cu_seqlens_k")
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*encoded, value))

@@ -68,14 +68,17 @@ _CLASSES: Mapping[grpc.StatusCode, type[AttentionError]] = {
 
 
 def error_from_rpc(error: Any, request_id: str = "") -> AttentionError:
-    """The failed call of either client (grpc.RpcError that is a grpc.Call, or grpc.aio.AioRpcError)."""
+    """The failed call of either client (grpc.RpcError that is a grpc.Call, or grpc.aio.AioRpcError).
+
+    ``request_id``: the one that was sent; without it, the server's own is taken.
+    """
     info, retry = _details(error.trailing_metadata() or ())
     return _CLASSES.get(error.code(), AttentionError)(
         error.code(),
         info.reason,
         error.details() or "the server gave no message",
         metadata=info.metadata,
-        request_id=request_id,
+        request_id=request_id or info.metadata.get("request_id", ""),
         retry_after_seconds=None if retry is None else retry.retry_delay.ToNanoseconds() / 1e9,
     )
 

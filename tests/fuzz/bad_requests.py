@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -71,14 +71,32 @@ def _valid(dtype: torch.dtype, index_heads: int, causal: bool) -> bytes:
     ).SerializeToString()
 
 
-def valid_requests() -> st.SearchStrategy[attention_pb2.AttendRequest]:
-    """A fresh message that is free of faults."""
-    raws = st.builds(_valid, st.sampled_from(FLOATS), st.sampled_from([1, 2, 4]), st.booleans())
-    return raws.map(Request.FromString)
+@cache
+def one_of(*options: Any) -> st.SearchStrategy[Any]:
+    """One of the options. A strategy is costly to make and cheap to draw from, so each is made once."""
+    return st.sampled_from(options)
+
+
+@cache
+def integers(smallest: int, largest: int) -> st.SearchStrategy[int]:
+    return st.integers(smallest, largest)
+
+
+def _valid_request(draw: Draw) -> Request:
+    dtype, index_heads, causal = draw(one_of(*product(FLOATS, (1, 2, 4), (False, True))))
+    return Request.FromString(_valid(dtype, index_heads, causal))
+
+
+valid_requests = st.composite(_valid_request)
+
+
+WRONG_BLOCK_SIZES = integers(-(2**31), 2**31 - 1).filter(lambda n: n not in (16, 32, 64, 128, 256))
+WRONG_SCALES = one_of(0.0, -0.0, math.nan, math.inf, -math.inf) | st.floats(max_value=-(2.0**-100), width=32)
+WRONG_IDS = st.text("0aZ~", min_size=129, max_size=300) | st.text(" \n\té\0💥", min_size=1, max_size=20)
 
 
 def missing(draw: Draw, request: Request) -> BadRequest:
-    name = draw(st.sampled_from(["q", "k", "v", "pattern"]))
+    name = draw(one_of("q", "k", "v", "pattern"))
     request.ClearField(name)
     return BadRequest(request.SerializeToString(), "MISSING_FIELD", metadata={"field": name})
 
@@ -92,7 +110,7 @@ def missing_payload(draw: Draw, request: Request) -> BadRequest:
 
 def unknown_dtype(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
-    tensor.dtype = draw(st.sampled_from([0, 5, 99, -1, 2**31 - 1]))
+    tensor.dtype = draw(one_of(0, 5, 99, -1, 2**31 - 1))
     return BadRequest(request.SerializeToString(), "INVALID_DTYPE", metadata={"field": name})
 
 
@@ -100,8 +118,8 @@ def wrong_dtype(draw: Draw, request: Request) -> BadRequest:
     """A known dtype in the wrong place, with the right number of bytes for it."""
     name, tensor = _any_tensor(draw, request)
     values = tensor_of(tensor)
-    wrong = st.sampled_from([torch.int32, *FLOATS] if name != "block_indices" else FLOATS)
-    dtype = draw(wrong.filter(lambda dtype: dtype != values.dtype))
+    known = FLOATS if name == "block_indices" else (torch.int32, *FLOATS)
+    dtype = draw(one_of(*(dtype for dtype in known if dtype != values.dtype)))
     tensor.CopyFrom(tensor_message(values.to(dtype)))
     # Where q changes to another float, it is k that disagrees with it.
     blamed = "k" if name == "q" and dtype is not torch.int32 else name
@@ -111,83 +129,83 @@ def wrong_dtype(draw: Draw, request: Request) -> BadRequest:
 def wrong_byte_count(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
     payload = tensor.inline
-    cut = draw(st.integers(1, len(payload)))
-    tensor.inline = draw(st.sampled_from([payload[:-cut], payload + bytes(cut)]))
+    cut = draw(integers(1, len(payload)))
+    tensor.inline = payload[:-cut] if draw(one_of(False, True)) else payload + bytes(cut)
     metadata = {"field": name, "expected_bytes": str(len(payload)), "num_bytes": str(len(tensor.inline))}
     return BadRequest(request.SerializeToString(), "INVALID_BYTE_COUNT", metadata=metadata)
 
 
 def impossible_shape(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
-    axis = draw(st.integers(0, 2))
-    kind = draw(st.sampled_from(["negative", "huge", "deep"]))
+    axis = draw(integers(0, 2))
+    kind = draw(one_of("negative", "huge", "deep"))
     if kind == "negative":
-        tensor.shape[axis] = draw(st.integers(-(2**63), -1))
+        tensor.shape[axis] = draw(integers(-(2**63), -1))
     elif kind == "huge":
-        tensor.shape[axis] = draw(st.integers(2**62, 2**63 - 1))
-        if draw(st.booleans()):
+        tensor.shape[axis] = draw(integers(2**62, 2**63 - 1))
+        if draw(one_of(False, True)):
             tensor.shape[(axis + 1) % 3] = 0
     else:
-        tensor.shape.extend([1] * draw(st.integers(6, 40)))
+        tensor.shape.extend([1] * draw(integers(6, 40)))
     return BadRequest(request.SerializeToString(), "INVALID_SHAPE", metadata={"field": name})
 
 
 def wrong_rank(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
     a, b, c = tensor.shape
-    tensor.shape[:] = draw(st.sampled_from([[a * b * c], [a, b * c], [a, b, c, 1], [1, a, b, c]]))
+    shapes = ([a * b * c], [a, b * c], [a, b, c, 1], [1, a, b, c])
+    tensor.shape[:] = shapes[draw(integers(0, 3))]
     return BadRequest(request.SerializeToString(), "INVALID_RANK", metadata={"field": name})
 
 
 def wrong_heads(draw: Draw, request: Request) -> BadRequest:
-    name = draw(st.sampled_from(["q", "v"]))
+    name = draw(one_of("q", "v"))
     tensor = getattr(request, name)
     values = tensor_of(tensor)
-    heads = draw(st.sampled_from([0, 1, 3, 5] if name == "q" else [0, 1, 3]))
+    heads = draw(one_of(0, 1, 3, 5) if name == "q" else one_of(0, 1, 3))
     tensor.CopyFrom(tensor_message(_resized(values, 1, heads)))
     return BadRequest(request.SerializeToString(), "INVALID_HEADS", metadata={"field": name})
 
 
 def wrong_head_dim(draw: Draw, request: Request) -> BadRequest:
-    name = draw(st.sampled_from(["q", "k", "v"]))
+    name = draw(one_of("q", "k", "v"))
     tensor = getattr(request, name)
-    sizes = [0, 1, 15, 257, 300] + ([16, 31, 64] if name == "k" else [])
-    tensor.CopyFrom(tensor_message(_resized(tensor_of(tensor), 2, draw(st.sampled_from(sizes)))))
+    # k's has to be that of q, which is 32.
+    sizes = (0, 1, 15, 257, 300, *((16, 31, 64) if name == "k" else ()))
+    tensor.CopyFrom(tensor_message(_resized(tensor_of(tensor), 2, draw(one_of(*sizes)))))
     return BadRequest(request.SerializeToString(), "INVALID_HEAD_DIM", metadata={"field": name})
 
 
 def wrong_value_tokens(draw: Draw, request: Request) -> BadRequest:
     values = tensor_of(request.v)
-    count = draw(st.integers(0, 200).filter(lambda n: n != values.shape[0]))
+    count = (values.shape[0] + draw(integers(1, 200))) % 201
     request.v.CopyFrom(tensor_message(_resized(values, 0, count)))
     return BadRequest(request.SerializeToString(), "INVALID_TOKENS", metadata={"field": "v"})
 
 
 def wrong_block_size(draw: Draw, request: Request) -> BadRequest:
-    pattern, int32 = request.pattern.block_indices, st.integers(-(2**31), 2**31 - 1)
-    pattern.block_size = draw(int32.filter(lambda n: n not in (16, 32, 64, 128, 256)))
+    request.pattern.block_indices.block_size = draw(WRONG_BLOCK_SIZES)
     return BadRequest(request.SerializeToString(), "INVALID_BLOCK_SIZE")
 
 
 def wrong_query_block_size(draw: Draw, request: Request) -> BadRequest:
-    request.pattern.block_indices.query_block_size = draw(st.integers(-(2**31), -1))
+    request.pattern.block_indices.query_block_size = draw(integers(-(2**31), -1))
     return BadRequest(request.SerializeToString(), "INVALID_QUERY_BLOCK_SIZE")
 
 
 def wrong_scale(draw: Draw, request: Request) -> BadRequest:
-    negative = st.floats(max_value=-(2.0**-100), width=32)
-    request.softmax_scale = draw(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf]) | negative)
+    request.softmax_scale = draw(WRONG_SCALES)
     return BadRequest(request.SerializeToString(), "INVALID_SOFTMAX_SCALE")
 
 
 def wrong_starts(draw: Draw, request: Request) -> BadRequest:
-    name = draw(st.sampled_from(["cu_seqlens_q", "cu_seqlens_k"]))
+    name = draw(one_of("cu_seqlens_q", "cu_seqlens_k"))
     starts = getattr(request, name)
-    match draw(st.sampled_from(["first", "last", "order", "count", "one"])):
+    match draw(one_of("first", "last", "order", "count", "one")):
         case "first":
-            starts[0] = draw(st.sampled_from([-(2**31), -1, 1, 4]))
+            starts[0] = draw(one_of(-(2**31), -1, 1, 4))
         case "last":
-            starts[-1] += draw(st.sampled_from([-1, 1, 1000]))
+            starts[-1] += draw(one_of(-1, 1, 1000))
         case "order":
             starts[1], starts[2] = 6, 5
         case "count":
@@ -200,14 +218,14 @@ def wrong_starts(draw: Draw, request: Request) -> BadRequest:
 def wrong_index_shape(draw: Draw, request: Request) -> BadRequest:
     tensor = request.pattern.block_indices.indices
     values = tensor_of(tensor)
-    axis, sizes = draw(st.sampled_from([(0, (0, 3, 5)), (1, (0, 1, 29, 31, 60)), (2, (0,))]))
-    tensor.CopyFrom(tensor_message(_resized(values, axis, draw(st.sampled_from(sizes)))))
+    axis, sizes = draw(one_of((0, (0, 3, 5)), (1, (0, 1, 29, 31, 60)), (2, (0,))))
+    tensor.CopyFrom(tensor_message(_resized(values, axis, draw(one_of(*sizes)))))
     return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
 
 
 def wrong_row_count(draw: Draw, request: Request) -> BadRequest:
     """One row a query token, where rows are said to serve several."""
-    request.pattern.block_indices.query_block_size = draw(st.integers(2, 2**31 - 1))
+    request.pattern.block_indices.query_block_size = draw(integers(2, 2**31 - 1))
     return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
 
 
@@ -215,16 +233,17 @@ def bad_index(draw: Draw, request: Request) -> BadRequest:
     """One entry that is out of range, after its token, or there twice; named by head, token and slot."""
     tensor = request.pattern.block_indices.indices
     values = tensor_of(tensor)
-    head = draw(st.integers(0, values.shape[0] - 1))
-    token = draw(st.integers(0, values.shape[1] - 1))
-    slot = draw(st.sampled_from([1, 3]))
+    head = draw(integers(0, values.shape[0] - 1))
+    token = draw(integers(0, values.shape[1] - 1))
+    slot = draw(one_of(1, 3))
     num_blocks, own = _blocks_of(token)
-    out_of_range = st.integers(-(2**31), -2) | st.integers(num_blocks, 2**31 - 1)
-    kinds = {"INDEX_OUT_OF_RANGE": out_of_range, "INDEX_DUPLICATE": st.just(own)}
-    if request.causal and own + 1 < num_blocks:
-        kinds["INDEX_NOT_CAUSAL"] = st.integers(own + 1, num_blocks - 1)
-    reason = draw(st.sampled_from(sorted(kinds)))
-    values[head, token, slot] = value = draw(kinds[reason])
+    wrong = {
+        "INDEX_OUT_OF_RANGE": (draw(integers(-(2**31), -2)), draw(integers(num_blocks, 2**31 - 1))),
+        "INDEX_DUPLICATE": (own,),
+        "INDEX_NOT_CAUSAL": tuple(range(own + 1, num_blocks)) if request.causal else (),
+    }
+    reason = draw(one_of(*(reason for reason, values in wrong.items() if values)))
+    values[head, token, slot] = value = wrong[reason][draw(integers(0, len(wrong[reason]) - 1))]
     tensor.CopyFrom(tensor_message(values))
     where = {"head": head, "token": token, "slot": slot, "value": value}
     metadata = {name: str(number) for name, number in where.items()}
@@ -233,8 +252,8 @@ def bad_index(draw: Draw, request: Request) -> BadRequest:
 
 def unknown_field(draw: Draw, request: Request) -> BadRequest:
     """A field of a later version, in any of the messages."""
-    owner = draw(st.sampled_from(["", "q", "k", "v", "pattern"]))
-    number = draw(st.integers(200, 2**29 - 1).filter(lambda n: not 19_000 <= n < 20_000))
+    owner = draw(one_of("", "q", "k", "v", "pattern"))
+    number = draw(one_of(200, 1000, 18_999, 20_000, 2**29 - 1))
     extra = _varint(number << 3) + b"\x01"
     if owner:
         part = getattr(request, owner)
@@ -248,31 +267,20 @@ def unknown_field(draw: Draw, request: Request) -> BadRequest:
 
 def cut_off(draw: Draw, request: Request) -> BadRequest:
     """The last field promises more bytes than there are."""
-    promised = draw(st.integers(1, 2**31))
-    raw = (
-        request.SerializeToString()
-        + b"\x0a"
-        + _varint(promised)
-        + bytes(draw(st.integers(0, min(promised - 1, 40))))
-    )
+    promised, given = draw(integers(41, 2**31)), draw(integers(0, 40))
+    raw = request.SerializeToString() + b"\x0a" + _varint(promised) + bytes(given)
     return BadRequest(raw, "MALFORMED_MESSAGE")
 
 
 def bad_request_id(draw: Draw, request: Request) -> BadRequest:
-    printable = st.text(
-        st.characters(codec="ascii", min_codepoint=33, max_codepoint=126), min_size=129, max_size=300
-    )
-    unprintable = st.text(st.sampled_from(" \n\té\0💥"), min_size=1, max_size=20)
-    request.request_id = draw(printable | unprintable)
+    request.request_id = draw(WRONG_IDS)
     return BadRequest(request.SerializeToString(), "INVALID_REQUEST_ID")
 
 
 def over_a_limit(draw: Draw, request: Request) -> BadRequest:
     """Valid for a larger server."""
-    name = draw(
-        st.sampled_from(["max_tokens", "max_sequences", "max_q_heads", "max_slots", "max_message_bytes"])
-    )
-    size = LIMITS[name] + draw(st.integers(1, 40))
+    name = draw(one_of("max_tokens", "max_sequences", "max_q_heads", "max_slots", "max_message_bytes"))
+    size = LIMITS[name] + draw(integers(1, 40))
     match name:
         case "max_tokens":
             _one_dense_sequence(request, num_k_tokens=size)
@@ -329,12 +337,11 @@ FAULTS = (
 
 @st.composite
 def bad_requests(draw: Draw) -> BadRequest:
-    fault = draw(st.sampled_from(FAULTS))
-    return fault(draw, draw(valid_requests()))
+    return draw(one_of(*FAULTS))(draw, _valid_request(draw))
 
 
 def _any_tensor(draw: Draw, request: Request) -> tuple[str, tensor_pb2.Tensor]:
-    name = draw(st.sampled_from(["q", "k", "v", "block_indices"]))
+    name = draw(one_of("q", "k", "v", "block_indices"))
     tensor = request.pattern.block_indices.indices if name == "block_indices" else getattr(request, name)
     return name, tensor
 

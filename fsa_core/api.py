@@ -52,8 +52,8 @@ def selected_attention(
         backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
             "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
         validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
-            synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or give a wrong
-            answer, but touch no foreign memory; cu_seqlens must be right.
+            synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or
+            give a wrong answer, but touch no foreign memory; cu_seqlens must be right.
 
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],

@@ -1,0 +1,147 @@
+"""Workers killed under the load of real clients: what is in them fails at once, nothing else does."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from service.pb.fsa.v1 import attention_pb2
+from tests.serving import Refusal, ServerProcess, eventually, refusal_of, request_of, running_server
+
+MakeCase = Callable[..., Any]
+
+KILLS = 20
+CLIENTS = 6
+LOST = ("UNAVAILABLE", "WORKER_LOST")
+NO_WORKER = ("UNAVAILABLE", "NO_WORKER")
+
+
+class Load:
+    """Clients that send one request after the other and write down how each ended, and when."""
+
+    def __init__(self, server: ServerProcess, raw: bytes) -> None:
+        self.endings: Counter[tuple[str, str]] = Counter()
+        self.lost_at: list[float] = []
+        self.num_wrong = 0
+        self._server = server
+        self._raw = raw
+        self._expected = attention_pb2.AttendResponse.FromString(server.call(raw)).out
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._send) for _ in range(CLIENTS)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a call never ended"
+
+    def wait_for_more(self, ending: tuple[str, str], count: int, *, seconds: float = 30.0) -> None:
+        wanted = self.endings[ending] + count
+        eventually(lambda: self.endings[ending] >= wanted, seconds=seconds, what=str(ending))
+
+    def _send(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                answer = attention_pb2.AttendResponse.FromString(self._server.call(self._raw))
+            except grpc.RpcError as error:
+                refusal = refusal_of(error)
+                self._note((refusal.code, refusal.reason))
+                self._stopping.wait(0.05)
+            else:
+                self._note(("OK", ""), wrong=answer.out != self._expected)
+
+    def _note(self, ending: tuple[str, str], *, wrong: bool = False) -> None:
+        with self._lock:
+            self.endings[ending] += 1
+            self.num_wrong += wrong
+            if ending == LOST:
+                self.lost_at.append(time.monotonic())
+
+
+def kill_worker(server: ServerProcess) -> float:
+    """SIGKILL for the only child; returns when."""
+    (pid,) = server.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
+
+
+def test_a_worker_killed_again_and_again_costs_only_what_was_in_it(
+    tmp_path: Path, make_case: MakeCase, device: torch.device
+) -> None:
+    # Restarts at once, however short the worker's life was; one request a batch, so that some queue.
+    settings = {"worker_healthy_seconds": 0, "max_batch_requests": 1, "devices": device.type}
+    with running_server(tmp_path / "log", **settings) as server:
+        server.wait_for_health()
+        raw = request_of(make_case(q_lens=(600,), dtype=torch.float16)).SerializeToString()
+        slowest_loss_seconds, descriptors = 0.0, []
+        with Load(server, raw) as load:
+            for kill in range(1, KILLS + 1):
+                load.wait_for_more(("OK", ""), CLIENTS)
+                num_lost = len(load.lost_at)
+                killed_at = kill_worker(server)
+                server.wait_for_health("NOT_SERVING", seconds=1.0)
+                load.wait_for_more(LOST, num_lost + 1 - len(load.lost_at), seconds=1.0)
+                server.wait_for_health("SERVING")
+                assert len(load.lost_at) - num_lost <= 2, "a worker holds two batches at most"
+                slowest_loss_seconds = max(slowest_loss_seconds, load.lost_at[-1] - killed_at)
+                descriptors.append(server.num_descriptors())
+                assert server.metrics()["fsa_worker_restarts_total", "killed"] == kill
+        assert slowest_loss_seconds < 1.0
+        assert load.num_wrong == 0
+        assert set(load.endings) <= {("OK", ""), LOST, NO_WORKER}, "what was queued was answered"
+        assert max(descriptors[-5:]) <= min(descriptors[:5]) + 2, descriptors
+        found = server.metrics()
+        assert (found["fsa_queue_depth",], found["fsa_inflight_bytes", "host"]) == (0, 0)
+        assert len(server.worker_pids()) == 1
+
+
+def test_queued_requests_wait_for_the_next_worker_but_not_for_ever(
+    tmp_path: Path, make_case: MakeCase, device: torch.device
+) -> None:
+    raw = request_of(make_case()).SerializeToString()
+    settings = {"max_batch_requests": 1, "devices": device.type}
+    # A worker takes more than a tenth of a second to start again.
+    for worker_wait_seconds, expected in ((60, "OK"), (0.1, "NO_WORKER")):
+        log = tmp_path / f"log-{expected}"
+        with running_server(log, worker_wait_seconds=worker_wait_seconds, **settings) as server:
+            server.wait_for_health()
+            with server.frozen_worker():
+                running = [server.start_call(raw) for _ in range(2)]
+                eventually(lambda: server.metrics()["fsa_batch_requests_sum",] == 2)
+                queued = [server.start_call(raw) for _ in range(2)]
+                eventually(lambda: server.metrics()["fsa_queue_depth",] == 2)
+                kill_worker(server)
+                assert [ending(call) for call in running] == ["WORKER_LOST"] * 2
+                assert [ending(call) for call in queued] == [expected] * 2
+
+
+def ending(call: Any) -> str:
+    try:
+        call.result()
+    except grpc.RpcError as error:
+        refusal: Refusal = refusal_of(error)
+        assert refusal.retry_after_seconds
+        return refusal.reason
+    return "OK"
+
+
+def test_a_killed_server_takes_its_worker_with_it(tmp_path: Path, device: torch.device) -> None:
+    with running_server(tmp_path / "log", devices=device.type) as server:
+        server.wait_for_health()
+        (worker,) = server.worker_pids()
+        server.process.kill()
+        server.process.wait()
+        eventually(lambda: not Path(f"/proc/{worker}").exists(), seconds=5)

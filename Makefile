@@ -7,6 +7,8 @@ DEMO_ARGS ?=
 IMAGE ?= fsa-serve
 
 BIN := $(VENV)/bin
+# Client, tests and CPU worker share the cores: a thread that waits must not spin on one.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Named by the interpreter, so that another PYTHON makes the environment anew.
 INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 
@@ -27,7 +29,7 @@ test: $(INSTALLED) ## Run the test suite; needs no GPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
-	PYTHONPATH=. $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose file
 	$(BIN)/ruff check .

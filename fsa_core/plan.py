@@ -33,11 +33,12 @@ class TileShape:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """Selected attention, forward: an index for ``group_tokens`` at a time, attended in chunks.
+    """Selected attention, forward: an index for a group of tokens and heads at a time, attended in chunks.
 
     A tile head is the unit that owns a list of selected blocks and the query heads that share it: a KV
     head, or a query head when each query head selects for itself. ``heads_per_pair`` query heads ride
-    with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads.
+    with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads,
+    a group a whole number of chunks: ``group_tokens`` under ``group_heads``.
     """
 
     tile_heads: int
@@ -46,6 +47,8 @@ class ForwardPlan:
     chunk_tokens: int
     chunk_heads: int
     group_tokens: int
+    group_heads: int
+    index_per_head: bool
     segments: int
     max_items: int
     tile: TileShape
@@ -79,54 +82,75 @@ def plan_forward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
     max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
     index_ints = 2 * chunk_tokens * p.num_slots + (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
-    index_bytes = p.index_heads * index_ints * INT32_BYTES
-    num_chunks = -(-p.num_q_tokens // chunk_tokens)
-    group_chunks = min(max((limit_bytes - partial_bytes) // index_bytes, 1), num_chunks)
+    index_limit = limit_bytes - partial_bytes
+    index_per_head = p.index_heads > 1
+    chunk_index_bytes = index_ints * INT32_BYTES * (chunk_heads if index_per_head else 1)
+    head_chunks = -(-tile_heads // chunk_heads) if index_per_head else 1
+    group_head_chunks = min(max(index_limit // chunk_index_bytes, 1), head_chunks)
+    group_index_bytes = group_head_chunks * chunk_index_bytes
+    token_chunks = -(-p.num_q_tokens // chunk_tokens)
+    group_token_chunks = min(max(index_limit // group_index_bytes, 1), token_chunks)
     return ForwardPlan(
         tile_heads=tile_heads,
         heads_per_pair=heads_per_pair,
         tile_heads_per_kv_head=tile_heads // p.num_kv_heads,
         chunk_tokens=chunk_tokens,
         chunk_heads=chunk_heads,
-        group_tokens=group_chunks * chunk_tokens,
+        group_tokens=group_token_chunks * chunk_tokens,
+        group_heads=min(group_head_chunks * chunk_heads, tile_heads) if index_per_head else tile_heads,
+        index_per_head=index_per_head,
         segments=num_segments(p),
         max_items=max_items,
         tile=tile,
-        workspace_bytes=partial_bytes + group_chunks * index_bytes,
+        workspace_bytes=partial_bytes + group_token_chunks * group_index_bytes,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Query tokens that are indexed together, for all heads."""
+    """Query tokens and tile heads that are indexed together; their index heads in block_indices."""
 
     first_token: int
     num_tokens: int
+    first_head: int
+    num_heads: int
+    first_index_head: int
+    num_index_heads: int
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Query tokens and tile heads that are attended together; chunks of a group are numbered from 0."""
+    """Query tokens and tile heads that are attended together.
+
+    ``number`` is that of the chunk's tokens in their group, ``first_index_head`` counts in the group's index.
+    """
 
     number: int
     first_token: int
     num_tokens: int
     first_head: int
     num_heads: int
+    first_index_head: int
 
 
 def groups(problem: Problem, plan: ForwardPlan) -> Iterator[Group]:
-    for first in range(0, problem.num_q_tokens, plan.group_tokens):
-        yield Group(first, min(plan.group_tokens, problem.num_q_tokens - first))
+    for first_head in range(0, plan.tile_heads, plan.group_heads):
+        num_heads = min(plan.group_heads, plan.tile_heads - first_head)
+        for first_token in range(0, problem.num_q_tokens, plan.group_tokens):
+            num_tokens = min(plan.group_tokens, problem.num_q_tokens - first_token)
+            index = (first_head, num_heads) if plan.index_per_head else (0, 1)
+            yield Group(first_token, num_tokens, first_head, num_heads, *index)
 
 
 def chunks(plan: ForwardPlan, group: Group) -> Iterator[Chunk]:
     """The chunks of a group: all those of the same heads before the next heads."""
-    for first_head in range(0, plan.tile_heads, plan.chunk_heads):
-        num_heads = min(plan.chunk_heads, plan.tile_heads - first_head)
+    last_head = group.first_head + group.num_heads
+    for first_head in range(group.first_head, last_head, plan.chunk_heads):
+        num_heads = min(plan.chunk_heads, last_head - first_head)
         for number, start in enumerate(range(0, group.num_tokens, plan.chunk_tokens)):
             num_tokens = min(plan.chunk_tokens, group.num_tokens - start)
-            yield Chunk(number, group.first_token + start, num_tokens, first_head, num_heads)
+            index_head = first_head - group.first_head if plan.index_per_head else 0
+            yield Chunk(number, group.first_token + start, num_tokens, first_head, num_heads, index_head)
 
 
 def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> int:

@@ -1,1 +1,3 @@
 """FSA Serve: sparse attention as a service."""
+
+__version__ = "0.1.0"

@@ -8,6 +8,7 @@ import grpc
 import torch
 
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from service import __version__
 from service.config import Backend, Settings
 from service.device_worker import DeviceWorker
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
@@ -18,7 +19,7 @@ PROTOCOL = "fsa.v1"
 def build_versions() -> dict[str, str]:
     """Versions known without a device."""
     return {
-        "version": version("fsa-serve"),
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version_or_none("triton"),
@@ -29,7 +30,7 @@ def build_versions() -> dict[str, str]:
 def describe(settings: Settings, workers: Sequence[DeviceWorker]) -> attention_pb2.GetServerInfoResponse:
     """The whole answer of GetServerInfo, as things are now."""
     return attention_pb2.GetServerInfoResponse(
-        version=version("fsa-serve"),
+        version=__version__,
         protocol=PROTOCOL,
         devices=[_device(worker) for worker in workers],
         dtypes=[tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT32],

@@ -50,7 +50,7 @@ def _finite(row_max):
     return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "first_head", "chunk"))
+@triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
 def _partial(
     q_ptr,
     k_ptr,
@@ -75,6 +75,7 @@ def _partial(
     group_pairs,
     max_items,
     first_head,
+    first_index_head,
     chunk,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -99,7 +100,7 @@ def _partial(
     item = tl.program_id(0)
     chunk_head = tl.program_id(1)
     head = first_head + chunk_head
-    index_head = head if INDEX_PER_HEAD else 0
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
     row = index_head * num_chunks + chunk
     offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
@@ -184,7 +185,7 @@ def _partial(
         tl.store(partial_lse_ptr + places, row_max * scale + tl.log2(row_sum), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "first_head", "chunk"))
+@triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
 def _merge(
     partial_out_ptr,
     partial_lse_ptr,
@@ -197,6 +198,7 @@ def _merge(
     num_slots,
     group_pairs,
     first_head,
+    first_index_head,
     chunk,
     NUM_Q_HEADS: tl.constexpr,
     HEADS_PER_PAIR: tl.constexpr,
@@ -216,7 +218,7 @@ def _merge(
     heads = rows % HEADS_PER_PAIR
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
     value_mask = value_dims < VALUE_DIM
-    index_head = first_head + chunk_head if INDEX_PER_HEAD else 0
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
     rank_ptrs = (
         ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
     )
@@ -275,7 +277,7 @@ def selected_attention_forward(
     heads = {
         "NUM_Q_HEADS": p.num_q_heads,
         "HEADS_PER_PAIR": plan.heads_per_pair,
-        "INDEX_PER_HEAD": p.index_heads > 1,
+        "INDEX_PER_HEAD": plan.index_per_head,
         "VALUE_DIM": p.value_dim,
         "VALUE_DIM_PADDED": padded_dim(p.value_dim),
     }
@@ -295,20 +297,21 @@ def selected_attention_forward(
     for group in groups(p, plan):
         invert(
             inversion, block_indices, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
-            num_tokens=group.num_tokens, chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-            heads_per_pair=plan.heads_per_pair, rows_per_item=plan.tile.rows * plan.tile.tiles_per_item,
+            num_tokens=group.num_tokens, first_head=group.first_index_head, num_heads=group.num_index_heads,
+            chunk_tokens=plan.chunk_tokens, block_size=p.block_size, heads_per_pair=plan.heads_per_pair,
+            rows_per_item=plan.tile.rows * plan.tile.tiles_per_item,
         )  # fmt: skip
         for c in chunks(plan, group):
             _partial[(plan.max_items, c.num_heads)](
                 q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
                 inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E, c.first_token,
                 c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, search_steps(p.num_sequences),
-                plan.segments, plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.number,
-                **heads, **shapes, **compiling,
+                plan.segments, plan.group_chunks, group_pairs, plan.max_items, c.first_head,
+                c.first_index_head, c.number, **heads, **shapes, **compiling,
             )  # fmt: skip
             _merge[(triton.cdiv(c.num_tokens * plan.heads_per_pair, MERGE_ROWS), c.num_heads)](
                 partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
-                plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.number,
+                plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.first_index_head, c.number,
                 **heads, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS, num_stages=1,
             )  # fmt: skip
     return out, lse
@@ -323,11 +326,12 @@ def _workspace(
     def int32(*shape: int) -> torch.Tensor:
         return like.new_empty(shape, dtype=torch.int32)
 
-    rows = p.index_heads * plan.group_chunks
+    index_heads = plan.group_heads if plan.index_per_head else 1
+    rows = index_heads * plan.group_chunks
     inversion = Inversion(
         counts=like.new_zeros(rows, plan.segments, COUNTER_INTS, dtype=torch.int32),
-        ranks=int32(p.index_heads, plan.group_tokens, p.num_slots),
-        pairs=int32(p.index_heads, plan.group_tokens * p.num_slots),
+        ranks=int32(index_heads, plan.group_tokens, p.num_slots),
+        pairs=int32(index_heads, plan.group_tokens * p.num_slots),
         offsets=int32(rows, plan.segments + 1),
         item_offsets=int32(rows, plan.segments + 1),
         item_segment=int32(rows, plan.max_items),

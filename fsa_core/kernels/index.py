@@ -33,7 +33,7 @@ COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
 # Sizes that change from call to call; specialising on their divisibility would recompile.
 LENGTHS = (
     "first_token", "num_tokens", "chunk_tokens", "total_q", "num_slots", "num_sequences", "search_steps",
-    "num_segments", "num_chunks", "group_pairs", "max_items",
+    "num_segments", "num_chunks", "first_head", "group_pairs", "max_items",
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ def _load_segments(
     search_steps,
     num_segments,
     num_chunks,
+    first_head,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -83,7 +84,7 @@ def _load_segments(
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    head = tl.program_id(2).to(tl.int64)
+    head = (first_head + tl.program_id(2)).to(tl.int64)
     inside = (tokens < num_tokens)[:, None] & (slots < num_slots)[None, :]
     packed_tokens = first_token + tokens
     places = packed_tokens.to(tl.int64)[:, None] * num_slots + slots[None, :]
@@ -125,6 +126,7 @@ def _count(
     search_steps,
     num_segments,
     num_chunks,
+    first_head,
     group_pairs,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -132,7 +134,8 @@ def _count(
 ):
     rows, segments, inside, places = _load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
-        num_slots, num_sequences, search_steps, num_segments, num_chunks, BLOCK_SIZE, TOKENS, SLOTS,
+        num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
+        BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     counters = tl.where(segments >= 0, rows[:, None] * num_segments + segments, -1)
     # Neighbouring tokens often choose the same block in the same slot (block 0 always), and atomics on one
@@ -198,6 +201,7 @@ def _scatter(
     search_steps,
     num_segments,
     num_chunks,
+    first_head,
     group_pairs,
     max_items,
     BLOCK_SIZE: tl.constexpr,
@@ -208,7 +212,8 @@ def _scatter(
 ):
     rows, segments, _, places = _load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
-        num_slots, num_sequences, search_steps, num_segments, num_chunks, BLOCK_SIZE, TOKENS, SLOTS,
+        num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
+        BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     valid = segments >= 0
     entries = rows[:, None] * (num_segments + 1) + segments
@@ -238,6 +243,8 @@ def invert(
     *,
     first_token: int,
     num_tokens: int,
+    first_head: int,
+    num_heads: int,
     chunk_tokens: int,
     block_size: int,
     heads_per_pair: int,
@@ -245,23 +252,25 @@ def invert(
 ) -> None:
     """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
-    ``block_indices`` is int32 [index_heads, total_q, slots], contiguous.
+    ``block_indices`` is int32 [index_heads, total_q, slots], contiguous; ``num_heads`` index heads from
+    ``first_head`` on are inverted.
     """
-    num_heads, total_q, num_slots = block_indices.shape
-    num_rows, num_segments = inversion.counts.shape[:2]
+    _, total_q, num_slots = block_indices.shape
+    num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
+    num_segments = inversion.counts.shape[1]
     num_sequences = cu_seqlens_q.numel() - 1
     slots = min(triton.next_power_of_2(num_slots), MAX_SLOTS_IN_TILE)
     tokens = PAIRS_IN_TILE // slots
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads)
     sizes = (
         first_token, num_tokens, chunk_tokens, total_q, num_slots, num_sequences, search_steps(num_sequences),
-        num_segments, num_rows // num_heads, inversion.pairs.shape[1],
+        num_segments, num_chunks, first_head, inversion.pairs.shape[1],
     )  # fmt: skip
     _count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes,
         BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip
-    _scan[(num_rows,)](
+    _scan[(num_heads * num_chunks,)](
         inversion.counts, inversion.offsets, inversion.item_offsets, num_segments,
         HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item, SEGMENTS=SEGMENTS_IN_TILE,
     )  # fmt: skip

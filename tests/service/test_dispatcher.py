@@ -90,7 +90,7 @@ def test_the_next_batch_forms_while_the_worker_is_busy(line: Line) -> None:
     outcomes = line.runner.run(scenario())
     # One computes, one is on its way, and the rest had time to gather.
     assert [outcome.batch_requests for outcome in outcomes] == [1, 1, 4, 4, 4, 4]
-    assert all(request.is_answered() for request in requests)
+    assert all(request.is_answered(line.worker.spec.kind) for request in requests)
 
 
 def test_a_queued_request_that_is_cancelled_is_never_started(line: Line) -> None:
@@ -126,7 +126,7 @@ def test_a_running_request_that_is_cancelled_keeps_its_memory_until_the_worker_i
             await asyncio.wait_for(task, 5)
 
     line.runner.run(scenario())
-    assert request.is_answered()
+    assert request.is_answered(line.worker.spec.kind)
 
 
 def test_a_request_that_is_late_when_its_turn_comes_is_never_started(line: Line) -> None:
@@ -181,4 +181,4 @@ def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: L
         await line.dispatcher.submit(good.job)
 
     line.runner.run(scenario())
-    assert good.is_answered()
+    assert good.is_answered(line.worker.spec.kind)

@@ -1,8 +1,6 @@
 """The public functions: validate, choose an implementation, run it."""
 
-import importlib
 import os
-from collections.abc import Callable
 
 import torch
 
@@ -10,6 +8,7 @@ from fsa_core.cpu import selected_attention_cpu
 from fsa_core.dense import dense_attention_forward
 from fsa_core.packing import single_sequence
 from fsa_core.patterns import expand_query_blocks
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.problem import Problem
 from fsa_core.reference import dense_attention_reference, selected_attention_reference
 from fsa_core.validation import validate_dense, validate_selected
@@ -33,6 +32,7 @@ def selected_attention(
     query_block_size: int = 1,
     backend: str = "auto",
     validate: bool = True,
+    workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """softmax(q k^T * softmax_scale) v over the KV blocks that each query token selected.
 
@@ -54,6 +54,7 @@ def selected_attention(
         validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
             synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or
             give a wrong answer, but touch no foreign memory; cu_seqlens must be right.
+        workspace_limit_bytes: device memory that the Triton kernels may take beyond inputs and outputs.
 
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],
@@ -90,7 +91,8 @@ def selected_attention(
         causal=causal,
         num_q_tokens=problem.num_q_tokens,
     )
-    return attend(problem, q, k, v, rows, cu_seqlens_q, cu_seqlens_k, backend=backend)
+    tensors = (q, k, v, rows, cu_seqlens_q, cu_seqlens_k)
+    return attend(problem, *tensors, backend=backend, workspace_limit_bytes=workspace_limit_bytes)
 
 
 def dense_attention(
@@ -132,11 +134,12 @@ def attend(
     cu_seqlens_k: torch.Tensor,
     *,
     backend: str = "auto",
+    workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """Run an already validated problem; block_indices is in normal form, or None for dense attention.
 
-    Shapes, answer and ``backend`` as in ``selected_attention``. Raises ValueError when the backend cannot
-    run on these tensors.
+    Shapes, answer and options as in ``selected_attention``. Raises ValueError when the backend cannot run on
+    these tensors.
     """
     backend = _resolved(backend, q.device)
     q, k, v, cu_seqlens_q, cu_seqlens_k = (x.contiguous() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
@@ -147,8 +150,17 @@ def attend(
         forward = dense_attention_reference if backend == "reference" else dense_attention_forward
         out, lse = forward(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
     else:
-        selected = _selected_forward(backend)
-        out, lse = selected(problem, q, k, v, block_indices.contiguous(), cu_seqlens_q, cu_seqlens_k)
+        tensors = (q, k, v, block_indices.contiguous(), cu_seqlens_q, cu_seqlens_k)
+        if backend == "triton":
+            # Triton is imported when a kernel is first needed.
+            from fsa_core.kernels.forward import selected_attention_forward
+
+            out, lse = selected_attention_forward(
+                problem, *tensors, workspace_limit_bytes=workspace_limit_bytes
+            )
+        else:
+            forward = selected_attention_reference if backend == "reference" else selected_attention_cpu
+            out, lse = forward(problem, *tensors)
     return out.to(q.dtype), lse.float()
 
 
@@ -170,14 +182,3 @@ def _resolved(backend: str, device: torch.device) -> str:
             "TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter"
         )
     return backend
-
-
-def _selected_forward(backend: str) -> Callable[..., Answer]:
-    if backend == "reference":
-        return selected_attention_reference
-    if backend == "cpu":
-        return selected_attention_cpu
-    # Triton is imported when a kernel is first needed, and by fsa_core.kernels alone.
-    kernels = importlib.import_module("fsa_core.kernels.forward")
-    forward: Callable[..., Answer] = kernels.selected_attention_forward
-    return forward

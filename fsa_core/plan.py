@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fsa_core.problem import Problem
+from fsa_core.problem import MAX_SLOTS, Problem
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
@@ -12,8 +12,7 @@ FLOAT32_BYTES = 4
 # A counter of the index has a 32-byte sector to itself.
 COUNTER_INTS = 8
 # A (token of a chunk, slot) pair is packed into one int32.
-SLOT_BITS = 12
-MAX_SLOTS = 1 << SLOT_BITS
+SLOT_BITS = (MAX_SLOTS - 1).bit_length()
 MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
 # More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.

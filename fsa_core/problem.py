@@ -7,6 +7,8 @@ import torch
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MIN_HEAD_DIM = 16
 MAX_HEAD_DIM = 256
+# A slot has 12 bits where the kernels pack it with a token into one integer.
+MAX_SLOTS = 4096
 
 
 @dataclass(frozen=True, slots=True)

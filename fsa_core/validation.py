@@ -20,7 +20,7 @@ import torch
 from fsa_core.errors import InputError as InputError
 from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
 from fsa_core.packing import row_starts, single_sequence
-from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM, Problem
+from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TOKENS = 2**31 - 1
@@ -230,8 +230,8 @@ def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Te
     if heads not in allowed:
         expected = f"{' or '.join(map(str, allowed))} (1, the heads of k, or those of q)"
         _refuse("INVALID_INDEX_SHAPE", "block_indices", "head count", heads, expected)
-    if slots == 0:
-        _refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", 0, "at least 1")
+    if not 1 <= slots <= MAX_SLOTS:
+        _refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", slots, f"1 to {MAX_SLOTS}")
 
 
 def _check_row_count(block_indices: torch.Tensor, expected: int, why: str) -> None:

@@ -26,7 +26,7 @@ PAIRS_IN_TILE = 1024
 SEGMENTS_IN_TILE = 1024
 # A pair is one int32, token << SLOT_BITS | slot: the partial kernel would otherwise divide for every row.
 SLOT_BITS = tl.constexpr(plan.SLOT_BITS)
-SLOT_MASK = tl.constexpr(plan.MAX_SLOTS - 1)
+SLOT_MASK = tl.constexpr((1 << plan.SLOT_BITS) - 1)
 # One counter a 32-byte sector: atomics on a shared one wait for each other (0.17 ms became 0.14).
 COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
 

@@ -147,8 +147,8 @@ def attend(
         shape = (0, problem.num_q_heads)
         return q.new_empty(*shape, problem.value_dim), torch.empty(shape, device=q.device)
     if block_indices is None:
-        forward = dense_attention_reference if backend == "reference" else dense_attention_forward
-        out, lse = forward(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
+        attend_all = dense_attention_reference if backend == "reference" else dense_attention_forward
+        out, lse = attend_all(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
     else:
         tensors = (q, k, v, block_indices.contiguous(), cu_seqlens_q, cu_seqlens_k)
         if backend == "triton":
@@ -159,8 +159,8 @@ def attend(
                 problem, *tensors, workspace_limit_bytes=workspace_limit_bytes
             )
         else:
-            forward = selected_attention_reference if backend == "reference" else selected_attention_cpu
-            out, lse = forward(problem, *tensors)
+            attend_some = selected_attention_reference if backend == "reference" else selected_attention_cpu
+            out, lse = attend_some(problem, *tensors)
     return out.to(q.dtype), lse.float()
 
 

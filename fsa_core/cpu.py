@@ -137,6 +137,8 @@ def selected_attention_cpu(
     p, layout = problem, _Layout.of(problem)
     out = q.new_zeros(p.num_q_tokens, p.num_q_heads, p.value_dim)
     lse = torch.full((p.num_q_tokens, p.num_q_heads), -torch.inf)
+    if not p.num_q_tokens:
+        return out, lse
     placed = place_queries(cu_seqlens_q, cu_seqlens_k, p.num_q_tokens, causal=p.causal)
     num_pairs = _pairs_per_token(p, block_indices, placed)
     parts = list(_parts(p, layout, num_pairs, placed.sequence, workspace_limit_bytes))
@@ -170,7 +172,8 @@ def _pairs_per_token(problem: Problem, block_indices: torch.Tensor, placed: Plac
     counts = torch.cat([_is_used(problem, ids, visible).sum(-1) for ids, visible in rows], dim=1)
     if problem.index_heads < problem.num_kv_heads:
         return counts.expand(problem.num_kv_heads, -1)
-    return counts.view(problem.num_kv_heads, -1, problem.num_q_tokens).sum(1)
+    per_kv_head = problem.index_heads // problem.num_kv_heads
+    return counts.view(problem.num_kv_heads, per_kv_head, problem.num_q_tokens).sum(1)
 
 
 def _parts(

@@ -196,6 +196,12 @@ def _assert_error(
     assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Shapes here are small: more threads would mostly wait for one another."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_case(device: torch.device) -> Callable[..., Case]:
     return partial(_make_case, device)

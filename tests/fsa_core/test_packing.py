@@ -1,0 +1,29 @@
+import torch
+
+from fsa_core.packing import place_queries, row_starts, single_sequence
+
+
+def starts(*lens, device):
+    return torch.tensor([0, *lens], device=device).cumsum(0).int()
+
+
+def test_queries_end_where_their_keys_end(device):
+    cu_q, cu_k = starts(3, 0, 2, 4, device=device), starts(3, 5, 7, 1, device=device)
+    placed = place_queries(cu_q, cu_k, 9, causal=True)
+    assert placed.sequence.tolist() == [0, 0, 0, 2, 2, 3, 3, 3, 3]
+    assert placed.position.tolist() == [0, 1, 2, 5, 6, -3, -2, -1, 0]
+    assert placed.num_visible_keys.tolist() == [1, 2, 3, 6, 7, 0, 0, 0, 1]
+
+
+def test_without_causality_every_key_is_visible(device):
+    placed = place_queries(starts(2, 1, device=device), starts(5, 0, device=device), 3, causal=False)
+    assert placed.num_visible_keys.tolist() == [5, 5, 0]
+
+
+def test_a_sequence_has_a_row_for_each_started_query_block(device):
+    assert row_starts(starts(1, 0, 16, 17, device=device), 16).tolist() == [0, 1, 1, 2, 4]
+
+
+def test_one_sequence_has_all_tokens(device):
+    assert single_sequence(7, device).tolist() == [0, 7]
+    assert single_sequence(0, device).dtype == torch.int32

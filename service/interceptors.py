@@ -20,8 +20,8 @@ log = logging.getLogger("fsa.access")
 
 Behaviour = Callable[[bytes, Context], Awaitable[bytes]]
 
-# A refusal is the request's or the moment's fault; these are not refusals.
-_NOT_REJECTED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+# Requests that were taken and failed later; every other failure is a refusal.
+_NOT_REJECTED = ("INTERNAL", "CANCELLED", "DEADLINE_EXCEEDED", "WORKER_LOST", "DEVICE_MEMORY_EXHAUSTED")
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -88,7 +88,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         }
         if error is not None:
             fields["reason"] = error.reason
-            if error.code not in _NOT_REJECTED:
+            if error.reason not in _NOT_REJECTED:
                 self._metrics.count_rejected(error.reason)
         log.info("request" if error is None else error.message, extra=fields)
 

@@ -189,6 +189,13 @@ def request_of(case: Any, **fields: Any) -> attention_pb2.AttendRequest:
     )
 
 
+class NoDeadline:
+    """The only part of a call's context that the servicer reads, for calling it in this process."""
+
+    def time_remaining(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A failed call as its client sees it."""

@@ -22,7 +22,7 @@ from service.metrics import Metrics
 from service.pb.fsa.v1 import attention_pb2
 from service.servicer import AttentionServicer
 from tests.fuzz.bad_requests import LIMITS, BadRequest, bad_requests, valid_requests
-from tests.serving import LEAK, SERVER_INFO, ServerProcess, refusal_of
+from tests.serving import LEAK, SERVER_INFO, NoDeadline, ServerProcess, refusal_of
 
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 
@@ -39,13 +39,6 @@ class EndOfTheLine(Dispatcher):
 
     async def submit(self, job: Job, *, priority: int = 0, deadline: float | None = None) -> Outcome:
         raise Reached
-
-
-class NoDeadline:
-    """The only part of a call's context that the servicer reads."""
-
-    def time_remaining(self) -> None:
-        return None
 
 
 class FrontEnd:

@@ -170,6 +170,52 @@ def test_priority_decides_what_goes_first(line: Line) -> None:
     assert ended == ["busy", "busy", "high", "low"]
 
 
+def test_a_free_worker_waits_for_company_when_it_is_told_to(line: Line) -> None:
+    (worker,) = line.dispatcher.workers
+    usual = worker.on_change
+    requests = [line.request(seed) for seed in range(2)]
+
+    async def scenario() -> list[Outcome]:
+        batcher = Batcher(replace(LIMITS, delay_seconds=0.2))
+        patient = Dispatcher([worker], batcher, Metrics(), worker_wait_seconds=5.0)
+        first = asyncio.create_task(patient.submit(requests[0].job))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(patient.submit(requests[1].job))
+        return await asyncio.wait_for(asyncio.gather(first, second), 5)
+
+    outcomes = line.runner.run(scenario())
+    worker.on_change = usual
+    assert [outcome.batch_requests for outcome in outcomes] == [2, 2]
+
+
+def test_a_batch_goes_to_the_least_loaded_worker(line: Line) -> None:
+    (first,) = line.dispatcher.workers
+    usual = first.on_change
+    small, large = line.request(1), Request.write(line.arena, SELECTED, 2, max_length=500)
+
+    async def scenario() -> None:
+        second = DeviceWorker(WorkerClient(discover("cpu")[0], line.arena, num_threads=1), no_warm_up)
+        up = asyncio.Event()
+        second.on_change = lambda: up.set() if second.is_up else None
+        await second.start()
+        await asyncio.wait_for(up.wait(), 60)
+        both = Dispatcher([first, second], Batcher(LIMITS), Metrics(), worker_wait_seconds=5.0)
+        with line.frozen():
+            tasks = [asyncio.create_task(both.submit(large.job))]
+            await asyncio.sleep(0)
+            assert first.outstanding_tokens > 0
+            # The first worker has room as well, but the second has nothing to do.
+            await asyncio.wait_for(both.submit(small.job), 30)
+            assert not tasks[0].done()
+        await asyncio.gather(*tasks)
+        await second.stop(1.0)
+
+    line.runner.run(scenario())
+    first.on_change = usual
+    assert small.is_answered()
+    assert large.is_answered()
+
+
 def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:
     good, bad = line.request(1), line.request(2)
     out_of_bounds = replace(bad.job, memory=Slice(bad.lease.memory.segment, 1 << 40, 256))

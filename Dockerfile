@@ -1,13 +1,13 @@
 # The server's image. BASE_IMAGE is any Debian-based image with Python 3.11 or 3.12 and its venv module.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
-# What the server needs, in a layer that changes only when pyproject.toml or constraints.txt do.
+# What the server needs, in a layer that changes with its versions and not with the code.
 FROM ${BASE_IMAGE} AS dependencies
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY fsa_core/__init__.py fsa_core/
+COPY service/__init__.py service/
 RUN python3 -m venv /opt/fsa \
-    && mkdir fsa_core service \
-    && touch fsa_core/__init__.py service/__init__.py \
     && /opt/fsa/bin/pip install --no-cache-dir -c constraints.txt '.[server]' \
     && /opt/fsa/bin/pip uninstall --yes fsa-serve
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from fsa_core.api import attend
 
+from fsa_core.api import attend
 from fsa_core.problem import Problem
 from service.arena import ArenaPool, Lease
 from service.job import Field, Job, Layout

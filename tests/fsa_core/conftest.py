@@ -191,7 +191,9 @@ def _assert_error(
     if not true.numel():
         return
     error, eager_error = ((x.double() - true).abs().amax().item() for x in (got, eager))
-    bound = factor * eager_error + torch.finfo(dtype).eps * true.abs().amax().item()
+    # In float32, exponentials of base 2 and products in three parts each cost a rounding that eager has not.
+    roundings = 4 if dtype == torch.float32 else 1
+    bound = factor * eager_error + roundings * torch.finfo(dtype).eps * true.abs().amax().item()
     # Written so that a NaN error fails.
     assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"
 

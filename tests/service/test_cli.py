@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +58,25 @@ def fsa(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> F
         return Outcome(code if isinstance(code, int) else 1, *capfd.readouterr())
 
     return run
+
+
+@contextmanager
+def stuttering_worker(server: ServerProcess) -> Iterator[None]:
+    """A worker that now and then stands still, so that requests pile up on the fastest machine too."""
+    over = threading.Event()
+
+    def stutter() -> None:
+        while not over.wait(0.05):
+            with server.frozen_worker():
+                time.sleep(0.2)
+
+    thread = threading.Thread(target=stutter)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def is_group_alive(group: int) -> bool:
@@ -325,8 +347,9 @@ class TestBench:
             assert name in first_words
 
     def test_failures_are_counted_and_make_it_fail(self, fsa: Fsa, server: ServerProcess) -> None:
-        words = ("--target", server.target, *self.SMALL, "--requests", 64)
-        outcome = fsa("bench", *words, "--concurrency", 4 * MAX_INFLIGHT_REQUESTS, "--processes", 1, "--json")
+        words = ("--target", server.target, *self.SMALL, "--requests", 64, "--processes", 1, "--json")
+        with stuttering_worker(server):
+            outcome = fsa("bench", *words, "--concurrency", 4 * MAX_INFLIGHT_REQUESTS)
         (run,) = json.loads(outcome.out)["runs"]
         failed = run["failures"]["BUDGET_EXHAUSTED"]
         assert run["answered"] + failed == 64

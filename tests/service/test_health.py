@@ -67,7 +67,9 @@ def test_health_follows_the_worker_from_its_start_through_its_death(
 
     server.wait_for_health("SERVING")
     server.attend(request)
-    assert server.metrics()["fsa_worker_up", server.info().devices[0].kind] == 1
+    device = server.info().devices[0]
+    label = "cpu" if device.kind == "cpu" else f"{device.kind}:{device.index}"
+    assert server.metrics()["fsa_worker_up", label] == 1
     (worker,) = server.worker_pids()
     os.kill(worker, signal.SIGKILL)
     server.wait_for_health("NOT_SERVING", seconds=1)

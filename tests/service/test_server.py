@@ -1,5 +1,6 @@
 """The whole way of a request through a real server process, against the oracle."""
 
+import os
 import random
 import subprocess
 import sys
@@ -266,7 +267,8 @@ def test_a_taken_port_is_a_clear_error(server: ServerProcess) -> None:
     taken = {"FSA_PORT": server.port, "FSA_METRICS_PORT": server.metrics_port}
     starts = []
     for name, port in taken.items():
-        environment = {"FSA_PORT": "0", "FSA_METRICS_PORT": "0", "FSA_DEVICES": "cpu", name: str(port)}
+        settings = {"FSA_PORT": "0", "FSA_METRICS_PORT": "0", "FSA_DEVICES": "cpu", name: str(port)}
+        environment = {**os.environ, **settings}
         command = [sys.executable, "-m", "service"]
         starts.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for start, port in zip(starts, taken.values(), strict=True):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import triton
-from fsa_core.api import selected_attention
 from rich.progress import Progress
 from triton.testing import do_bench
 
 from benchmarks.cases import Case, Inputs, make_inputs, sampled_truth, selected_attention_cases
 from benchmarks.peers import Run, dense_cudnn, sparse_peers
+from fsa_core.api import selected_attention
 
 # bfloat16 answers of every implementation lie within 2e-3 of the truth; a wrong one is off by its own size.
 WORST_RELATIVE_ERROR = 1e-2

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import FrameType
 import transformers_remote
 from transformers_remote import console, step
 
-from service.client import AttentionClient, AttentionError
+from service.client import AttentionClient, Unavailable
 
 # The first start on a GPU compiles the kernels.
 START_SECONDS = 300.0
@@ -54,14 +55,22 @@ def _wait_healthy(server: subprocess.Popen[bytes]) -> dict[str, int]:
     if not line:
         raise ServerFailed("the server did not start")
     ready = json.loads(line)
+    deadline = time.monotonic() + START_SECONDS
     with AttentionClient(f"127.0.0.1:{ready['port']}") as client:
-        try:
-            client.wait_ready(START_SECONDS)
-        except AttentionError as error:
-            raise ServerFailed(str(error)) from error
+        while not _is_healthy(client):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise ServerFailed("the server did not become healthy")
         devices = ", ".join(f"{device.name} ({device.kind})" for device in client.server_info().devices)
     console.print(f"Server {ready['pid']} on port {ready['port']} computes on {devices}")
     return ready
+
+
+def _is_healthy(client: AttentionClient) -> bool:
+    try:
+        client.wait_ready(timeout_seconds=1)
+    except Unavailable:
+        return False
+    return True
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

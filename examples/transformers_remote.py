@@ -242,7 +242,7 @@ def step(title: str) -> Iterator[None]:
     if not console.is_terminal:
         console.print(f"{title} ...")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(title)
         yield
     console.print(f"{title}: {time.perf_counter() - start:.1f} s")

@@ -13,7 +13,7 @@ import grpc
 import torch
 
 from service.pb.fsa.v1 import attention_pb2
-from tests.serving import Refusal, ServerProcess, eventually, refusal_of, request_of, running_server
+from tests.serving import ServerProcess, eventually, refusal_of, request_of, running_server
 
 MakeCase = Callable[..., Any]
 
@@ -105,43 +105,6 @@ def test_a_worker_killed_again_and_again_costs_only_what_was_in_it(
         assert max(descriptors[-5:]) <= min(descriptors[:5]) + 2, descriptors
         found = server.metrics()
         assert (found["fsa_queue_depth",], found["fsa_inflight_bytes", "host"]) == (0, 0)
-        assert len(server.worker_pids()) == 1
-
-
-def test_queued_requests_wait_for_the_next_worker_but_not_for_ever(
-    tmp_path: Path, make_case: MakeCase, device: torch.device
-) -> None:
-    raw = request_of(make_case()).SerializeToString()
-    settings = {"max_batch_requests": 1, "devices": device.type}
-    # A worker takes more than a tenth of a second to start again.
-    for worker_wait_seconds, expected in ((60, "OK"), (0.1, "NO_WORKER")):
-        log = tmp_path / f"log-{expected}"
-        with running_server(log, worker_wait_seconds=worker_wait_seconds, **settings) as server:
-            server.wait_for_health()
-            with server.frozen_worker():
-                running = [server.start_call(raw) for _ in range(2)]
-                eventually(lambda: server.metrics()["fsa_batch_requests_sum",] == 2)
-                queued = [server.start_call(raw) for _ in range(2)]
-                eventually(lambda: server.metrics()["fsa_queue_depth",] == 2)
-                kill_worker(server)
-                assert [ending(call) for call in running] == ["WORKER_LOST"] * 2
-                assert [ending(call) for call in queued] == [expected] * 2
-
-
-def ending(call: Any) -> str:
-    try:
-        call.result()
-    except grpc.RpcError as error:
-        refusal: Refusal = refusal_of(error)
-        assert refusal.retry_after_seconds
-        return refusal.reason
-    return "OK"
-
-
-def test_a_killed_server_takes_its_worker_with_it(tmp_path: Path, device: torch.device) -> None:
-    with running_server(tmp_path / "log", devices=device.type) as server:
-        server.wait_for_health()
         (worker,) = server.worker_pids()
         server.process.kill()
-        server.process.wait()
-        eventually(lambda: not Path(f"/proc/{worker}").exists(), seconds=5)
+        eventually(lambda: not Path(f"/proc/{worker}").exists(), what="the worker goes with its server")

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -214,6 +214,35 @@ def test_a_batch_goes_to_the_least_loaded_worker(line: Line) -> None:
     first.on_change = usual
     assert small.is_answered()
     assert large.is_answered()
+
+
+@pytest.mark.parametrize(("worker_wait_seconds", "reason"), [(60.0, ""), (0.1, "NO_WORKER")])
+def test_what_is_queued_when_a_worker_dies_waits_for_the_next_but_not_for_ever(
+    line: Line, worker_wait_seconds: float, reason: str
+) -> None:
+    (worker,) = line.dispatcher.workers
+    usual = worker.on_change
+    running, queued = [line.request(seed) for seed in range(2)], [line.request(seed) for seed in (2, 3)]
+
+    async def scenario() -> None:
+        line_of = Dispatcher([worker], Batcher(LIMITS), Metrics(), worker_wait_seconds=worker_wait_seconds)
+        # It learns that it serves from the first change of its worker.
+        await line_of.submit(running[0].job)
+        assert worker.client.pid is not None
+        os.kill(worker.client.pid, signal.SIGSTOP)
+        tasks = [asyncio.create_task(line_of.submit(each.job)) for each in (*running, *queued)]
+        await asyncio.sleep(0.02)
+        assert line_of.queue_depth == len(queued)
+        os.kill(worker.client.pid, signal.SIGKILL)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [getattr(each, "reason", "") for each in ended] == ["WORKER_LOST"] * 2 + [reason] * 2
+        with pytest.raises(FsaError) if reason else nullcontext():
+            line_of.require_worker()
+        await asyncio.wait_for(worker.client.wait_ready(), 60)
+
+    line.runner.run(scenario())
+    worker.on_change = usual
+    assert all(each.is_answered() for each in queued) == (not reason)
 
 
 def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:

@@ -26,7 +26,7 @@ CPU_WORKSPACE_BYTES = 64 * 2**20
 # have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
 TILE_ROWS = (256, 64, 16)
 # Tiles that are computed together: small enough for the cache, enough of them to occupy all threads.
-BATCH_BYTES = 8 * 2**20
+BATCH_BYTES = 16 * 2**20
 INDEX_ROWS_AT_ONCE = 65536
 
 
@@ -108,11 +108,6 @@ class _Chunk:
     @property
     def num_units(self) -> int:
         return self.pairs.count.numel() // self.placed.sequence.numel()
-
-    @property
-    def head(self) -> torch.Tensor:
-        """The KV head of each pair."""
-        return self.first_head + self.pairs.unit // self.layout.units_per_kv_head
 
 
 def selected_attention_cpu(
@@ -278,7 +273,7 @@ def _segments(chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor, int]:
     first_block = num_blocks.cumsum(0) - num_blocks
     total_blocks = int(num_blocks.sum())
     block = first_block[chunk.placed.sequence][pairs.token] + pairs.block_start // p.block_size
-    key = chunk.head * total_blocks + block
+    key = (pairs.unit // chunk.layout.units_per_kv_head) * total_blocks + block
     is_cut = chunk.placed.num_visible_keys[pairs.token] < pairs.block_start + p.block_size
     first_cut_key = p.num_kv_heads * total_blocks
     keys, order = (key + is_cut * first_cut_key).sort(stable=True)
@@ -334,7 +329,7 @@ def _attend_tiles(
     p, layout = chunk.problem, chunk.layout
     q_row = chunk.pairs.token[pair] * chunk.num_units + chunk.pairs.unit[pair]
     q = chunk.q.index_select(0, q_row.flatten()).view(len(pair), 1, -1, p.head_dim)
-    k, v = _block_tiles(chunk, order, tiles)
+    k, v = _block_tiles(chunk, order, tiles, masked)
     mask = None
     if masked:
         visible = chunk.placed.num_visible_keys[chunk.pairs.token[pair]] - chunk.pairs.block_start[pair]
@@ -348,25 +343,29 @@ def _attend_tiles(
     return out.reshape(len(pair), -1, layout.width), lse.reshape(len(pair), -1)
 
 
-def _block_tiles(chunk: _Chunk, order: torch.Tensor, tiles: _Tiles) -> tuple[torch.Tensor, torch.Tensor]:
+def _block_tiles(
+    chunk: _Chunk, order: torch.Tensor, tiles: _Tiles, masked: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V blocks of the tiles, float32 [num_tiles, 1, block_size, width]; each block is read once."""
-    p, pairs = chunk.problem, chunk.pairs
+    p, layout, pairs = chunk.problem, chunk.layout, chunk.pairs
     used, which = torch.unique_consecutive(tiles.segment, return_inverse=True)
-    first_tile = torch.searchsorted(tiles.segment, used)
-    leader = order[tiles.first[first_tile]]
+    leader = order[tiles.first[torch.searchsorted(tiles.segment, used)]]
     sequence = chunk.placed.sequence[pairs.token[leader]]
+    head = chunk.first_head + pairs.unit[leader] // layout.units_per_kv_head
     key = (chunk.cu_seqlens_k[sequence] + pairs.block_start[leader])[:, None] + torch.arange(p.block_size)
-    outside = key >= chunk.cu_seqlens_k[sequence + 1][:, None]
-    row = key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + chunk.head[leader][:, None]
-
-    def tiled(x: torch.Tensor) -> torch.Tensor:
-        blocks = x.view(-1, x.shape[-1]).index_select(0, row.flatten()).float()
+    row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + head[:, None]).flatten()
+    # K and V side by side are spread over the tiles in one pass.
+    blocks = torch.zeros(len(row), 2, layout.width)
+    blocks[:, 0, : p.head_dim] = chunk.k.view(-1, p.head_dim).index_select(0, row)
+    blocks[:, 1, : p.value_dim] = chunk.v.view(-1, p.value_dim).index_select(0, row)
+    if masked:
         # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
-        blocks[outside.flatten()] = 0
-        blocks = _widened(blocks, chunk.layout.width).view(len(used), -1)
-        return blocks.index_select(0, which).view(len(which), 1, p.block_size, -1)
-
-    return tiled(chunk.k), tiled(chunk.v)
+        blocks[(key >= chunk.cu_seqlens_k[sequence + 1][:, None]).flatten()] = 0
+    tiled = blocks.view(len(used), -1)
+    if len(used) < len(which):
+        tiled = tiled.index_select(0, which)
+    k, v = tiled.view(len(which), 1, p.block_size, 2, layout.width).unbind(3)
+    return k, v
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:

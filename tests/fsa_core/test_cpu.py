@@ -116,8 +116,9 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("limit_bytes", [cpu.CPU_WORKSPACE_BYTES, 60_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "limit_bytes"), [(torch.bfloat16, cpu.CPU_WORKSPACE_BYTES), (torch.float32, 60_000)]
+)
 @pytest.mark.usefixtures("two_threads")
 def test_an_answer_is_bitwise_the_same_alone_and_in_any_company(case_on_cpu, dtype, limit_bytes):
     """200 requests; in company also behind other requests' tokens and with unused slots appended."""

@@ -1,6 +1,7 @@
 """Options that the whole suite shares: which device the numerical tests run on."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts the suite in the background has it ignore Ctrl-C, and so all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A shared machine makes single examples slow; pytest-timeout bounds the whole test.
     settings.register_profile("fsa", deadline=None)
     settings.load_profile("fsa")

@@ -251,6 +251,8 @@ def step(title: str) -> Iterator[None]:
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar over the attention calls; an answer that ends early leaves it short of the total."""
+    if not console.is_terminal:
+        console.print(f"{title} ...")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total)

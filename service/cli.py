@@ -2,9 +2,19 @@
 
 import sys
 
+INTERRUPTED_EXIT_CODE = 130
+
 
 def main() -> None:
     """Runs the command line of this process."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        # What comes between typer's own handlers, while modules load say, must not end in a traceback.
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _run() -> None:
     try:
         from service.commands import app
     except ModuleNotFoundError as error:

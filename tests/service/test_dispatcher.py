@@ -213,7 +213,7 @@ def test_a_batch_goes_to_the_least_loaded_worker(line: Line) -> None:
     line.runner.run(scenario())
     first.on_change = usual
     assert small.is_answered()
-    assert large.is_answered()
+    assert large.is_answered(first.client.spec.kind)
 
 
 @pytest.mark.parametrize(("worker_wait_seconds", "reason"), [(60.0, ""), (0.1, "NO_WORKER")])
@@ -242,7 +242,7 @@ def test_what_is_queued_when_a_worker_dies_waits_for_the_next_but_not_for_ever(
 
     line.runner.run(scenario())
     worker.on_change = usual
-    assert all(each.is_answered() for each in queued) == (not reason)
+    assert all(each.is_answered(worker.client.spec.kind) for each in queued) == (not reason)
 
 
 def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:

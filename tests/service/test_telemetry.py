@@ -41,7 +41,9 @@ def test_a_message_with_line_breaks_stays_one_json_line() -> None:
     assert "\n" not in formatted(telemetry.JsonFormatter(), record("two\nlines"))
 
 
-@pytest.mark.parametrize("formatter", [telemetry.JsonFormatter(), telemetry.TextFormatter()], ids=repr)
+@pytest.mark.parametrize(
+    "formatter", [telemetry.JsonFormatter(), telemetry.TextFormatter()], ids=("json", "text")
+)
 def test_the_cause_of_an_error_is_in_the_log(formatter: logging.Formatter) -> None:
     try:
         raise ValueError("the cause")

@@ -14,8 +14,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from fsa_core.packing import Placement, place_queries
 from fsa_core.problem import Problem
@@ -25,8 +27,9 @@ CPU_WORKSPACE_BYTES = 64 * 2**20
 # A segment (all queries of one KV block) is cut greedily into tiles of these rows; only the last kind may
 # have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
 TILE_ROWS = (256, 64, 16)
-# Tiles that are computed together: small enough for the cache, enough of them to occupy all threads.
-BATCH_BYTES = 16 * 2**20
+# Tiles that are computed together: few enough for the cache, enough to make waking all threads worthwhile
+# where other processes want the cores as well.
+BATCH_BYTES = 32 * 2**20
 INDEX_ROWS_AT_ONCE = 65536
 
 
@@ -355,17 +358,27 @@ def _block_tiles(
     key = (chunk.cu_seqlens_k[sequence] + pairs.block_start[leader])[:, None] + torch.arange(p.block_size)
     row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + head[:, None]).flatten()
     # K and V side by side are spread over the tiles in one pass.
-    blocks = torch.zeros(len(row), 2, layout.width)
-    blocks[:, 0, : p.head_dim] = chunk.k.view(-1, p.head_dim).index_select(0, row)
-    blocks[:, 1, : p.value_dim] = chunk.v.view(-1, p.value_dim).index_select(0, row)
+    blocks = np.zeros((len(row), 2, layout.width), np.float32)
+    blocks[:, 0, : p.head_dim] = _rows_float32(chunk.k.view(-1, p.head_dim), row)
+    blocks[:, 1, : p.value_dim] = _rows_float32(chunk.v.view(-1, p.value_dim), row)
     if masked:
         # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
-        blocks[(key >= chunk.cu_seqlens_k[sequence + 1][:, None]).flatten()] = 0
-    tiled = blocks.view(len(used), -1)
+        blocks[(key >= chunk.cu_seqlens_k[sequence + 1][:, None]).flatten().numpy()] = 0
+    tiled = torch.from_numpy(blocks).view(len(used), -1)
     if len(used) < len(which):
         tiled = tiled.index_select(0, which)
     k, v = tiled.view(len(which), 1, p.block_size, 2, layout.width).unbind(3)
     return k, v
+
+
+def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:
+    """``x[row]`` in float32, by numpy: too little work to wake torch's threads for."""
+    if x.dtype != torch.bfloat16:
+        rows: NDArray[np.float32] = x.numpy()[row.numpy()].astype(np.float32, copy=False)
+        return rows
+    # The upper half of a float32.
+    bits: NDArray[np.uint32] = x.view(torch.int16).numpy()[row.numpy()].astype(np.uint32)
+    return (bits << 16).view(np.float32)
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -109,17 +109,19 @@ def test_parts_stay_within_the_workspace_and_cover_the_call(case_on_cpu):
 
 
 @pytest.fixture
-def two_threads():
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "limit_bytes"), [(torch.bfloat16, cpu.CPU_WORKSPACE_BYTES), (torch.float32, 60_000)]
+    ("dtype", "limit_bytes", "threads"),
+    [(torch.bfloat16, cpu.CPU_WORKSPACE_BYTES, 2), (torch.float32, 60_000, 1)],
+    indirect=["threads"],
 )
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("threads")
 def test_an_answer_is_bitwise_the_same_alone_and_in_any_company(case_on_cpu, dtype, limit_bytes):
     """200 requests; in company also behind other requests' tokens and with unused slots appended."""
     generator = torch.Generator().manual_seed(5)

@@ -275,9 +275,12 @@ def _segments(chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor, int]:
     num_blocks = -(-chunk.cu_seqlens_k.diff() // p.block_size)
     first_block = num_blocks.cumsum(0) - num_blocks
     total_blocks = int(num_blocks.sum())
-    block = first_block[chunk.placed.sequence][pairs.token] + pairs.block_start // p.block_size
+    block = (
+        first_block[chunk.placed.sequence].index_select(0, pairs.token) + pairs.block_start // p.block_size
+    )
     key = (pairs.unit // chunk.layout.units_per_kv_head) * total_blocks + block
-    is_cut = chunk.placed.num_visible_keys[pairs.token] < pairs.block_start + p.block_size
+    num_visible_keys = chunk.placed.num_visible_keys.index_select(0, pairs.token)
+    is_cut = num_visible_keys < pairs.block_start + p.block_size
     first_cut_key = p.num_kv_heads * total_blocks
     keys, order = (key + is_cut * first_cut_key).sort(stable=True)
     segment_key, size = torch.unique_consecutive(keys, return_counts=True)
@@ -400,13 +403,14 @@ def _merge(
     row = torch.arange(count.numel()).repeat_interleave(count)
     row_max = torch.full((count.numel(), heads), -torch.inf)
     row_max.scatter_reduce_(0, row[:, None].expand_as(lse), lse, "amax")
-    weight = (lse - row_max[row]).exp_()
+    weight = lse.sub_(row_max.index_select(0, row)).exp_()
     total = F.embedding_bag(torch.arange(len(row)), weight, first, mode="sum")
-    weight /= total[row]
+    weight /= total.index_select(0, row)
     # The bag of (row, head) holds that head of each of the row's pairs.
     head = torch.arange(heads)
-    rank = torch.arange(len(row)) - first[row]
-    bag_entry = (first[row] * heads + rank)[:, None] + head * count[row][:, None]
+    row_first = first.index_select(0, row)
+    rank = torch.arange(len(row)) - row_first
+    bag_entry = (row_first * heads + rank)[:, None] + head * count.index_select(0, row)[:, None]
     source = torch.empty(bag_entry.numel(), dtype=torch.int64)
     source[bag_entry.flatten()] = (place[:, None] * heads + head).flatten()
     bag_weight = torch.empty(bag_entry.numel())

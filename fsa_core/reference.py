@@ -1,8 +1,11 @@
 """The oracle: attention in float64, one sequence at a time, written to be read rather than to be fast.
 
 Every other implementation is tested against it, so it shares no algorithm with any of them: it builds
-the mask of visible keys and takes a plain softmax. Memory is ``_ROWS_AT_ONCE`` rows of scores.
+the mask of visible keys and takes a plain softmax, and its gradients are torch's own derivatives of that
+softmax, not a formula. Memory is a few times ``_ROWS_AT_ONCE`` rows of scores.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -42,6 +45,43 @@ def dense_attention_reference(
     return _attention(problem, q, k, v, None, cu_seqlens_q, cu_seqlens_k)
 
 
+def selected_attention_reference_backward(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, float64 and in their shapes, from those of out and lse.
+
+    ``out`` and ``lse`` were rounded to the dtypes of the answer, so they are not used but computed again. A
+    token without keys has no gradient and gives none, whatever ``grad_out`` and ``grad_lse`` hold for it.
+    """
+    return _gradients(problem, q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, grad_out, grad_lse)
+
+
+def dense_attention_reference_backward(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of dense attention; as in the selected form."""
+    return _gradients(problem, q, k, v, None, cu_seqlens_q, cu_seqlens_k, grad_out, grad_lse)
+
+
 def _attention(
     problem: Problem,
     q: torch.Tensor,
@@ -54,19 +94,56 @@ def _attention(
     size = (problem.num_q_tokens, problem.num_q_heads)
     out = torch.zeros(*size, problem.value_dim, dtype=torch.float64, device=q.device)
     lse = torch.full(size, -torch.inf, dtype=torch.float64, device=q.device)
+    for rows, keys, visible in _masks(problem, block_indices, cu_seqlens_q, cu_seqlens_k):
+        answer = _masked_softmax(problem, q[rows].double(), k[keys].double(), v[keys].double(), visible)
+        out[rows], lse[rows] = answer
+    return out, lse
+
+
+def _gradients(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v))
+    for rows, keys, visible in _masks(problem, block_indices, cu_seqlens_q, cu_seqlens_k):
+        queries, its_keys, values = (
+            x.detach().double().requires_grad_() for x in (q[rows], k[keys], v[keys])
+        )
+        with torch.enable_grad():
+            answer = _masked_softmax(problem, queries, its_keys, values, visible)
+        grad_answer = (grad_out[rows].double(), grad_lse[rows].double())
+        grads = torch.autograd.grad(answer, (queries, its_keys, values), grad_answer)
+        grad_q[rows] = grads[0]
+        grad_k[keys] += grads[1]
+        grad_v[keys] += grads[2]
+    return grad_q, grad_k, grad_v
+
+
+def _masks(
+    problem: Problem,
+    block_indices: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Some query tokens of one sequence, the sequence's keys, and which of them each token attends to."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q_start, q_end, k_start, k_end in zip(
         starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True
     ):
-        keys, values = k[k_start:k_end].double(), v[k_start:k_end].double()
         first_position = (k_end - k_start) - (q_end - q_start)
         for start in range(q_start, q_end, _ROWS_AT_ONCE):
             rows = slice(start, min(start + _ROWS_AT_ONCE, q_end))
-            positions = first_position + torch.arange(rows.start, rows.stop, device=q.device) - q_start
+            token = torch.arange(rows.start, rows.stop, device=cu_seqlens_q.device)
             ids = None if block_indices is None else block_indices[:, rows]
-            visible = _visible_keys(problem, positions, ids, k_end - k_start)
-            out[rows], lse[rows] = _masked_softmax(problem, q[rows].double(), keys, values, visible)
-    return out, lse
+            visible = _visible_keys(problem, first_position + token - q_start, ids, k_end - k_start)
+            yield rows, slice(k_start, k_end), visible
 
 
 def _visible_keys(

@@ -1,7 +1,7 @@
 """Problems that are valid by construction, and how far from the float64 oracle an answer may be."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,7 +10,12 @@ import torch
 
 from fsa_core.packing import place_queries
 from fsa_core.problem import Problem
-from fsa_core.reference import dense_attention_reference, selected_attention_reference
+from fsa_core.reference import (
+    dense_attention_reference,
+    dense_attention_reference_backward,
+    selected_attention_reference,
+    selected_attention_reference_backward,
+)
 
 DISTRIBUTIONS = ("random", "local", "same", "ragged", "empty_rows")
 
@@ -53,6 +58,20 @@ class Case:
         if self.problem.is_dense:
             return dense_attention_reference(self.problem, *self.dense_tensors)
         return selected_attention_reference(self.problem, *self.tensors)
+
+    def oracle_gradients(self, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """float64 gradients of q, k and v."""
+        given = (*self.oracle, grad_out, grad_lse)
+        if self.problem.is_dense:
+            return dense_attention_reference_backward(self.problem, *self.dense_tensors, *given)
+        return selected_attention_reference_backward(self.problem, *self.tensors, *given)
+
+    def output_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random gradients of out, in its dtype, and of lse, float32."""
+        p, generator = self.problem, torch.Generator().manual_seed(7)
+        grad_out = torch.randn(p.num_q_tokens, p.num_q_heads, p.value_dim, generator=generator)
+        grad_lse = torch.randn(p.num_q_tokens, p.num_q_heads, generator=generator)
+        return grad_out.to(self.q.device, p.dtype), grad_lse.to(self.q.device)
 
 
 def _make_case(
@@ -185,6 +204,39 @@ def assert_close_to_oracle(out: torch.Tensor, lse: torch.Tensor, case: Case, *, 
     _assert_error(lse[~empty], eager_lse[~empty], true_lse[~empty], torch.float32, factor, "lse")
 
 
+def eager_gradients(case: Case, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autograd makes of eager attention in the dtype of q: gradients of q, k and v."""
+    operands = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    with torch.enable_grad():
+        answer = eager_attention(replace(case, q=operands[0], k=operands[1], v=operands[2]))
+    return torch.autograd.grad(answer, operands, (grad_out, grad_lse))
+
+
+def assert_gradients_close_to_oracle(
+    grads: Sequence[torch.Tensor],
+    case: Case,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    *,
+    factor: float = 2.0,
+) -> None:
+    """Gradients of q, k and v, given those of out and lse; bounded as in ``assert_close_to_oracle``."""
+    true_grads = case.oracle_gradients(grad_out, grad_lse)
+    eager_grads = eager_gradients(case, grad_out, grad_lse)
+    mask = visible_keys(case)
+    sees_nothing = ~mask.any(-1).T
+    unseen = ~mask.unflatten(0, (-1, case.problem.group_size)).any(1).any(1).T
+    operands = (case.q, case.k, case.v)
+    names, left_out = ("grad_q", "grad_k", "grad_v"), (sees_nothing, unseen, unseen)
+    for what, x, got, eager, true, empty in zip(
+        names, operands, grads, eager_grads, true_grads, left_out, strict=True
+    ):
+        assert got.shape == x.shape, what
+        assert got.dtype == x.dtype, what
+        assert not got[empty].any(), f"{what}: a token without keys, or a key without queries, gets zeros"
+        _assert_error(got, eager, true, case.problem.dtype, factor, what)
+
+
 def _assert_error(
     got: torch.Tensor, eager: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, factor: float, what: str
 ) -> None:
@@ -212,3 +264,8 @@ def make_case(device: torch.device) -> Callable[..., Case]:
 @pytest.fixture(scope="session", name="assert_close_to_oracle")
 def assert_close_to_oracle_fixture() -> Callable[..., None]:
     return assert_close_to_oracle
+
+
+@pytest.fixture(scope="session", name="assert_gradients_close_to_oracle")
+def assert_gradients_close_to_oracle_fixture() -> Callable[..., None]:
+    return assert_gradients_close_to_oracle

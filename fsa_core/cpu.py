@@ -26,10 +26,12 @@ from fsa_core.problem import Problem
 CPU_WORKSPACE_BYTES = 64 * 2**20
 # A segment (all queries of one KV block) is cut greedily into tiles of these rows; only the last kind may
 # have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
-TILE_ROWS = (256, 64, 16)
+TILE_ROWS = (1024, 256, 64, 16)
 # Tiles that are computed together: few enough for the cache, enough to make waking all threads worthwhile
 # where other processes want the cores as well.
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = 8 * 2**20
+# K/V blocks that are laid out for their tiles at once.
+BLOCKS_BYTES = 16 * 2**20
 INDEX_ROWS_AT_ONCE = 65536
 
 
@@ -38,25 +40,21 @@ class _Layout:
     """What a (token, slot) pair means in this call.
 
     A unit owns a list of selected blocks: a KV head, or a query head when each selects for itself.
-    ``heads_per_unit`` query heads ride with every pair. Tiles are ``width`` channels wide.
+    ``heads_per_unit`` query heads ride with every pair.
     """
 
     units_per_kv_head: int
     heads_per_unit: int
-    width: int
 
     @classmethod
     def of(cls, problem: Problem) -> "_Layout":
         units = max(problem.index_heads, problem.num_kv_heads)
         return cls(
-            units_per_kv_head=units // problem.num_kv_heads,
-            heads_per_unit=problem.num_q_heads // units,
-            width=max(problem.head_dim, problem.value_dim),
+            units_per_kv_head=units // problem.num_kv_heads, heads_per_unit=problem.num_q_heads // units
         )
 
-    @property
-    def pair_bytes(self) -> int:
-        return 128 + self.heads_per_unit * (4 * self.width + 48)
+    def pair_bytes(self, problem: Problem) -> int:
+        return 128 + self.heads_per_unit * (4 * problem.value_dim + 56)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +80,32 @@ class _Pairs:
 
 
 @dataclass(frozen=True, slots=True)
+class _Segments:
+    """The pairs of a chunk sorted by the block they chose; a segment is the pairs of one block.
+
+    A pair [num_pairs, int64]: ``order``, its number in (unit, token, slot) order; ``q_row``, its row in the
+    chunk's q; ``num_visible``, the keys it sees from the block's first on. A segment [num_segments, int64]:
+    ``first`` and ``size``, its pairs; ``first_key`` and ``end_key``, packed, its block's first key and its
+    sequence's end; ``kv_head``.
+    """
+
+    order: torch.Tensor
+    q_row: torch.Tensor
+    num_visible: torch.Tensor
+    first: torch.Tensor
+    size: torch.Tensor
+    first_key: torch.Tensor
+    end_key: torch.Tensor
+    kv_head: torch.Tensor
+
+    def __getitem__(self, part: slice) -> "_Segments":
+        of_segments = (self.first, self.size, self.first_key, self.end_key, self.kv_head)
+        return _Segments(self.order, self.q_row, self.num_visible, *(x[part] for x in of_segments))
+
+
+@dataclass(frozen=True, slots=True)
 class _Tiles:
-    """Tiles of one size. Each attends to the block of the pair ``order[first]``, for ``count`` pairs."""
+    """Tiles of one size: each is ``count`` sorted pairs from ``first`` on, of segment number ``segment``."""
 
     segment: torch.Tensor
     first: torch.Tensor
@@ -95,8 +117,34 @@ class _Tiles:
 
 
 @dataclass(frozen=True, slots=True)
+class _Partials:
+    """What each pair's queries got from its block alone, float32, in tile order.
+
+    ``out`` [num_pairs, heads_per_unit, value_dim] and ``row_sum`` [num_pairs, heads_per_unit] are sums over
+    the block's keys of exp(score - row_max), with and without the values.
+    """
+
+    out: torch.Tensor
+    row_max: torch.Tensor
+    row_sum: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_pairs: int, heads_per_unit: int, value_dim: int) -> "_Partials":
+        rows = (num_pairs, heads_per_unit)
+        return cls(torch.empty(*rows, value_dim), torch.empty(rows), torch.empty(rows))
+
+    def __getitem__(self, part: slice) -> "_Partials":
+        return _Partials(self.out[part], self.row_max[part], self.row_sum[part])
+
+    def take(self, source: "_Partials", pair: torch.Tensor) -> None:
+        torch.index_select(source.out, 0, pair, out=self.out)
+        torch.index_select(source.row_max, 0, pair, out=self.row_max)
+        torch.index_select(source.row_sum, 0, pair, out=self.row_sum)
+
+
+@dataclass(frozen=True, slots=True)
 class _Chunk:
-    """What one part works on; ``q`` is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
+    """What a part works on; ``q``, scaled, is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
 
     problem: Problem
     layout: _Layout
@@ -140,18 +188,17 @@ def selected_attention_cpu(
     placed = place_queries(cu_seqlens_q, cu_seqlens_k, p.num_q_tokens, causal=p.causal)
     num_pairs = _pairs_per_token(p, block_indices, placed)
     parts = list(_parts(p, layout, num_pairs, placed.sequence, workspace_limit_bytes))
-    rows = max((part.num_pairs for part in parts), default=0) * layout.heads_per_unit
-    partial_out, partial_lse = torch.empty(rows, layout.width), torch.empty(rows)
+    most_pairs = max((part.num_pairs for part in parts), default=0)
+    workspace = _Partials.empty(most_pairs, layout.heads_per_unit, p.value_dim)
     for part in parts:
         if part.num_pairs:
             q_heads = slice(part.heads.start * p.group_size, part.heads.stop * p.group_size)
             chunk = _chunk(
                 p, layout, part, q[part.tokens, q_heads], k, v, block_indices, cu_seqlens_k, placed
             )
-            place = _attend_chunk(chunk, partial_out, partial_lse)
-            out[part.tokens, q_heads], lse[part.tokens, q_heads] = _merge(
-                chunk, partial_out, partial_lse, place
-            )
+            partials = workspace[: part.num_pairs]
+            place = _attend_chunk(chunk, partials)
+            out[part.tokens, q_heads], lse[part.tokens, q_heads] = _merge(chunk, partials, place)
     return out, lse
 
 
@@ -183,8 +230,8 @@ def _parts(
     tiles do not depend on what else is in the batch.
     """
     heads = problem.num_kv_heads
-    token_bytes = 4 * problem.group_size * (problem.head_dim + 3 * layout.width)
-    cost = num_pairs.amax(0) * layout.pair_bytes + token_bytes
+    token_bytes = 4 * problem.group_size * (problem.head_dim + 3 * problem.value_dim)
+    cost = num_pairs.amax(0) * layout.pair_bytes(problem) + token_bytes
     runs = list(_runs(cost, sequence, limit_bytes, limit_bytes // heads))
     for tokens, run_bytes in runs:
         at_once = min(max(limit_bytes // run_bytes, 1), heads)
@@ -238,81 +285,104 @@ def _chunk(
     used = _is_used(problem, ids, here.num_visible_keys)
     unit, token, slot = used.nonzero(as_tuple=True)
     pairs = _Pairs(unit, token, ids[unit, token, slot].long() * problem.block_size, used.sum(-1).flatten())
-    q_rows = q.float().reshape(-1, layout.heads_per_unit * problem.head_dim)
+    q_rows = (q.float() * problem.softmax_scale).reshape(-1, layout.heads_per_unit * problem.head_dim)
     return _Chunk(problem, layout, q_rows, k, v, cu_seqlens_k.long(), here, pairs, part.heads.start)
 
 
-def _attend_chunk(chunk: _Chunk, partial_out: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-    """Fill the first rows of ``partial_out`` and ``partial_lse`` with every pair's partial answer.
-
-    Returns where each pair lies, int64 [num_pairs], counted in ``heads_per_unit`` rows.
-    """
-    heads, num_pairs = chunk.layout.heads_per_unit, chunk.pairs.token.numel()
-    order, segment_size, num_whole = _segments(chunk)
-    out, lse = partial_out.view(-1, heads * chunk.layout.width), partial_lse.view(-1, heads)
-    place = torch.empty(num_pairs, dtype=torch.int64)
+def _attend_chunk(chunk: _Chunk, partials: _Partials) -> torch.Tensor:
+    """Fill ``partials`` with every pair's own; returns where each pair lies in them, int64 [num_pairs]."""
+    place = torch.empty(chunk.pairs.token.numel(), dtype=torch.int64)
     done = 0
-    for tiles, masked in _tile_batches(chunk, segment_size, num_whole):
-        entry = tiles.first[:, None] + torch.arange(tiles.pairs_per_tile)
-        used = (entry < (tiles.first + tiles.count)[:, None]).flatten().nonzero()[:, 0]
-        pair = order[entry.clamp(max=num_pairs - 1)]
-        tile_out, tile_lse = _attend_tiles(chunk, order, tiles, pair, masked)
-        end = done + used.numel()
-        torch.index_select(tile_out.view(-1, out.shape[1]), 0, used, out=out[done:end])
-        torch.index_select(tile_lse.view(-1, heads), 0, used, out=lse[done:end])
-        place[pair.flatten()[used]] = torch.arange(done, end)
-        done = end
+    for segments, masked in _segment_runs(chunk):
+        blocks = _blocks(chunk, segments, masked)
+        for tiles in _tile_batches(chunk, segments):
+            entry = tiles.first[:, None] + torch.arange(tiles.pairs_per_tile)
+            used = (entry < (tiles.first + tiles.count)[:, None]).flatten().nonzero()[:, 0]
+            entry.clamp_(max=place.numel() - 1)
+            here = partials[done : done + used.numel()]
+            is_full = used.numel() == entry.numel()
+            results = here if is_full else _Partials.empty(entry.numel(), *partials.out.shape[1:])
+            _attend_tiles(chunk, segments, entry, blocks.index_select(0, tiles.segment), masked, results)
+            if not is_full:
+                here.take(results, used)
+            place[segments.order[entry.flatten()[used]]] = torch.arange(done, done + used.numel())
+            done += used.numel()
     return place
 
 
-def _segments(chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Invert the selection: pairs sorted by the block they chose.
+def _segment_runs(chunk: _Chunk) -> Iterator[tuple[_Segments, bool]]:
+    """Runs of segments whose K/V blocks fit ``BLOCKS_BYTES``; the flag says that they need a mask: that some
+    of their pairs do not see the whole block."""
+    segments, num_whole = _segments(chunk)
+    p, num_segments = chunk.problem, segments.size.numel()
+    at_once = max(BLOCKS_BYTES // (4 * p.block_size * (p.head_dim + p.value_dim)), 1)
+    for start, end, masked in ((0, num_whole, False), (num_whole, num_segments, True)):
+        for first in range(start, end, at_once):
+            yield segments[first : min(first + at_once, end)], masked
 
-    Returns the sorting order [num_pairs], the size of each segment, and how many segments come first that
-    need no mask: all their pairs see the whole block.
-    """
-    p, pairs = chunk.problem, chunk.pairs
+
+def _segments(chunk: _Chunk) -> tuple[_Segments, int]:
+    """Invert the selection; the number says how many segments come first that need no mask."""
+    p, pairs, layout = chunk.problem, chunk.pairs, chunk.layout
     num_blocks = -(-chunk.cu_seqlens_k.diff() // p.block_size)
     first_block = num_blocks.cumsum(0) - num_blocks
     total_blocks = int(num_blocks.sum())
-    block = (
-        first_block[chunk.placed.sequence].index_select(0, pairs.token) + pairs.block_start // p.block_size
-    )
-    key = (pairs.unit // chunk.layout.units_per_kv_head) * total_blocks + block
-    num_visible_keys = chunk.placed.num_visible_keys.index_select(0, pairs.token)
-    is_cut = num_visible_keys < pairs.block_start + p.block_size
+    sequence = chunk.placed.sequence.index_select(0, pairs.token)
+    block = first_block.index_select(0, sequence) + pairs.block_start // p.block_size
+    key = (pairs.unit // layout.units_per_kv_head) * total_blocks + block
+    num_visible = chunk.placed.num_visible_keys.index_select(0, pairs.token) - pairs.block_start
     first_cut_key = p.num_kv_heads * total_blocks
-    keys, order = (key + is_cut * first_cut_key).sort(stable=True)
+    keys, order = (key + (num_visible < p.block_size) * first_cut_key).sort(stable=True)
     segment_key, size = torch.unique_consecutive(keys, return_counts=True)
-    return order, size, int((segment_key < first_cut_key).sum())
+    first = size.cumsum(0) - size
+    leader = order[first]
+    sequence = sequence[leader]
+    segments = _Segments(
+        order=order,
+        q_row=(pairs.token * chunk.num_units + pairs.unit).index_select(0, order),
+        num_visible=num_visible.index_select(0, order),
+        first=first,
+        size=size,
+        first_key=chunk.cu_seqlens_k[sequence] + pairs.block_start[leader],
+        end_key=chunk.cu_seqlens_k[sequence + 1],
+        kv_head=chunk.first_head + pairs.unit[leader] // layout.units_per_kv_head,
+    )
+    return segments, int((segment_key < first_cut_key).sum())
 
 
-def _tile_batches(chunk: _Chunk, segment_size: torch.Tensor, num_whole: int) -> Iterator[tuple[_Tiles, bool]]:
-    """Cut segments into tiles, and tiles of one size into batches; the flag says that they need a mask."""
-    position = segment_size.cumsum(0) - segment_size
-    remaining = segment_size.clone()
+def _blocks(chunk: _Chunk, segments: _Segments, masked: bool) -> torch.Tensor:
+    """K beside V of each segment's block, float32 [num_segments, block_size * (head_dim + value_dim)]."""
+    p = chunk.problem
+    key = segments.first_key[:, None] + torch.arange(p.block_size)
+    row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + segments.kv_head[:, None]).flatten()
+    sides = (_rows_float32(x.view(-1, x.shape[-1]), row) for x in (chunk.k, chunk.v))
+    blocks = np.concatenate(tuple(sides), axis=1)
+    if masked:
+        # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
+        blocks[(key >= segments.end_key[:, None]).flatten().numpy()] = 0
+    return torch.from_numpy(blocks).view(len(key), -1)
+
+
+def _tile_batches(chunk: _Chunk, segments: _Segments) -> Iterator[_Tiles]:
+    """Cut segments into tiles, and tiles of one size into batches."""
+    first, remaining = segments.first, segments.size
     for rows in TILE_ROWS:
         per_tile = max(rows // chunk.layout.heads_per_unit, 1)
         num_tiles = (remaining + (per_tile - 1 if rows == TILE_ROWS[-1] else 0)) // per_tile
-        segment = torch.arange(segment_size.numel()).repeat_interleave(num_tiles)
+        segment = torch.arange(remaining.numel()).repeat_interleave(num_tiles)
         rank = torch.arange(segment.numel()) - (num_tiles.cumsum(0) - num_tiles)[segment]
-        first = position[segment] + rank * per_tile
         count = (remaining[segment] - rank * per_tile).clamp(max=per_tile)
-        tiles = _Tiles(segment, first, count, per_tile)
+        tiles = _Tiles(segment, first[segment] + rank * per_tile, count, per_tile)
         taken = num_tiles * per_tile
-        position, remaining = position + taken, (remaining - taken).clamp(min=0)
-        split = int(num_tiles[:num_whole].sum())
-        for part, masked in ((tiles[:split], False), (tiles[split:], True)):
-            size = _tiles_at_once(chunk, per_tile)
-            for start in range(0, part.segment.numel(), size):
-                yield _at_least_two(part[start : start + size]), masked
+        first, remaining = first + taken, (remaining - taken).clamp(min=0)
+        size = _tiles_at_once(chunk, per_tile)
+        for start in range(0, segment.numel(), size):
+            yield _at_least_two(tiles[start : start + size])
 
 
 def _tiles_at_once(chunk: _Chunk, pairs_per_tile: int) -> int:
-    rows = pairs_per_tile * chunk.layout.heads_per_unit
-    tile_bytes = 4 * (
-        2 * (rows + chunk.problem.block_size) * chunk.layout.width + rows * chunk.problem.block_size
-    )
+    p, rows = chunk.problem, pairs_per_tile * chunk.layout.heads_per_unit
+    tile_bytes = 4 * ((rows + p.block_size) * (p.head_dim + p.value_dim) + rows * p.block_size)
     return max(BATCH_BYTES // tile_bytes, 2)
 
 
@@ -326,52 +396,29 @@ def _at_least_two(tiles: _Tiles) -> _Tiles:
 
 
 def _attend_tiles(
-    chunk: _Chunk, order: torch.Tensor, tiles: _Tiles, pair: torch.Tensor, masked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's queries over its block: out [num_tiles, rows, width] and lse [num_tiles, rows].
+    chunk: _Chunk,
+    segments: _Segments,
+    entry: torch.Tensor,
+    blocks: torch.Tensor,
+    masked: bool,
+    results: _Partials,
+) -> None:
+    """Each tile's queries over its block, into ``results``.
 
-    pair: int64 [num_tiles, pairs_per_tile]; unused places repeat some pair, and what they give is dropped.
+    entry: int64 [num_tiles, pairs_per_tile], sorted pairs; unused places hold any pair, and what they give is
+    dropped. blocks: float32 [num_tiles, block_size * (head_dim + value_dim)].
     """
-    p, layout = chunk.problem, chunk.layout
-    q_row = chunk.pairs.token[pair] * chunk.num_units + chunk.pairs.unit[pair]
-    q = chunk.q.index_select(0, q_row.flatten()).view(len(pair), 1, -1, p.head_dim)
-    k, v = _block_tiles(chunk, order, tiles, masked)
-    mask = None
+    p, rows = chunk.problem, (len(entry), -1)
+    k, v = blocks.view(len(entry), p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
+    q_row = segments.q_row.index_select(0, entry.flatten())
+    q = chunk.q.index_select(0, q_row).view(*rows, p.head_dim)
+    scores = torch.bmm(q, k.transpose(1, 2))
     if masked:
-        visible = chunk.placed.num_visible_keys[chunk.pairs.token[pair]] - chunk.pairs.block_start[pair]
-        hidden = (
-            torch.arange(p.block_size) >= visible.repeat_interleave(layout.heads_per_unit, dim=1)[..., None]
-        )
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _widened(q, layout.width), k, v, 0.0, False, attn_mask=mask, scale=p.softmax_scale
-    )
-    return out.reshape(len(pair), -1, layout.width), lse.reshape(len(pair), -1)
-
-
-def _block_tiles(
-    chunk: _Chunk, order: torch.Tensor, tiles: _Tiles, masked: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V blocks of the tiles, float32 [num_tiles, 1, block_size, width]; each block is read once."""
-    p, layout, pairs = chunk.problem, chunk.layout, chunk.pairs
-    used, which = torch.unique_consecutive(tiles.segment, return_inverse=True)
-    leader = order[tiles.first[torch.searchsorted(tiles.segment, used)]]
-    sequence = chunk.placed.sequence[pairs.token[leader]]
-    head = chunk.first_head + pairs.unit[leader] // layout.units_per_kv_head
-    key = (chunk.cu_seqlens_k[sequence] + pairs.block_start[leader])[:, None] + torch.arange(p.block_size)
-    row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + head[:, None]).flatten()
-    # K and V side by side are spread over the tiles in one pass.
-    blocks = np.zeros((len(row), 2, layout.width), np.float32)
-    blocks[:, 0, : p.head_dim] = _rows_float32(chunk.k.view(-1, p.head_dim), row)
-    blocks[:, 1, : p.value_dim] = _rows_float32(chunk.v.view(-1, p.value_dim), row)
-    if masked:
-        # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
-        blocks[(key >= chunk.cu_seqlens_k[sequence + 1][:, None]).flatten().numpy()] = 0
-    tiled = torch.from_numpy(blocks).view(len(used), -1)
-    if len(used) < len(which):
-        tiled = tiled.index_select(0, which)
-    k, v = tiled.view(len(which), 1, p.block_size, 2, layout.width).unbind(3)
-    return k, v
+        num_visible = segments.num_visible[entry].repeat_interleave(chunk.layout.heads_per_unit, dim=1)
+        scores.masked_fill_(torch.arange(p.block_size) >= num_visible[..., None], -torch.inf)
+    row_max = torch.amax(scores, -1, out=results.row_max.view(rows))
+    torch.sum(scores.sub_(row_max[..., None]).exp_(), -1, out=results.row_sum.view(rows))
+    torch.bmm(scores, v, out=results.out.view(*rows, p.value_dim))
 
 
 def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:
@@ -384,28 +431,22 @@ def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:
     return (bits << 16).view(np.float32)
 
 
-def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
-    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _merge(
-    chunk: _Chunk, partial_out: torch.Tensor, partial_lse: torch.Tensor, place: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(chunk: _Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weigh each token's partial answers by their share of its softmax, and add them in slot order.
 
-    partial_out: [num_pairs * heads_per_unit, width] in tile order; place: where each pair lies in it.
-    An embedding bag is exactly this: a weighted sum of rows, added one after the other.
+    place: where each pair lies in ``partials``. An embedding bag is exactly this: a weighted sum of rows,
+    added one after the other.
     """
-    p, layout, count = chunk.problem, chunk.layout, chunk.pairs.count
-    heads = layout.heads_per_unit
-    lse = partial_lse.view(-1, heads).index_select(0, place)
+    p, heads, count = chunk.problem, chunk.layout.heads_per_unit, chunk.pairs.count
     first = count.cumsum(0) - count
     row = torch.arange(count.numel()).repeat_interleave(count)
+    partial_max = partials.row_max.index_select(0, place)
     row_max = torch.full((count.numel(), heads), -torch.inf)
-    row_max.scatter_reduce_(0, row[:, None].expand_as(lse), lse, "amax")
-    weight = lse.sub_(row_max.index_select(0, row)).exp_()
-    total = F.embedding_bag(torch.arange(len(row)), weight, first, mode="sum")
-    weight /= total.index_select(0, row)
+    row_max.scatter_reduce_(0, row[:, None].expand_as(partial_max), partial_max, "amax")
+    weight = partial_max.sub_(row_max.index_select(0, row)).exp_()
+    partial_sum = partials.row_sum.index_select(0, place).mul_(weight)
+    row_sum = F.embedding_bag(torch.arange(len(row)), partial_sum, first, mode="sum")
+    weight /= row_sum.index_select(0, row)
     # The bag of (row, head) holds that head of each of the row's pairs.
     head = torch.arange(heads)
     row_first = first.index_select(0, row)
@@ -416,7 +457,10 @@ def _merge(
     bag_weight = torch.empty(bag_entry.numel())
     bag_weight[bag_entry.flatten()] = weight.flatten()
     bag_first = (first * heads)[:, None] + head * count[:, None]
+    partial_out = partials.out.view(-1, p.value_dim)
     out = F.embedding_bag(source, partial_out, bag_first.flatten(), mode="sum", per_sample_weights=bag_weight)
-    out = out.view(chunk.num_units, -1, heads, layout.width)[..., : p.value_dim]
-    lse = (row_max + total.log()).view(chunk.num_units, -1, heads)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
+    lse = (row_max + row_sum.log()).view(chunk.num_units, -1, heads)
+    return (
+        out.view(chunk.num_units, -1, heads, p.value_dim).transpose(0, 1).flatten(1, 2),
+        lse.transpose(0, 1).flatten(1, 2),
+    )

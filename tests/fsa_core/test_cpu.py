@@ -99,11 +99,11 @@ def test_parts_stay_within_the_workspace_and_cover_the_call(case_on_cpu):
     num_pairs = cpu._pairs_per_token(p, case.block_indices, placed)
     parts = list(cpu._parts(p, layout, num_pairs, placed.sequence, limit_bytes))
     covered = torch.zeros(p.num_kv_heads, p.num_q_tokens, dtype=torch.int32)
-    largest_token = int(num_pairs.amax()) * layout.pair_bytes
+    largest_token = int(num_pairs.amax()) * layout.pair_bytes(p)
     for part in parts:
         covered[part.heads, part.tokens] += 1
         assert part.num_pairs == num_pairs[part.heads, part.tokens].sum()
-        assert part.num_pairs * layout.pair_bytes <= limit_bytes + largest_token
+        assert part.num_pairs * layout.pair_bytes(p) <= limit_bytes + largest_token
     assert (covered == 1).all()
     assert len(parts) < 60
 

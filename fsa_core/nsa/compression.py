@@ -1,0 +1,158 @@
+"""Compression of K or V: every window of keys becomes one, by a mean or by something learned (equation 7).
+
+Window i of a sequence covers its tokens [i * stride, i * stride + kernel_size); only whole windows count,
+and none crosses sequences. Source: Native Sparse Attention, arXiv 2502.11089: the MLP with intra-block
+position is the paper's own, the others are what public implementations of it offer.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fsa_core.packing import single_sequence
+
+
+def count_windows(num_keys: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
+    """How many whole windows lie within the first ``num_keys`` keys; any shape."""
+    return (num_keys.clamp(min=kernel_size - stride) - kernel_size) // stride + 1
+
+
+def compressed_cu_seqlens(cu_seqlens: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
+    """Where each sequence's windows start, and their total: int32 [num_sequences + 1]."""
+    windows = count_windows(cu_seqlens.long().diff(), kernel_size, stride)
+    return F.pad(windows.cumsum(0), (1, 0)).int()
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionState:
+    """What one sequence's next windows still need of the tokens seen so far.
+
+    ``tail``: [num_tail_tokens, heads, head_dim], the tokens from the start of the first unfinished window on:
+    fewer than ``kernel_size``.
+    """
+
+    tail: torch.Tensor
+
+
+class Compression(nn.Module, ABC):
+    """Windows of tokens pooled to one token each; subclasses say how. Differentiable."""
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        if not 1 <= stride <= kernel_size:
+            raise ValueError(f"stride is {stride}: expected from 1 to the kernel size, {kernel_size}")
+        self.kernel_size = kernel_size
+        self.stride = stride
+
+    @abstractmethod
+    def pool(self, windows: torch.Tensor) -> torch.Tensor:
+        """[num_windows, heads, dim] from windows [num_windows, heads, head_dim, kernel_size]."""
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        """Compress packed sequences.
+
+        x: [num_tokens, heads, head_dim]; cu_seqlens: int32 [num_sequences + 1], None: one sequence. Returns
+        [num_windows, heads, dim], the windows of the first sequence first; ``compressed_cu_seqlens`` says
+        where each sequence's start. Reads cu_seqlens, which synchronises on CUDA.
+        """
+        cu_seqlens = single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
+        lengths = cu_seqlens.diff().tolist()
+        # Views on x, and by split, whose gradient is one concatenation however many sequences there are.
+        views = [
+            part.unfold(0, self.kernel_size, self.stride)
+            for part in x.split(lengths)
+            if len(part) >= self.kernel_size
+        ]
+        if not views:
+            return self.pool(x.new_empty(0, *x.shape[1:], self.kernel_size))
+        return self.pool(views[0] if len(views) == 1 else torch.cat(views))
+
+    def extend(
+        self, x: torch.Tensor, state: CompressionState | None = None
+    ) -> tuple[torch.Tensor, CompressionState]:
+        """Compress what the next tokens of one sequence complete.
+
+        x: [num_new_tokens, heads, head_dim]; ``state``: what the last call returned, None at the start of the
+        sequence. Returns the completed windows [num_new_windows, heads, dim] (one new token completes one at
+        most) and the state for the next call.
+        """
+        tokens = x if state is None else torch.cat([state.tail, x])
+        num_new = max((len(tokens) - self.kernel_size) // self.stride + 1, 0)
+        tail = tokens[num_new * self.stride :]
+        # A copy: a view would keep the whole chunk alive.
+        return self(tokens), CompressionState(tail.clone())
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+class MeanCompression(Compression):
+    """The mean of a window's tokens; nothing is learned."""
+
+    def pool(self, windows: torch.Tensor) -> torch.Tensor:
+        return windows.mean(-1)
+
+
+class WeightedCompression(Compression):
+    """The sum of a window's tokens, each times a learned weight of its place in the window.
+
+    Parameters: ``weight`` [heads, kernel_size], 1 / kernel_size at the start: a mean.
+    """
+
+    def __init__(self, kernel_size: int, stride: int, num_heads: int) -> None:
+        super().__init__(kernel_size, stride)
+        self.weight = nn.Parameter(torch.full((num_heads, kernel_size), 1 / kernel_size))
+
+    def pool(self, windows: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("whdk,hk->whd", windows, self.weight)
+
+
+class LinearCompression(Compression):
+    """A learned linear map of the whole window.
+
+    Parameters: ``weight`` [heads, kernel_size, head_dim, head_dim] and ``bias`` [heads, head_dim], a mean at
+    the start. The bias is all that an intra-block position could add to a linear map.
+    """
+
+    def __init__(self, kernel_size: int, stride: int, num_heads: int, head_dim: int) -> None:
+        super().__init__(kernel_size, stride)
+        self.weight = nn.Parameter((torch.eye(head_dim) / kernel_size).repeat(num_heads, kernel_size, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def pool(self, windows: torch.Tensor) -> torch.Tensor:
+        return _per_head(windows, self.weight, self.bias)
+
+
+class MLPCompression(Compression):
+    """A learned MLP of the whole window, whose tokens know their place: the paper's choice.
+
+    Parameters: ``position`` [heads, kernel_size, head_dim], added to a window's tokens; ``weight_in``
+    [heads, kernel_size, head_dim, hidden_dim], ``bias_in`` [heads, hidden_dim], GELU, ``weight_out``
+    [heads, hidden_dim, head_dim], ``bias_out`` [heads, head_dim].
+    """
+
+    def __init__(
+        self, kernel_size: int, stride: int, num_heads: int, head_dim: int, hidden_dim: int | None = None
+    ) -> None:
+        super().__init__(kernel_size, stride)
+        hidden_dim = 4 * head_dim if hidden_dim is None else hidden_dim
+        self.position = nn.Parameter(0.02 * torch.randn(num_heads, kernel_size, head_dim))
+        fan_in = kernel_size * head_dim
+        self.weight_in = nn.Parameter(
+            torch.randn(num_heads, kernel_size, head_dim, hidden_dim) / math.sqrt(fan_in)
+        )
+        self.bias_in = nn.Parameter(torch.zeros(num_heads, hidden_dim))
+        self.weight_out = nn.Parameter(torch.randn(num_heads, hidden_dim, head_dim) / math.sqrt(hidden_dim))
+        self.bias_out = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def pool(self, windows: torch.Tensor) -> torch.Tensor:
+        hidden = _per_head(windows + self.position.transpose(1, 2), self.weight_in, self.bias_in)
+        return torch.einsum("whf,hfe->whe", F.gelu(hidden), self.weight_out) + self.bias_out
+
+
+def _per_head(windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("whdk,hkde->whe", windows, weight) + bias

@@ -1,0 +1,120 @@
+from functools import partial
+
+import pytest
+import torch
+
+from fsa_core.nsa.compression import (
+    LinearCompression,
+    MeanCompression,
+    MLPCompression,
+    WeightedCompression,
+    compressed_cu_seqlens,
+)
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.reference import compress_reference, pool_linear, pool_mean, pool_mlp, pool_weighted
+from tests.fsa_core.nsa.conftest import cumulative
+
+HEADS, HEAD_DIM = 2, 16
+KINDS = ("mean", "weighted", "linear", "mlp")
+MLP_PARAMETERS = ("position", "weight_in", "bias_in", "weight_out", "bias_out")
+# Windows that overlap by half, that touch, that overlap by three quarters, of every key.
+SIZES = [(8, 4), (4, 4), (16, 4), (1, 1)]
+
+
+def make(kind, kernel_size, stride):
+    torch.manual_seed(0)
+    compression = {
+        "mean": lambda: MeanCompression(kernel_size, stride),
+        "weighted": lambda: WeightedCompression(kernel_size, stride, HEADS),
+        "linear": lambda: LinearCompression(kernel_size, stride, HEADS, HEAD_DIM),
+        "mlp": lambda: MLPCompression(kernel_size, stride, HEADS, HEAD_DIM, hidden_dim=24),
+    }[kind]()
+    with torch.no_grad():
+        for parameter in compression.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return compression
+
+
+def oracle_pool(kind, parameters):
+    return {
+        "mean": lambda: pool_mean,
+        "weighted": lambda: partial(pool_weighted, **parameters),
+        "linear": lambda: partial(pool_linear, **parameters),
+        "mlp": lambda: partial(pool_mlp, **parameters),
+    }[kind]()
+
+
+def assert_within_roundings(got, true, count):
+    """Off by at most some roundings of the largest number, which a sum of ``count`` terms may meet."""
+    bound = 2 * count**0.5 * torch.finfo(got.dtype).eps * true.abs().amax()
+    assert got.shape == true.shape
+    assert (got.double() - true).abs().amax() <= bound
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compression_and_its_gradients_are_the_oracles(device, kind, sizes):
+    """Sequences shorter than a window, of exactly one, empty ones, and leftovers that fill none."""
+    cu_seqlens = cumulative((30, 3, 0, sizes[0], 41)).to(device)
+    compression = make(kind, *sizes).to(device)
+    x = torch.randn(int(cu_seqlens[-1]), HEADS, HEAD_DIM).to(device).requires_grad_()
+    out = compression(x, cu_seqlens)
+    weights = torch.randn_like(out)
+
+    true_x = x.detach().double().requires_grad_()
+    parameters = {name: p.detach().double().requires_grad_() for name, p in compression.named_parameters()}
+    config = NSAConfig(kernel_size=sizes[0], stride=sizes[1])
+    true = compress_reference(true_x, cu_seqlens, config, oracle_pool(kind, parameters))
+
+    (out * weights).sum().backward()
+    (true * weights).sum().backward()
+    terms = sizes[0] * HEAD_DIM
+    assert len(out) == compressed_cu_seqlens(cu_seqlens, *sizes)[-1]
+    assert_within_roundings(out, true, terms)
+    assert_within_roundings(x.grad, true_x.grad, terms)
+    for name, parameter in compression.named_parameters():
+        assert_within_roundings(parameter.grad, parameters[name].grad, len(true) * terms)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_by_token_is_the_same_as_at_once(device, kind, sizes):
+    compression = make(kind, *sizes).to(device)
+    x = torch.randn(37, HEADS, HEAD_DIM).to(device)
+    whole = compression(x)
+    # A prompt, a chunk, and then one token after the other.
+    pieces, state = [], None
+    for piece in x.split([5, 11] + [1] * 21):
+        new, state = compression.extend(piece, state)
+        assert len(new) <= 1 or len(piece) > 1
+        assert len(state.tail) < sizes[0]
+        pieces.append(new)
+    assert_within_roundings(torch.cat(pieces), whole.double(), sizes[0] * HEAD_DIM)
+
+
+def test_windows_of_no_sequence_cross_into_the_next(device):
+    """NaN in every sequence but one reaches nothing of that one."""
+    cu_seqlens = cumulative((20, 20, 20)).to(device)
+    x = torch.full((60, HEADS, HEAD_DIM), torch.nan, device=device)
+    x[20:40] = 1.0
+    starts = compressed_cu_seqlens(cu_seqlens, 8, 4).tolist()
+    assert starts == [0, 4, 8, 12]
+    out = MeanCompression(8, 4)(x, cu_seqlens)
+    assert out[4:8].eq(1).all()
+    assert out[:4].isnan().all()
+    assert out[8:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["weighted", "linear"])
+def test_learned_pools_start_as_a_mean(device, kind):
+    learned = {
+        "weighted": WeightedCompression(8, 4, HEADS),
+        "linear": LinearCompression(8, 4, HEADS, HEAD_DIM),
+    }[kind].to(device)
+    x = torch.randn(64, HEADS, HEAD_DIM, device=device)
+    assert_within_roundings(learned(x), x.double().unfold(0, 8, 4).mean(-1), 8)
+
+
+def test_a_stride_that_skips_keys_is_refused():
+    with pytest.raises(ValueError, match="stride is 9: expected from 1 to the kernel size, 8"):
+        MeanCompression(8, 9)

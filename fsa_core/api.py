@@ -1,21 +1,29 @@
 """The public functions: validate, choose an implementation, run it."""
 
 import os
+from functools import partial
+from typing import Any
 
 import torch
 
+from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
 from fsa_core.cpu import selected_attention_cpu
+from fsa_core.cpu_backward import selected_attention_cpu_backward
 from fsa_core.dense import dense_attention_forward
+from fsa_core.dense_backward import dense_attention_backward
 from fsa_core.packing import single_sequence
 from fsa_core.patterns import expand_query_blocks
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.problem import Problem
-from fsa_core.reference import dense_attention_reference, selected_attention_reference
+from fsa_core.reference import (
+    dense_attention_reference,
+    dense_attention_reference_backward,
+    selected_attention_reference,
+    selected_attention_reference_backward,
+)
 from fsa_core.validation import validate_dense, validate_selected
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
-
-Answer = tuple[torch.Tensor, torch.Tensor]
 
 
 def selected_attention(
@@ -35,6 +43,8 @@ def selected_attention(
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """softmax(q k^T * softmax_scale) v over the KV blocks that each query token selected.
+
+    Differentiable once in q, k and v, through out and through lse.
 
     Args:
         q: [num_q_tokens, num_q_heads, head_dim], float16, bfloat16 or float32; head_dim 16 to 256. Query i
@@ -59,7 +69,7 @@ def selected_attention(
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],
         the natural log of the sum of exponentials of each row of scores. A token without keys gives 0 and
-        -inf. Neither carries gradients. Bitwise the same whatever else is packed into the call.
+        -inf, and no gradient. Bitwise the same whatever else is packed into the call; gradients as well.
 
     Raises:
         InputError: the call breaks the contract above.
@@ -109,7 +119,8 @@ def dense_attention(
     """softmax(q k^T * softmax_scale) v over every key that a token may see; as ``selected_attention``.
 
     There is one implementation a device, torch's own: "auto", "triton" and "cpu" all mean it, on tensors of
-    a device that they can run on.
+    a device that they can run on. Gradients are plain matrix products in float32: right, not fast, and their
+    last bits may depend on what else is packed into the call.
     """
     problem = validate_dense(
         q,
@@ -123,7 +134,6 @@ def dense_attention(
     return attend(problem, q, k, v, None, _starts(q, cu_seqlens_q), _starts(k, cu_seqlens_k), backend=backend)
 
 
-@torch.no_grad()
 def attend(
     problem: Problem,
     q: torch.Tensor,
@@ -142,26 +152,40 @@ def attend(
     these tensors.
     """
     backend = _resolved(backend, q.device)
-    q, k, v, cu_seqlens_q, cu_seqlens_k = (x.contiguous() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
-    if problem.num_q_tokens == 0:
-        shape = (0, problem.num_q_heads)
-        return q.new_empty(*shape, problem.value_dim), torch.empty(shape, device=q.device)
-    if block_indices is None:
-        attend_all = dense_attention_reference if backend == "reference" else dense_attention_forward
-        out, lse = attend_all(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
-    else:
-        tensors = (q, k, v, block_indices.contiguous(), cu_seqlens_q, cu_seqlens_k)
-        if backend == "triton":
-            # Triton is imported when a kernel is first needed.
-            from fsa_core.kernels.forward import selected_attention_forward
+    implementation = _dense(backend) if block_indices is None else _selected(backend, workspace_limit_bytes)
+    rest = (block_indices, cu_seqlens_q, cu_seqlens_k)
+    tensors = (x.contiguous() for x in (q, k, v, *rest) if x is not None)
+    return differentiable_attention(implementation, problem, *tensors)
 
-            out, lse = selected_attention_forward(
-                problem, *tensors, workspace_limit_bytes=workspace_limit_bytes
-            )
-        else:
-            attend_some = selected_attention_reference if backend == "reference" else selected_attention_cpu
-            out, lse = attend_some(problem, *tensors)
-    return out.to(q.dtype), lse.float()
+
+def _selected(backend: str, workspace_limit_bytes: int) -> Implementation:
+    if backend == "triton":
+        forward = partial(_triton_forward, workspace_limit_bytes=workspace_limit_bytes)
+        backward = partial(_triton_backward, workspace_limit_bytes=workspace_limit_bytes)
+        return Implementation(forward, backward)
+    if backend == "cpu":
+        return Implementation(selected_attention_cpu, selected_attention_cpu_backward)
+    return Implementation(selected_attention_reference, selected_attention_reference_backward)
+
+
+def _dense(backend: str) -> Implementation:
+    if backend == "reference":
+        return Implementation(dense_attention_reference, dense_attention_reference_backward)
+    return Implementation(dense_attention_forward, dense_attention_backward)
+
+
+# Triton is imported when a kernel is first needed.
+def _triton_forward(*arguments: Any, workspace_limit_bytes: int) -> Answer:
+    from fsa_core.kernels.forward import selected_attention_forward
+
+    return selected_attention_forward(*arguments, workspace_limit_bytes=workspace_limit_bytes)
+
+
+def _triton_backward(*arguments: Any, workspace_limit_bytes: int) -> Gradients:
+    from fsa_core.kernels.backward import selected_attention_backward
+
+    grads: Gradients = selected_attention_backward(*arguments, workspace_limit_bytes=workspace_limit_bytes)
+    return grads
 
 
 def _starts(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

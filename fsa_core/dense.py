@@ -6,6 +6,7 @@ laid out copies.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from fsa_core.packing import place_queries
 from fsa_core.problem import Problem
 
-# Bytes of scores that the CUDA float32 path holds at once.
+# Bytes of scores that the CUDA float32 path, and the gradients, hold at once.
 SCORES_BYTES = 64 * 2**20
 # The FlashAttention kernels take head dims that are multiples of this.
 FLASH_DIM_MULTIPLE = 8
@@ -39,16 +40,22 @@ def dense_attention_forward(
     out = q.new_zeros(problem.num_q_tokens, problem.num_q_heads, problem.value_dim)
     lse = torch.full(out.shape[:2], -torch.inf, device=q.device)
     attend = _rows_of_scores if q.is_cuda else _flash_cpu
+    for rows, keys in sequence_spans(problem, cu_seqlens_q, cu_seqlens_k):
+        out[rows], lse[rows] = attend(problem, q[rows], k[keys], v[keys])
+    return out, lse
+
+
+def sequence_spans(
+    problem: Problem, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> Iterator[tuple[slice, slice]]:
+    """The queries of each sequence that see a key, and its keys."""
     spans_q, spans_k = (itertools.pairwise(x.tolist()) for x in (cu_seqlens_q, cu_seqlens_k))
     for (q_start, q_end), (k_start, k_end) in zip(spans_q, spans_k, strict=True):
         if problem.causal:
             # The queries that come before the first key see nothing.
             q_start = max(q_start, q_end - (k_end - k_start))
         if q_end > q_start and k_end > k_start:
-            keys = slice(k_start, k_end)
-            rows = slice(q_start, q_end)
-            out[rows], lse[rows] = attend(problem, q[rows], k[keys], v[keys])
-    return out, lse
+            yield slice(q_start, q_end), slice(k_start, k_end)
 
 
 def _flash_cuda(

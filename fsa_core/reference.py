@@ -118,7 +118,12 @@ def _gradients(
         )
         with torch.enable_grad():
             answer = _masked_softmax(problem, queries, its_keys, values, visible)
-        grad_answer = (grad_out[rows].double(), grad_lse[rows].double())
+        # A loss may have a pole at the -inf of a row without keys, and zero weights would not undo its NaN.
+        sees_a_key = visible.any(-1).T
+        grad_answer = (
+            grad_out[rows].double().where(sees_a_key[..., None], 0.0),
+            grad_lse[rows].double().where(sees_a_key, 0.0),
+        )
         grads = torch.autograd.grad(answer, (queries, its_keys, values), grad_answer)
         grad_q[rows] = grads[0]
         grad_k[keys] += grads[1]

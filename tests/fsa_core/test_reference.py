@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fsa_core.reference import dense_attention_reference, selected_attention_reference
+from fsa_core.reference import (
+    dense_attention_reference,
+    selected_attention_reference,
+    selected_attention_reference_backward,
+)
 from tests.fsa_core.conftest import DISTRIBUTIONS, visible_keys
 
 SHAPES = {
@@ -23,8 +29,10 @@ def softmax_over_mask(case):
     scores = torch.einsum("tkgd,skd->kgts", q.unflatten(1, (-1, group)), k).flatten(0, 1)
     weights = (scores * case.problem.softmax_scale).exp() * mask
     total = weights.sum(-1, keepdim=True)
-    out = torch.einsum("kgts,skd->tkgd", (weights / total).nan_to_num(0).unflatten(0, (-1, group)), v)
-    return out.flatten(1, 2), total.squeeze(-1).log().T
+    # Dividing by 0 would be undone in the answer, but not in its gradients.
+    divisor = total.where(total > 0, 1.0)
+    out = torch.einsum("kgts,skd->tkgd", (weights / divisor).unflatten(0, (-1, group)), v)
+    return out.flatten(1, 2), divisor.log().where(total > 0, -torch.inf).squeeze(-1).T
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -33,6 +41,19 @@ def test_selected_reference_is_a_softmax_over_the_selected_keys(make_case, shape
     case = make_case(distribution=distribution, **shape)
     out, lse = selected_attention_reference(case.problem, *case.tensors)
     torch.testing.assert_close((out, lse), softmax_over_mask(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_selected_gradients_are_those_of_a_softmax_over_the_selected_keys(make_case, shape, distribution):
+    case = make_case(distribution=distribution, **shape)
+    given = [x.double() for x in case.output_gradients()]
+    operands = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
+    q, k, v = operands
+    answer = softmax_over_mask(replace(case, q=q, k=k, v=v))
+    expected = torch.autograd.grad(answer, operands, given)
+    got = selected_attention_reference_backward(case.problem, *case.tensors, *case.oracle, *given)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -82,3 +103,30 @@ def test_the_bound_refuses_nan_and_a_wrong_token(make_case, assert_close_to_orac
         wrong[("out", "lse").index(poison)][17, 1] += bad
         with pytest.raises(AssertionError):
             assert_close_to_oracle(*wrong, case)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_the_bound_on_gradients_refuses_nan_and_a_wrong_token(
+    make_case, assert_gradients_close_to_oracle, which
+):
+    case = make_case()
+    given = case.output_gradients()
+    right = [x.float() for x in case.oracle_gradients(*given)]
+    assert_gradients_close_to_oracle(right, case, *given)
+    for bad in (torch.nan, 0.01, torch.inf):
+        wrong = [x.clone() for x in right]
+        wrong[which][17, 1] += bad
+        with pytest.raises(AssertionError):
+            assert_gradients_close_to_oracle(wrong, case, *given)
+
+
+def test_the_bound_on_gradients_refuses_any_where_nothing_is_seen(
+    make_case, assert_gradients_close_to_oracle
+):
+    case = make_case(distribution="empty_rows")
+    given = case.output_gradients()
+    grads = [x.float() for x in case.oracle_gradients(*given)]
+    token, head = (case.oracle[1] == -torch.inf).nonzero()[0].tolist()
+    grads[0][token, head, 0] = 1e-30
+    with pytest.raises(AssertionError, match="a token without keys"):
+        assert_gradients_close_to_oracle(grads, case, *given)

@@ -10,6 +10,8 @@ import torch
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.reference import compress_reference, pool_mean
 
+Answer = tuple[torch.Tensor, torch.Tensor]
+
 SMALL = NSAConfig(kernel_size=8, stride=4, block_size=16, top_k=3, num_local_blocks=1, window=20)
 
 
@@ -64,6 +66,80 @@ def _make_call(
 
 def cumulative(lens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *lens]).cumsum(0).int()
+
+
+def eager_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, softmax_scale: float
+) -> Answer:
+    """Plain masked softmax attention in the dtype of q; visible: bool [num_q_tokens, num_k_tokens]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    sees_any = visible.any(-1, keepdim=True)
+    scores = torch.einsum("thd,shd->hts", q, k) * softmax_scale
+    # A row that sees nothing is made to see all, and then dropped: its gradients are zeros and not NaN.
+    scores = scores.masked_fill(~visible & sees_any, -torch.inf)
+    out = torch.einsum("hts,shd->thd", scores.softmax(-1) * sees_any, v)
+    return out, scores.float().logsumexp(-1).masked_fill(~sees_any[:, 0], -torch.inf).T
+
+
+def assert_close_to_oracle(
+    run: Callable[..., Answer],
+    eager: Callable[..., Answer],
+    oracle: Callable[..., Answer],
+    operands: Sequence[torch.Tensor],
+) -> None:
+    """Answers, and gradients through both, err at most twice as eager attention does, and some roundings."""
+    (out, lse), (eager_out, eager_lse), (true_out, true_lse) = (
+        function(*operands) for function in (run, eager, oracle)
+    )
+    dtype = operands[0].dtype
+    sees_any = true_lse > -torch.inf
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(lse > -torch.inf, sees_any), "lse is -inf exactly where a query sees nothing"
+    assert not out[~sees_any].any(), "a query that sees nothing gives zeros"
+    assert_error(out, eager_out, true_out, dtype, "out")
+    assert_error(lse[sees_any], eager_lse[sees_any], true_lse[sees_any], torch.float32, "lse")
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(lse) * sees_any
+    grads, eager_grads, true_grads = (
+        gradients(function, operands, grad_out, grad_lse, precision)
+        for function, precision in ((run, dtype), (eager, dtype), (oracle, torch.float64))
+    )
+    for name, got, eager_grad, true in zip("qkv", grads, eager_grads, true_grads, strict=True):
+        assert got.dtype == dtype
+        # A score's gradient is the difference of two sums here, a sum of differences eagerly.
+        assert_error(got, eager_grad, true, dtype, f"gradient of {name}", roundings=8)
+
+
+def gradients(
+    function: Callable[..., Answer],
+    operands: Sequence[torch.Tensor],
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().to(dtype).requires_grad_() for x in operands]
+    out, lse = function(*leaves)
+    # Left out, an lse of -inf would make its gradient of zero a NaN.
+    seen = lse > -torch.inf
+    return torch.autograd.grad((out, lse[seen]), leaves, (grad_out.to(out), grad_lse.to(lse)[seen]))
+
+
+def assert_error(
+    got: torch.Tensor,
+    eager: torch.Tensor,
+    true: torch.Tensor,
+    dtype: torch.dtype,
+    what: str,
+    roundings: int = 4,
+) -> None:
+    if not true.numel():
+        return
+    error, eager_error = ((x.double() - true).abs().amax().item() for x in (got, eager))
+    bound = 2 * eager_error + roundings * torch.finfo(dtype).eps * true.abs().amax().item()
+    # Written so that a NaN error fails.
+    assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"
 
 
 @pytest.fixture(scope="session")

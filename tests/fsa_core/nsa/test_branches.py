@@ -1,0 +1,173 @@
+"""Compressed and sliding-window attention against the oracle: answers, gradients, memory, errors."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fsa_core.errors import InputError
+from fsa_core.nsa.functional import compressed_attention, select_blocks, sliding_window_attention
+from fsa_core.nsa.reference import compressed_attention_reference, sliding_window_attention_reference
+from tests.fsa_core.nsa.conftest import SMALL, assert_close_to_oracle, eager_attention
+
+BRANCHES = ("compressed", "window")
+LENS = {
+    "packed, empty, shorter than a window": ((90, 0, 5, 33), None),
+    "chunked prefill and decode": ((40, 1, 1), (90, 65, 9)),
+    "more queries than keys": ((30, 20), (12, 0)),
+}
+
+
+class Branch:
+    """One of the two branches over the tensors of a call: implementation, eager attention, oracle."""
+
+    def __init__(self, name, call):
+        self.call = call
+        self.is_compressed = name == "compressed"
+        self.operands = (call.q, call.k_cmp, call.v_cmp) if self.is_compressed else (call.q, call.k, call.v)
+
+    def run(self, *operands, **options):
+        function = compressed_attention if self.is_compressed else sliding_window_attention
+        call = self.call
+        starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+        options = {"config": call.config, "softmax_scale": call.softmax_scale, **starts, **options}
+        return function(*operands, **options)
+
+    def oracle(self, *operands):
+        function = (
+            compressed_attention_reference if self.is_compressed else sliding_window_attention_reference
+        )
+        call = self.call
+        return function(*operands, call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
+
+    def eager(self, *operands):
+        return eager_attention(*operands, self.visible(), self.call.softmax_scale)
+
+    def visible(self):
+        """bool [num_q_tokens, num_k_tokens]: each key, or window, by where it ends and which it is."""
+        call, config = self.call, self.call.config
+        masks = []
+        starts = zip(call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist(), strict=True)
+        for (q_start, k_start), (q_end, k_end) in itertools.pairwise(starts):
+            position = torch.arange(q_end - q_start)[:, None] + (k_end - k_start) - (q_end - q_start)
+            key = torch.arange(k_end - k_start)
+            if self.is_compressed:
+                last_key = key[config.kernel_size - 1 :: config.stride]
+                masks.append(last_key <= position)
+            else:
+                masks.append((key <= position) & (key > position - config.window))
+        return torch.block_diag(*masks).bool().to(call.q.device)
+
+
+@pytest.mark.parametrize("limit", [1, 30_000, 2**26], ids=lambda limit: f"{limit} bytes")
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())
+@pytest.mark.parametrize("name", BRANCHES)
+def test_answers_and_gradients_are_the_oracles(make_call, name, lens, limit):
+    """In chunks of one query, of a few, of all; the first queries of a sequence see no window."""
+    branch = Branch(name, make_call(q_lens=lens[0], k_lens=lens[1], group_size=3))
+
+    def run(*operands):
+        return branch.run(*operands, workspace_limit_bytes=limit)
+
+    assert_close_to_oracle(run, branch.eager, branch.oracle, branch.operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_half_precision_costs_no_more_than_eagerly(make_call, name, dtype):
+    branch = Branch(name, make_call(dtype=dtype, group_size=3))
+    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_large_scores_stay_finite_and_right(make_call, name, dtype):
+    branch = Branch(name, make_call(q_scale=16.0, dtype=dtype))
+    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 1000])
+def test_windows_of_any_size(make_call, window):
+    config = replace(SMALL, window=window)
+    branch = Branch("window", make_call(q_lens=(90, 20), k_lens=(90, 70), config=config))
+    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 4, 16, 64])
+def test_compression_windows_of_any_size(make_call, kernel_size):
+    config = replace(SMALL, kernel_size=kernel_size, stride=min(kernel_size, 4))
+    branch = Branch("compressed", make_call(config=config))
+    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest storage that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("stage", ["compressed", "window", "selection"])
+def test_no_array_of_queries_times_keys_exists(make_call, stage):
+    """Forward and backward: the largest array is an answer's size, or within the workspace."""
+    call = make_call(q_lens=(3000,), num_kv_heads=1, config=replace(SMALL, window=1500))
+    leaves = [x.requires_grad_() for x in (call.q, call.k, call.v, call.k_cmp, call.v_cmp)]
+    limit, largest_operand = 2**18, 4 * 3000 * 2 * 24  # q, or the answer
+    q, k, v, k_cmp, v_cmp = leaves
+    options = {"config": call.config, "workspace_limit_bytes": limit}
+    with LargestTensor() as largest:
+        if stage == "selection":
+            select_blocks(q, k_cmp, **options)
+        elif stage == "compressed":
+            sum(x[100:].sum() for x in compressed_attention(q, k_cmp, v_cmp, **options)).backward()
+        else:
+            sum(x.sum() for x in sliding_window_attention(q, k, v, **options)).backward()
+    assert largest.bytes <= max(limit, largest_operand)
+    scores = {"window": 2 * 3000 * 1500 * 4}.get(stage, 2 * len(q) * len(k_cmp) * 4)
+    assert scores > 20 * max(limit, largest_operand), "the array that must not exist would have been noticed"
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_gradients_are_given_once(make_call, name):
+    branch = Branch(name, make_call())
+    operands = [x.requires_grad_() for x in branch.operands]
+    out, _ = branch.run(*operands)
+    (grad,) = torch.autograd.grad(out.square().sum(), operands[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_no_queries_give_an_empty_answer(make_call, name):
+    branch = Branch(name, make_call(q_lens=(0,), k_lens=(30,)))
+    out, lse = branch.run(*branch.operands)
+    assert out.shape == (0, 4, 24)
+    assert lse.shape == (0, 4)
+
+
+def test_bad_calls_are_refused_by_field(make_call):
+    call = make_call(q_lens=(70, 33))
+    starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k, "config": call.config}
+    with pytest.raises(
+        InputError, match="k_cmp has token count 22: expected 23, the windows in 103 keys"
+    ) as error:
+        compressed_attention(call.q, call.k_cmp[1:], call.v_cmp[1:], **starts)
+    assert error.value.reason == "INVALID_TOKENS"
+    bad = torch.tensor([0, 70, 60], dtype=torch.int32)
+    with pytest.raises(InputError, match=r"cu_seqlens_k\[2\] is 60: expected at least 70"):
+        select_blocks(call.q, call.k_cmp, **(starts | {"cu_seqlens_k": bad}))
+    with pytest.raises(InputError, match=r"cu_seqlens_k has dtype torch\.int64: expected int32"):
+        select_blocks(call.q, call.k_cmp, **(starts | {"cu_seqlens_k": call.cu_seqlens_k.long()}))
+    with pytest.raises(InputError, match="k has 2 heads, q has 3"):
+        sliding_window_attention(call.q[:, :3], call.k, call.v, **starts)

@@ -1,0 +1,133 @@
+"""The whole operator against the oracle, from K and V to the gated sum, and its gradients."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from fsa_core.errors import InputError
+from fsa_core.nsa.compression import MLPCompression, WeightedCompression
+from fsa_core.nsa.functional import gated_sum, nsa_attention, nsa_attention_from_compressed
+from fsa_core.nsa.reference import compress_reference, nsa_attention_reference, pool_mlp, pool_weighted
+
+LENS = {
+    "packed": ((90, 0, 5, 33), None),
+    "chunked prefill and decode": ((40, 1), (90, 65)),
+}
+
+
+def compressions(device):
+    torch.manual_seed(0)
+    compress_k = MLPCompression(8, 4, num_heads=2, head_dim=16, hidden_dim=24)
+    compress_v = WeightedCompression(8, 4, num_heads=2)
+    return compress_k.to(device), compress_v.to(device)
+
+
+def run(call, compress_k, compress_v, **options):
+    return nsa_attention(
+        *(call.q, call.k, call.v, call.gates, compress_k, compress_v),
+        config=call.config,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        softmax_scale=call.softmax_scale,
+        **options,
+    )
+
+
+def oracle(call, parameters_k, parameters_v):
+    starts = (call.cu_seqlens_q, call.cu_seqlens_k)
+    k_cmp = compress_reference(call.k, starts[1], call.config, partial(pool_mlp, **parameters_k))
+    v_cmp = compress_reference(call.v, starts[1], call.config, partial(pool_weighted, **parameters_v))
+    tensors = (call.q, call.k, call.v, k_cmp, v_cmp, call.gates)
+    return nsa_attention_reference(*tensors, *starts, call.config, call.softmax_scale)
+
+
+def leaves_of(call, dtype):
+    names = ("q", "k", "v", "gates")
+    leaves = {name: getattr(call, name).detach().to(dtype).requires_grad_() for name in names}
+    return replace(call, **leaves), leaves
+
+
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())
+def test_the_operator_and_all_its_gradients_are_the_oracles(make_call, device, lens):
+    call = make_call(q_lens=lens[0], k_lens=lens[1], group_size=3)
+    modules = compressions(device)
+    call, leaves = leaves_of(call, torch.float32)
+    out = run(call, *modules)
+    true_call, true_leaves = leaves_of(call, torch.float64)
+    parameters = [
+        {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+        for module in modules
+    ]
+    true = oracle(true_call, *parameters)
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=16 * roundings(true))
+
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (true * weights).sum().backward()
+    got = [x.grad for x in leaves.values()] + [p.grad for m in modules for p in m.parameters()]
+    expected = [x.grad for x in true_leaves.values()] + [p.grad for ps in parameters for p in ps.values()]
+    for grad, true_grad in zip(got, expected, strict=True):
+        torch.testing.assert_close(grad.double(), true_grad, rtol=0, atol=32 * roundings(true_grad))
+
+
+def roundings(x):
+    """A float32 rounding of the largest number, or of the terms of order 1 that cancel to smaller ones.
+
+    A bias of all compressed keys, for one, moves no softmax: its gradient is 0, summed from such terms.
+    """
+    return torch.finfo(torch.float32).eps * max(x.abs().amax().item(), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_branches_and_sum(make_call, dtype):
+    """Each branch is rounded once, and their sum once more."""
+    call = make_call(dtype=dtype, q_lens=(90, 33))
+    starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    tensors = (call.q, call.k, call.v, call.k_cmp, call.v_cmp, call.gates)
+    out = nsa_attention_from_compressed(
+        *tensors, config=call.config, softmax_scale=call.softmax_scale, **starts
+    )
+    true = nsa_attention_reference(*tensors, *starts.values(), call.config, call.softmax_scale)
+    assert out.dtype == dtype
+    bound = 3 * torch.finfo(dtype).eps * true.abs().amax()
+    assert (out.double() - true).abs().amax() <= bound
+
+
+def test_a_gate_opens_its_own_branch(make_call):
+    call = make_call(q_lens=(40,))
+    starts = (call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
+    for branch in range(3):
+        gates = torch.zeros_like(call.gates)
+        gates[..., branch] = 1
+        tensors = (call.q, call.k, call.v, call.k_cmp, call.v_cmp, gates)
+        out = nsa_attention_from_compressed(*tensors, config=call.config, softmax_scale=call.softmax_scale)
+        true = nsa_attention_reference(*tensors, *starts)
+        torch.testing.assert_close(out.double(), true, rtol=0, atol=16 * roundings(true))
+
+
+def test_gates_are_added_up_in_float32(device):
+    """Three bfloat16 branches whose sum, rounded between, would be lost."""
+    branches = tuple(torch.full((1, 1, 1), x, dtype=torch.bfloat16, device=device) for x in (256.0, 1.0, 1.0))
+    gates = torch.ones(1, 1, 3, dtype=torch.bfloat16, device=device)
+    assert gated_sum(branches, gates).item() == 258.0
+
+
+def test_bad_calls_are_refused_by_field(make_call, device):
+    call = make_call(q_lens=(40,))
+    compress_k, compress_v = compressions(device)
+    with pytest.raises(InputError, match=r"gates has shape \[40, 4, 2\]: expected \[40, 4, 3\]") as error:
+        run(replace(call, gates=call.gates[..., :2]), compress_k, compress_v)
+    assert error.value.field == "gates"
+    with pytest.raises(InputError, match=r"gates has dtype torch\.int32: expected floating point"):
+        run(replace(call, gates=call.gates.int()), compress_k, compress_v)
+    wrong = WeightedCompression(8, 2, num_heads=2).to(device)
+    with pytest.raises(
+        InputError, match=r"compress_v has kernel size and stride \(8, 2\): expected \(8, 4\)"
+    ):
+        run(call, compress_k, wrong)
+    with pytest.raises(InputError, match="v has token count 39: expected 40, that of k"):
+        run(replace(call, v=call.v[1:]), compress_k, compress_v)
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        run(call, compress_k, compress_v, backend="cuda")

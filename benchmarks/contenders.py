@@ -1,0 +1,158 @@
+"""What is measured beside what: ours, dense attention, and the peers that were fetched."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import MOST_PEER_TOKENS, Case, Stage
+from benchmarks.inputs import Inputs
+from fsa_core.api import selected_attention
+
+Answer = tuple[torch.Tensor, ...]
+# Gives (out,) [tokens, q heads, value dim], or (dq, dk, dv).
+Run = Callable[[], Answer]
+# Does what comes before the timer (a layout of its own, the backward stage's forward pass), gives the call.
+Prepare = Callable[[Inputs, Stage], Run]
+
+# bfloat16 answers of ours lie within 5e-3 of the truth, row by row; a wrong one is off by its own size.
+OUR_TOLERANCE = 1e-2
+# Some peers round more often; what is compared is time, so a sound answer is enough.
+PEER_TOLERANCE = 3e-2
+
+
+def _as_it_is(answer: Answer) -> Answer:
+    return answer
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An implementation; ``dense`` ones compute every key and are checked against that.
+
+    ``settle`` brings an answer into the form that the gate checks, outside the timer.
+    """
+
+    name: str
+    prepare: Prepare
+    tolerance: float = PEER_TOLERANCE
+    dense: bool = False
+    settle: Callable[[Answer], Answer] = _as_it_is
+
+
+def contenders_of(case: Case, device: torch.device, peers: Path | None) -> list[Contender]:
+    """Ours first."""
+    if case.stage == "index":
+        # It imports triton's kernels, which the other stages reach through the public function.
+        from benchmarks.inversion import prepare_inversion, segments_of_pairs
+
+        return [Contender("ours", prepare_inversion, tolerance=0.0, settle=segments_of_pairs)]
+    ours = Contender("ours", prepare_ours, OUR_TOLERANCE)
+    if case.clock == "host" or case.num_tokens > MOST_PEER_TOKENS:
+        return [ours]
+    if device.type == "cpu":
+        dense = Contender("dense causal", prepare_dense_causal, dense=True)
+        return [ours, Contender("dense masked", prepare_dense_masked), dense]
+    sparse = []
+    if peers is not None:
+        from benchmarks.peers import PEERS, import_from
+
+        import_from(peers)
+        sparse = [Contender(name, prepare) for name, prepare in PEERS.items()]
+    return [ours, *sparse, Contender("dense cuDNN", prepare_dense_cudnn, dense=True)]
+
+
+def prepare_ours(x: Inputs, stage: Stage) -> Run:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return selected_attention(
+            q,
+            k,
+            v,
+            x.block_indices,
+            block_size=x.block_size,
+            softmax_scale=x.softmax_scale,
+            validate=False,
+        )[0]
+
+    return _by_autograd(forward, (x.q, x.k, x.v), x.grad_out, stage)
+
+
+def prepare_dense_cudnn(x: Inputs, stage: Stage) -> Run:
+    """Dense causal attention: what a user would run instead.
+
+    K and V are repeated for their query heads before the timer; the backward pass adds their gradients up.
+    """
+    q, k, v = _batched(x)
+    if stage == "forward":
+        k, v = (t.repeat_interleave(x.group_size, 1) for t in (k, v))
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if k.shape[1] < q.shape[1]:
+            k, v = (t.repeat_interleave(x.group_size, 1) for t in (k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.softmax_scale)
+
+    return _unbatched(_by_autograd(forward, (q, k, v), _heads_first(x.grad_out), stage))
+
+
+def prepare_dense_causal(x: Inputs, stage: Stage) -> Run:
+    """torch's attention of a CPU, every key up to the token's own."""
+    q, k, v = _batched(x)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.softmax_scale, enable_gqa=True)
+
+    return _unbatched(_by_autograd(forward, (q, k, v), _heads_first(x.grad_out), stage))
+
+
+def prepare_dense_masked(x: Inputs, stage: Stage) -> Run:
+    """torch's attention with the selection as a mask: the same answer, without a kernel for it."""
+    q, k, v = _batched(x)
+    masks = [_mask(x, kv_head) for kv_head in range(x.k.shape[1])]
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # One KV head at a time: torch makes a float of every element of a mask.
+        heads = zip(q.split(x.group_size, 1), k.split(1, 1), v.split(1, 1), masks, strict=True)
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=x.softmax_scale, enable_gqa=True)
+                for *qkv, mask in heads
+            ],
+            dim=1,
+        )
+
+    return _unbatched(_by_autograd(forward, (q, k, v), _heads_first(x.grad_out), stage))
+
+
+def _by_autograd(
+    forward: Callable[..., torch.Tensor], qkv: tuple[torch.Tensor, ...], grad_out: torch.Tensor, stage: Stage
+) -> Run:
+    if stage == "forward":
+        return lambda: (forward(*qkv),)
+    leaves = tuple(t.detach().requires_grad_() for t in qkv)
+    out = forward(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+
+
+def _batched(x: Inputs) -> tuple[torch.Tensor, ...]:
+    return tuple(_heads_first(t) for t in (x.q, x.k, x.v))
+
+
+def _heads_first(t: torch.Tensor) -> torch.Tensor:
+    """As torch's attention takes it: [1, heads, tokens, dim]."""
+    return t.transpose(0, 1)[None].contiguous()
+
+
+def _unbatched(run: Run) -> Run:
+    return lambda: tuple(t[0].transpose(0, 1) for t in run())
+
+
+def _mask(x: Inputs, kv_head: int) -> torch.Tensor:
+    """bool [tokens, keys]"""
+    chosen = torch.zeros(x.num_tokens, x.num_blocks + 1, dtype=torch.bool, device=x.q.device)
+    ids = x.block_indices[kv_head].long()
+    chosen.scatter_(1, ids.where(ids >= 0, x.num_blocks), True)
+    keys = chosen[:, :-1].repeat_interleave(x.block_size, dim=1)[:, : x.num_tokens]
+    return keys.tril_()

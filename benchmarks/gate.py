@@ -1,0 +1,150 @@
+"""The correctness gate: how far an answer is from float64, on a sample that any length can afford.
+
+A few query tokens are attended straight from the definition. Of the backward pass, their rows of dq are
+checked, and whole blocks of dk and dv: a block's gradients come from the tokens that chose it and no others,
+so they are exact without a table of tokens by keys.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.cases import Stage
+from benchmarks.inputs import Inputs
+
+# Elements of gathered keys or values at a time.
+GATHERED_AT_ONCE = 1 << 26
+RANDOM_TOKENS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Part of an answer in float64: some rows under some heads of its tensor ``number``."""
+
+    number: int
+    rows: torch.Tensor
+    heads: torch.Tensor
+    values: torch.Tensor
+
+
+def worst_error(answer: tuple[torch.Tensor, ...], truth: list[Sample]) -> float:
+    """The largest relative error of a row (a token or key under a head); NaN if any row has one.
+
+    Rows that happen to be near zero are measured by the typical row of their sample.
+    """
+    errors = []
+    for sample in truth:
+        got = answer[sample.number][sample.rows[:, None], sample.heads].double()
+        norm = sample.values.norm(dim=-1)
+        floor = norm.median().clamp(min=torch.finfo(torch.float64).tiny)
+        errors.append(((got - sample.values).norm(dim=-1) / norm.maximum(floor)).max())
+    return torch.stack(errors).max().item()
+
+
+def sampled_truth(x: Inputs, stage: Stage, *, dense: bool = False) -> list[Sample]:
+    """Of (out,) or (dq, dk, dv), over the selected blocks or, ``dense``, over all of them.
+
+    An inversion must give back the block indices themselves: [tokens, heads, slots].
+    """
+    if stage == "index":
+        tokens, heads = (torch.arange(size, device=x.q.device) for size in (x.num_tokens, x.k.shape[1]))
+        return [Sample(0, tokens, heads, x.block_indices.transpose(0, 1).double())]
+    tokens = _sampled_tokens(x)
+    heads = torch.arange(x.q.shape[1], device=x.q.device)
+    if stage == "forward":
+        return [Sample(0, tokens, heads, _at(x, tokens, dense, lambda rows: rows.out))]
+    samples = [Sample(0, tokens, heads, _at(x, tokens, dense, lambda rows: rows.grad_q))]
+    last = x.num_blocks - 1
+    # Of dense attention, only the last block is attended by few tokens.
+    for number, block in enumerate([last] if dense else sorted({0, last // 2, last})):
+        kv_head = number % x.k.shape[1]
+        end = min((block + 1) * x.block_size, x.num_tokens)
+        keys = torch.arange(block * x.block_size, end, device=x.q.device)
+        head = torch.tensor([kv_head], device=x.q.device)
+        for tensor, grad in enumerate(_block_gradients(x, kv_head, block, dense), start=1):
+            samples.append(Sample(tensor, keys, head, grad[: len(keys), None]))
+    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some tokens under one KV head, attended: [rows, group, ...]; k and v are [rows, slots * block, ...]."""
+
+    ids: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    weights: torch.Tensor
+    grad_out: torch.Tensor
+    scale: float
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.weights @ self.v
+
+    @property
+    def grad_scores(self) -> torch.Tensor:
+        """Of the products q k^T: p (dp - delta) times the softmax scale."""
+        delta = (self.grad_out * self.out).sum(-1, keepdim=True)
+        return self.weights * (self.grad_out @ self.v.mT - delta) * self.scale
+
+    @property
+    def grad_q(self) -> torch.Tensor:
+        return self.grad_scores @ self.k
+
+
+def _sampled_tokens(x: Inputs) -> torch.Tensor:
+    """The edges of the sequence and of a block, and a few more."""
+    n, b = x.num_tokens, x.block_size
+    generator = torch.Generator().manual_seed(n)
+    edges = torch.tensor([0, 1, b - 1, b, n // 3, n // 2, n - 1])
+    return torch.cat([edges, torch.randint(n, (RANDOM_TOKENS,), generator=generator)]).unique().to(x.q.device)
+
+
+def _at(x: Inputs, tokens: torch.Tensor, dense: bool, part: Callable[[_Rows], torch.Tensor]) -> torch.Tensor:
+    """``part`` of every query head at ``tokens``: [tokens, q heads, dim]."""
+    per_head = (_attended(x, kv_head, tokens, dense) for kv_head in range(x.k.shape[1]))
+    return torch.cat([torch.cat([part(rows) for rows in pieces]) for pieces in per_head], dim=1)
+
+
+def _block_gradients(x: Inputs, kv_head: int, block: int, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk [block size, dim] and dv [block size, value dim] of a block, from all tokens that chose it."""
+    grad_k, grad_v = (
+        torch.zeros(x.block_size, t.shape[2], dtype=torch.float64, device=t.device) for t in (x.k, x.v)
+    )
+    if dense:
+        choosers = torch.arange(block * x.block_size, x.num_tokens, device=x.q.device)
+    else:
+        choosers = (x.block_indices[kv_head] == block).any(-1).nonzero().flatten()
+    for rows in _attended(x, kv_head, choosers, dense):
+        row, slot = (rows.ids == block).nonzero(as_tuple=True)
+        grad_scores, weights = (
+            t.unflatten(-1, (-1, x.block_size))[row, :, slot].flatten(0, 1)
+            for t in (rows.grad_scores, rows.weights)
+        )
+        grad_k += grad_scores.T @ rows.q.flatten(0, 1)
+        grad_v += weights.T @ rows.grad_out.flatten(0, 1)
+    return grad_k, grad_v
+
+
+def _attended(x: Inputs, kv_head: int, tokens: torch.Tensor, dense: bool) -> Iterator[_Rows]:
+    """Plain softmax attention of ``tokens``, some at a time."""
+    slots = x.num_blocks if dense else x.block_indices.shape[2]
+    gathered = slots * x.block_size * max(x.k.shape[2], x.v.shape[2])
+    heads = slice(kv_head * x.group_size, (kv_head + 1) * x.group_size)
+    within = torch.arange(x.block_size, device=x.q.device)
+    for some in tokens.split(max(GATHERED_AT_ONCE // gathered, 1)):
+        if dense:
+            ids = torch.arange(x.num_blocks, device=x.q.device).expand(len(some), -1)
+        else:
+            ids = x.block_indices[kv_head, some].long()
+        keys = (ids[:, :, None] * x.block_size + within).flatten(1)
+        visible = (ids >= 0).repeat_interleave(x.block_size, dim=1) & (keys <= some[:, None])
+        keys = keys.clamp(0, x.num_tokens - 1)
+        q, grad_out = x.q[some, heads].double(), x.grad_out[some, heads].double()
+        k, v = x.k[keys, kv_head].double(), x.v[keys, kv_head].double()
+        scores = (q @ k.mT * x.softmax_scale).masked_fill(~visible[:, None], -torch.inf)
+        # A token without keys gives zeros.
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        yield _Rows(ids, q, k, v, weights, grad_out, x.softmax_scale)

@@ -1,0 +1,100 @@
+"""The tensors that a case stands for, and how much work they are."""
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.indices import causal_block_indices
+
+INT32_BYTES = 4
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """q [tokens, q heads, dim]; k, v [tokens, kv heads, dim]; block_indices [kv heads, tokens, slots].
+
+    ``grad_out`` [tokens, q heads, value dim] is what the backward stage starts from.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grad_out: torch.Tensor
+    block_indices: torch.Tensor
+    cu_seqlens: torch.Tensor
+    block_size: int
+    softmax_scale: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What no implementation can do without: multiply-adds of the attended pairs, and every tensor once."""
+
+    pairs: int
+    flops: int
+    bytes: int
+
+
+def make_inputs(case: Case, device: torch.device, recorded: torch.Tensor | None = None) -> Inputs:
+    """Normally distributed tensors, the same for every run on one kind of device."""
+    generator = torch.Generator(device).manual_seed(case.num_tokens)
+
+    def normal(heads: int, dim: int) -> torch.Tensor:
+        shape = (case.num_tokens, heads, dim)
+        return torch.randn(shape, device=device, generator=generator, dtype=DTYPES[case.dtype])
+
+    if case.kind == "recorded":
+        if recorded is None:
+            raise ValueError(f"{case.name} needs recorded indices")
+        heads = torch.arange(case.num_kv_heads) % len(recorded)
+        ids = recorded[heads, : case.num_tokens].to(device)
+    else:
+        sizes = (case.num_tokens, case.num_kv_heads, case.num_slots, case.block_size)
+        ids = causal_block_indices(*sizes, case.kind, generator)
+    num_q_heads = case.num_kv_heads * case.group_size
+    return Inputs(
+        q=normal(num_q_heads, case.head_dim),
+        k=normal(case.num_kv_heads, case.head_dim),
+        v=normal(case.num_kv_heads, case.value_dim),
+        grad_out=normal(num_q_heads, case.value_dim),
+        block_indices=ids,
+        cu_seqlens=torch.tensor([0, case.num_tokens], dtype=torch.int32, device=device),
+        block_size=case.block_size,
+        softmax_scale=case.head_dim**-0.5,
+    )
+
+
+def work_of(case: Case, x: Inputs) -> Work:
+    """Forward has two products of a (query head, key) pair, backward five, and the index none."""
+    pairs = attended_pairs(x)
+    tensors_bytes = sum(t.nbytes for t in (x.q, x.k, x.v, x.grad_out, x.block_indices))
+    if case.stage == "index":
+        return Work(pairs, 0, 2 * x.block_indices.nbytes)
+    lse_bytes = x.q.shape[0] * x.q.shape[1] * FLOAT32_BYTES
+    if case.stage == "forward":
+        # The answer is as large as grad_out.
+        return Work(pairs, 2 * pairs * (case.head_dim + case.value_dim), tensors_bytes + lse_bytes)
+    flops = 2 * pairs * (3 * case.head_dim + 2 * case.value_dim)
+    gradients_bytes = x.q.nbytes + x.k.nbytes + x.v.nbytes
+    return Work(pairs, flops, tensors_bytes + x.grad_out.nbytes + lse_bytes + gradients_bytes)
+
+
+def attended_pairs(x: Inputs) -> int:
+    """(query head, key) pairs: whole blocks, and of a token's own block the keys up to itself."""
+    token = torch.arange(x.num_tokens, device=x.q.device)[:, None]
+    visible = token + 1 - x.block_indices.long() * x.block_size
+    return int(visible.clamp(max=x.block_size)[x.block_indices >= 0].sum()) * x.group_size

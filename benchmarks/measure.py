@@ -1,0 +1,119 @@
+"""Times and memory of calls, and what the machine could do at best."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# Contenders take turns so often, so that a clock that drifts drifts for all of them.
+ROUNDS = 4
+MOST_RUNS_A_TURN = 50
+# Larger than any L2 cache: what a run left there must not make the next one faster.
+FLUSH_BYTES = 1 << 28
+
+# Seconds of each of ``count`` calls of ``run``.
+Timer = Callable[[Callable[[], object], int], list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    median_seconds: float
+    p20_seconds: float
+    p80_seconds: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """The best this machine did in the same run: one large matrix product, one large copy."""
+
+    dtype: str
+    flops_per_second: float
+    bytes_per_second: float
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], object]], timer: Timer, seconds_each: float
+) -> dict[str, Times]:
+    """Times of calls that have run before, about ``seconds_each`` of each, at least ``ROUNDS`` runs."""
+    turns = {}
+    for name, run in runs.items():
+        estimate = timer(run, 1)[0]
+        turns[name] = min(max(int(seconds_each / ROUNDS / estimate), 1), MOST_RUNS_A_TURN)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            seconds[name] += timer(run, turns[name])
+    return {name: _times(values) for name, values in seconds.items()}
+
+
+def timer_for(device: torch.device) -> Timer:
+    return cuda_timer if device.type == "cuda" else cpu_timer
+
+
+def cpu_timer(run: Callable[[], object], count: int) -> list[float]:
+    return [_host_seconds(run) for _ in range(count)]
+
+
+def cuda_timer(run: Callable[[], object], count: int) -> list[float]:
+    """Between events around each call, the L2 cache flushed before; nothing waits for the host in between."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def enqueue_timer(run: Callable[[], object], count: int) -> list[float]:
+    """What a call costs the host before it returns; the device is idle when the calls begin."""
+    torch.cuda.synchronize()
+    seconds = [_host_seconds(run) for _ in range(count)]
+    torch.cuda.synchronize()
+    return seconds
+
+
+def extra_bytes(run: Callable[[], object]) -> int:
+    """Device memory that a call takes at its peak, beyond what was there before and its answer."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    answer = run()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del answer
+    return torch.cuda.max_memory_allocated() - before - kept
+
+
+def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
+    on_gpu = device.type == "cuda"
+    size, dtype, copied = (8192, torch.bfloat16, 1 << 30) if on_gpu else (2048, torch.float32, 1 << 28)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    for run in runs.values():
+        run()
+    times = take_turns(runs, timer_for(device), seconds)
+    return Ceilings(
+        dtype=str(dtype).removeprefix("torch."),
+        flops_per_second=2 * size**3 / times["product"].median_seconds,
+        bytes_per_second=2 * copied / times["copy"].median_seconds,
+    )
+
+
+def _host_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _times(seconds: list[float]) -> Times:
+    ordered = sorted(seconds)
+    fifth = len(ordered) // 5
+    return Times(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered))

@@ -1,0 +1,166 @@
+"""Measure a suite of cases: ``python -m benchmarks.run --suite targets --peers DIR --json FILE``.
+
+Every contender of a case runs on the same inputs in the same process, in turns. A case whose answer of ours
+is wrong gets no time for anybody, and the exit code is 1; a peer that is wrong gets none for itself.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import report
+from benchmarks.cases import SUITES, Case, as_recorded, suite
+from benchmarks.contenders import Contender, Run, contenders_of
+from benchmarks.gate import Sample, sampled_truth, worst_error
+from benchmarks.indices import recorded_block_indices
+from benchmarks.inputs import Inputs, make_inputs, work_of
+from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, take_turns, timer_for
+from benchmarks.results_file import Measured, Results, Row, machine_of
+
+MIB = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks: torch sees no GPU; --device cpu runs the suites cpu and smoke")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recorded = recorded_block_indices(options.indices) if options.indices else None
+    cases = _cases(options.suite, options.only, recorded, device)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    results = Results(machine_of(device), shlex.join(["python", "-m", "benchmarks.run", *words]))
+    print("  ".join(f"{name} {value}" for name, value in results.machine.items()))
+    results.ceilings = measure_ceilings(device, options.seconds)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.name)
+            contenders = contenders_of(case, device, options.peers)
+            row = measure(case, contenders, device, recorded, options.seconds)
+            results.rows.append(row)
+            print(_line(row), flush=True)
+            if options.json:
+                results.write(options.json)
+            progress.advance(task)
+    report.print_targets(results)
+    red = [row.case.name for row in results.rows if row.red]
+    if red:
+        print(f"wrong answers, not measured: {', '.join(red)}", file=sys.stderr)
+    return 1 if red else 0
+
+
+def measure(
+    case: Case,
+    contenders: list[Contender],
+    device: torch.device,
+    recorded: torch.Tensor | None,
+    seconds_each: float,
+) -> Row:
+    """The row of a case; ours is the first of ``contenders``."""
+    x = make_inputs(case, device, recorded)
+    truth: dict[bool, list[Sample]] = {}
+    runs: dict[str, Run] = {}
+    measured: dict[str, Measured] = {}
+    for contender in contenders:
+        if contender.dense not in truth:
+            truth[contender.dense] = sampled_truth(x, case.stage, dense=contender.dense)
+        run, verdict = _admitted(contender, case, x, truth[contender.dense])
+        measured[contender.name] = verdict
+        if run is None and contender is contenders[0]:
+            return Row(case, red=verdict.refused)
+        if run is not None:
+            runs[contender.name] = run
+    if device.type == "cuda":
+        memory = {name: extra_bytes(run) for name, run in runs.items()}
+    else:
+        memory = dict.fromkeys(runs)
+    timer = enqueue_timer if case.clock == "host" else timer_for(device)
+    for name, times in take_turns(runs, timer, seconds_each).items():
+        measured[name] = Measured(
+            median_seconds=times.median_seconds,
+            p20_seconds=times.p20_seconds,
+            p80_seconds=times.p80_seconds,
+            runs=times.runs,
+            extra_bytes=memory[name],
+            worst_error=measured[name].worst_error,
+        )
+    return Row(case, work_of(case, x), measured)
+
+
+def _admitted(
+    contender: Contender, case: Case, x: Inputs, truth: list[Sample]
+) -> tuple[Run | None, Measured]:
+    """The contender's call, if its answer passes the gate, and how it did there."""
+    try:
+        run = contender.prepare(x, case.stage)
+        error = worst_error(contender.settle(run()), truth)
+    except Exception as failure:
+        # A peer that cannot run a case must not keep the others from being measured.
+        return None, Measured(refused=f"failed: {type(failure).__name__}: {failure}"[:200])
+    if not error <= contender.tolerance:
+        return None, Measured(worst_error=error, refused=f"wrong by {error:.1e}")
+    return run, Measured(worst_error=error)
+
+
+def _cases(name: str, only: str, recorded: torch.Tensor | None, device: torch.device) -> list[Case]:
+    cases = suite(name)
+    if recorded is not None:
+        cases += as_recorded(cases, *recorded.shape[1:])
+    chosen = [case for case in cases if fnmatch(case.name, f"*{only}*")]
+    if not chosen:
+        names = "\n  ".join(case.name for case in cases)
+        raise SystemExit(f"benchmarks: no case of {name} matches {only!r}; there are\n  {names}")
+    if device.type == "cpu" and any(case.clock == "host" or case.stage == "index" for case in chosen):
+        raise SystemExit(f"benchmarks: the suite {name} needs a GPU")
+    return chosen
+
+
+def _line(row: Row) -> str:
+    if row.red:
+        return f"{row.case.name:<44} RED, not measured: {row.red}"
+    columns = []
+    for name, measured in row.contenders.items():
+        if measured.median_seconds is None:
+            columns.append(f"{name} {measured.refused.splitlines()[0][:40]}")
+            continue
+        memory = "" if measured.extra_bytes is None else f" {measured.extra_bytes / MIB:.0f} MiB"
+        columns.append(f"{name} {measured.median_seconds * 1e3:.4g} ms{memory}")
+    return f"{row.case.name:<44} " + "".join(f"{column:<28}" for column in columns).rstrip()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    suites = "\n".join(f"{name}: {cases.__doc__}" for name, cases in SUITES.items())
+    parser.add_argument("--suite", choices=SUITES, required=True, help=suites)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name has this in it")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=_default_device())
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="peers' checkouts, see benchmarks/peers.py")
+    parser.add_argument(
+        "--indices",
+        type=Path,
+        metavar="FILE",
+        help="an .npz of recorded block indices, [heads, tokens, slots] a layer, blocks of 64",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every case")
+    parser.add_argument("--seconds", type=float, default=0.15, help="to measure each contender of a case for")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    return parser
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

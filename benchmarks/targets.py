@@ -1,0 +1,215 @@
+"""The library's goals, and which of them a file of results meets."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.cases import TARGET_TOKENS, Case, as_recorded, suite
+from benchmarks.results_file import Results, Row
+
+SPARSE_PEERS = ("fsa", "nsa", "sfnsa")
+RECORDED_TOKENS, RECORDED_SLOTS = 8192, 16
+MAIN_LAYOUT = "h4-d128-64x16"
+MIB = 1 << 20
+
+Value = Callable[[Row], float | None]
+Combine = Callable[[Sequence[float]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """``combine`` of ``value`` over ``cases`` is at least, or at most, ``bound``."""
+
+    name: str
+    cases: tuple[Case, ...]
+    value: Value
+    combine: Combine
+    bound: float
+    unit: str = "x"
+    at_most: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What ``measured`` of a goal's cases say of it. PARTLY: met by those, but the others are missing."""
+
+    goal: Goal
+    value: float
+    measured: int
+
+    @property
+    def status(self) -> Literal["PASS", "MISS", "PARTLY"]:
+        met = self.value <= self.goal.bound if self.goal.at_most else self.value >= self.goal.bound
+        if not met:
+            return "MISS"
+        return "PASS" if self.measured == len(self.goal.cases) else "PARTLY"
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Of every goal that something was measured of."""
+    rows = {row.case: row for row in results.rows}
+    found = []
+    for goal in all_goals():
+        values = [goal.value(rows[case]) for case in goal.cases if case in rows]
+        known = [value for value in values if value is not None]
+        if known and not (goal.combine is _growth and len(known) < len(goal.cases)):
+            found.append(Verdict(goal, goal.combine(known), len(known)))
+    return found
+
+
+def all_goals() -> list[Goal]:
+    return [
+        *_ratio_goals(),
+        *_dense_goals(),
+        *_memory_goals(),
+        *_growth_goals(),
+        *_time_goals(),
+        *_cpu_goals(),
+    ]
+
+
+def _ratio_goals() -> list[Goal]:
+    """The fastest sparse peer's time over ours, and the FSA reference's."""
+    drawn = suite("targets")
+    cases = drawn + as_recorded(drawn, RECORDED_TOKENS, RECORDED_SLOTS)
+    peers = _times_faster(SPARSE_PEERS)
+    goals = []
+    for layout in dict.fromkeys(case.layout for case in cases):
+        for kind, mean, least, least_g16, backward_mean in (
+            ("real", 8.0, 3.0, 2.2, 5.0),
+            ("recorded", 8.0, 3.0, 2.2, 5.0),
+            ("random", 4.5, 1.8, 1.3, 3.0),
+        ):
+            cells = [case for case in cases if (case.layout, case.kind) == (layout, kind)]
+            forward = [case for case in cells if case.stage == "forward"]
+            backward = [case for case in cells if case.stage == "backward"]
+            small = [case for case in forward if case.group_size < 16]
+            g16 = [case for case in forward if case.group_size == 16]
+            where = f"{kind} indices, {layout}, fastest peer / ours"
+            goals += [
+                _goal(f"forward, g to 8, {where}", small, peers, _geometric_mean, mean),
+                _goal(f"forward, g to 8, {where}", small, peers, min, least),
+                _goal(f"forward, g = 16, {where}", g16, peers, min, least_g16),
+                _goal(f"backward, {where}", backward, peers, _geometric_mean, backward_mean),
+                _goal(f"backward, {where}", backward, peers, min, 1.5),
+            ]
+        all_forward = [case for case in drawn if (case.layout, case.stage) == (layout, "forward")]
+        name = f"forward, {layout}, FSA reference / ours"
+        goals.append(_goal(name, all_forward, _times_faster(("fsa",)), _geometric_mean, 12.0))
+    return [goal for goal in goals if goal.cases]
+
+
+def _dense_goals() -> list[Goal]:
+    dense = _times_faster(("dense cuDNN",))
+    goals = []
+    for kind, smallest_g, at_64k in (("real", 1, 14.0), ("random", 2, 7.0)):
+        cells = [
+            case
+            for case in suite("targets")
+            if (case.layout, case.stage, case.kind) == (MAIN_LAYOUT, "forward", kind)
+            and case.group_size >= smallest_g
+        ]
+        longest = [case for case in cells if (case.num_tokens, case.group_size) == (TARGET_TOKENS[-1], 4)]
+        where = f"{kind} indices, {MAIN_LAYOUT}, dense cuDNN / ours"
+        goals += [
+            _goal(f"forward, g from {smallest_g}, {where}", cells, dense, min, 1.0),
+            _goal(f"forward, 64K, g = 4, {where}", longest, dense, min, at_64k),
+        ]
+    return goals
+
+
+def _memory_goals() -> list[Goal]:
+    def extra_mib(row: Row) -> float | None:
+        ours = row.contenders.get("ours")
+        return None if ours is None or ours.extra_bytes is None else ours.extra_bytes / MIB
+
+    return [
+        _goal(f"extra memory, {name}", suite(name), extra_mib, max, 256.0, "MiB", at_most=True)
+        for name in ("targets", "lengths", "adversarial")
+    ]
+
+
+def _growth_goals() -> list[Goal]:
+    def seconds_per_token(row: Row) -> float | None:
+        seconds = row.seconds("ours")
+        return None if seconds is None else seconds / row.case.num_tokens
+
+    curves: dict[tuple[str, int], list[Case]] = {}
+    for case in suite("lengths"):
+        if case.num_tokens in (1 << 16, 1 << 20):
+            curves.setdefault((case.stage, case.group_size), []).append(case)
+    return [
+        _goal(
+            f"{stage}, g = {g}, time a token at 1M / at 64K",
+            cases,
+            seconds_per_token,
+            _growth,
+            1.1,
+            at_most=True,
+        )
+        for (stage, g), cases in curves.items()
+    ]
+
+
+def _time_goals() -> list[Goal]:
+    def microseconds(row: Row) -> float | None:
+        seconds = row.seconds("ours")
+        return None if seconds is None else seconds * 1e6
+
+    goals = [
+        _goal("Python time of a call", suite("host"), microseconds, max, 60.0, "us", at_most=True),
+    ]
+    for tokens, bound in ((8192, 60.0), (65536, 150.0)):
+        cases = [case for case in suite("index") if case.num_tokens == tokens]
+        goals.append(
+            _goal(f"inversion, {tokens} tokens", cases, microseconds, max, bound, "us", at_most=True)
+        )
+    return goals
+
+
+def _cpu_goals() -> list[Goal]:
+    masked = _times_faster(("dense masked",))
+    return [
+        _goal(
+            f"CPU, {tokens} tokens, dense with a mask / ours",
+            [case for case in suite("cpu") if case.num_tokens == tokens],
+            masked,
+            min,
+            bound,
+        )
+        for tokens, bound in ((8192, 1.0), (32768, 3.0))
+    ]
+
+
+def _goal(
+    name: str,
+    cases: Iterable[Case],
+    value: Value,
+    combine: Combine,
+    bound: float,
+    unit: str = "x",
+    *,
+    at_most: bool = False,
+) -> Goal:
+    return Goal(name, tuple(cases), value, combine, bound, unit, at_most)
+
+
+def _times_faster(rivals: Sequence[str]) -> Value:
+    """How often ours fits into the time of the fastest of ``rivals``; None where either has no time."""
+
+    def value(row: Row) -> float | None:
+        ours = row.seconds("ours")
+        theirs = [seconds for rival in rivals if (seconds := row.seconds(rival)) is not None]
+        return min(theirs) / ours if ours and theirs else None
+
+    return value
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _growth(values: Sequence[float]) -> float:
+    """Of the last over the first."""
+    return values[-1] / values[0]

@@ -1,0 +1,116 @@
+"""The runner, end to end on the CPU backend: results, goals, plots, and no time for a wrong answer."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the extra `bench`")
+
+from benchmarks import contenders, report, run
+from benchmarks.cases import SUITES, suite
+from benchmarks.plots import draw
+from benchmarks.results_file import Results
+
+COMMITTED = Path(run.__file__).parent / "results"
+CASE = "forward-real-n384-g2-h2-d32v16-16x4"
+
+
+def run_smoke(folder: Path, only: str) -> tuple[int, Path]:
+    path = folder / "results.json"
+    words = f"--suite smoke --only {only} --device cpu --seconds 0.005 --json {path}"
+    return run.main(words.split()), path
+
+
+def test_a_run_writes_times_machine_and_work_that_the_report_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, path = run_smoke(tmp_path, CASE)
+    assert code == 0
+    assert f"{CASE}" in capsys.readouterr().out
+    results = Results.read(path)
+    assert results.machine["torch"] == torch.__version__
+    assert results.ceilings.flops_per_second > 0
+    (row,) = results.rows
+    assert row.case.name == CASE
+    assert row.work.flops == 2 * row.work.pairs * (32 + 16)
+    assert set(row.contenders) == {"ours", "dense masked", "dense causal"}
+    assert all(measured.median_seconds > 0 and measured.runs >= 4 for measured in row.contenders.values())
+    (plot,) = draw(results, path)
+    assert plot.name == "results_roofline.svg"
+    assert "measured in the same run" in plot.read_text()
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_a_wrong_answer_gets_no_time_for_anybody_and_a_bad_exit_code(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = contenders.selected_attention
+
+    def forgets_a_slot(q, k, v, ids, **options):
+        return right(q, k, v, ids.index_fill(2, torch.tensor([1]), -1), **options)
+
+    monkeypatch.setattr(contenders, "selected_attention", forgets_a_slot)
+    code, path = run_smoke(tmp_path, f"{stage}-random")
+    assert code == 1
+    said = capsys.readouterr()
+    assert "RED" in said.out
+    assert " ms" not in said.out
+    assert "wrong answers, not measured" in said.err
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["red"].startswith("wrong by")
+    assert row["contenders"] == {}
+
+
+def test_a_wrong_or_failing_rival_loses_its_own_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(x, stage):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(contenders, "prepare_dense_masked", failing)
+    monkeypatch.setattr(
+        contenders, "prepare_dense_causal", lambda x, stage: lambda: (torch.zeros_like(x.grad_out),)
+    )
+    code, path = run_smoke(tmp_path, CASE)
+    assert code == 0
+    (row,) = Results.read(path).rows
+    assert row.seconds("ours") > 0
+    assert row.contenders["dense masked"].refused == "failed: RuntimeError: no such kernel"
+    assert row.contenders["dense causal"].refused.startswith("wrong by")
+    assert row.seconds("dense masked") is None
+
+
+@pytest.mark.parametrize(
+    "committed", sorted(COMMITTED.glob("selected_attention*.json")), ids=lambda path: path.stem
+)
+def test_the_report_of_committed_results_prints_goals_and_draws_plots(
+    committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / committed.name
+    copy.write_text(committed.read_text())
+    monkeypatch.setattr(sys, "argv", ["report", str(copy)])
+    report.main()
+    assert "fastest peer / ours" in capsys.readouterr().out
+    drawn = (tmp_path / f"{committed.stem}_latency_forward.svg").read_text()
+    for contender in ("ours", "fsa", "nsa", "sfnsa", "dense cuDNN"):
+        assert contender in drawn
+
+
+def test_a_pattern_that_matches_nothing_names_the_cases() -> None:
+    with pytest.raises(SystemExit, match=CASE):
+        run.main(["--suite", "smoke", "--only", "n8192", "--device", "cpu"])
+
+
+def test_suites_that_time_a_gpu_say_so_on_the_cpu() -> None:
+    for name in ("host", "index"):
+        with pytest.raises(SystemExit, match="needs a GPU"):
+            run.main(["--suite", name, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_cases_of_a_suite_have_names_of_their_own(name: str) -> None:
+    names = [case.name for case in suite(name)]
+    assert len(set(names)) == len(names)

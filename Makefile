@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint format protos protos-released image image-check clean
+.PHONY: help demo test test-gpu sanitize lint format protos protos-released image image-check clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,13 @@ test: $(INSTALLED) ## Run the test suite; needs no GPU
 
 test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
 	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
+
+# Each tensor an allocation of its own: an access past its end would otherwise land in torch's cache.
+sanitize: ## Run the kernels on the GPU under compute-sanitizer, memcheck and racecheck; as test-gpu
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitizer_grid || exit 1; \
+	done
 
 lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose file
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.selection import compressed_attention_torch, select_blocks_torch
 from fsa_core.nsa.validation import (
     Call,
+    check_compressed,
     check_compression,
     check_gates,
     validate_over_keys,
@@ -249,6 +250,7 @@ def _attend(
     gates: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
+    check_compressed(k_cmp, v_cmp, k, v)
     compressed, _ = compressed_attention_torch(call, q, k_cmp, v_cmp)
     selected, _ = selected_attention(
         q,

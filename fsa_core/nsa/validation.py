@@ -3,6 +3,7 @@
 Reasons are those of fsa_core.validation, INVALID_GATES and INVALID_COMPRESSION.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -83,7 +84,7 @@ def validate_over_windows(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = single_sequence(q.shape[0], q.device) if cu_seqlens_q is None else cu_seqlens_q
-    _check_starts("cu_seqlens_k", cu_seqlens_k)
+    check_starts("cu_seqlens_k", cu_seqlens_k)
     starts = compressed_cu_seqlens(cu_seqlens_k, config.kernel_size, config.stride)
     if k_cmp.shape[0] != int(starts[-1]):
         expected = f"{int(starts[-1])}, the windows in {int(cu_seqlens_k[-1])} keys"
@@ -102,12 +103,36 @@ def validate_over_windows(
     return Call(config, cu_seqlens_q, cu_seqlens_k, problem.softmax_scale, workspace_limit_bytes)
 
 
+def check_starts(name: str, cu_seqlens: torch.Tensor, *, num_tokens: int | None = None) -> None:
+    """Refuse cu_seqlens that are not int32, from 0, never decreasing, to ``num_tokens`` if that is given."""
+    if cu_seqlens.dtype != torch.int32:
+        _refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        _refuse("INVALID_CU_SEQLENS", name, "shape", list(cu_seqlens.shape), "[num_sequences + 1]")
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0:
+        _refuse_start(name, 0, starts[0], "0")
+    for index, (before, value) in enumerate(itertools.pairwise(starts), start=1):
+        if value < before:
+            _refuse_start(name, index, value, f"at least {before}, the one before it")
+    if num_tokens is not None and starts[-1] != num_tokens:
+        _refuse_start(name, len(starts) - 1, starts[-1], f"{num_tokens}, the token count")
+
+
 def check_compression(name: str, compression: Compression, config: NSAConfig) -> None:
     """Refuse a compression of other windows than the config's."""
     got = (compression.kernel_size, compression.stride)
     if got != (config.kernel_size, config.stride):
         expected = f"{(config.kernel_size, config.stride)}, those of config"
         _refuse("INVALID_COMPRESSION", name, "kernel size and stride", got, expected)
+
+
+def check_compressed(k_cmp: torch.Tensor, v_cmp: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse compressed K and V of other heads or dims than what they are added up with."""
+    for name, compressed, x in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
+        got, expected = list(compressed.shape[1:]), list(x.shape[1:])
+        if got != expected:
+            _refuse("INVALID_HEADS", name, "heads and dim", got, f"{expected}, those of {name[0]}")
 
 
 def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
@@ -121,24 +146,15 @@ def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
         _refuse("INVALID_DEVICE", "gates", "device", gates.device, f"{q.device}, that of q")
 
 
-def _check_starts(name: str, cu_seqlens: torch.Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32:
-        _refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        _refuse("INVALID_CU_SEQLENS", name, "shape", list(cu_seqlens.shape), "[num_sequences + 1]")
-    starts = cu_seqlens.tolist()
-    for index, value in enumerate(starts):
-        least = starts[index - 1] if index else 0
-        if value < least or (index == 0 and value > 0):
-            expected = f"at least {least}, the one before it" if index else "0"
-            raise InputError(
-                "INVALID_CU_SEQLENS",
-                name,
-                f"{name}[{index}] is {value}: expected {expected}",
-                index=index,
-                value=value,
-                expected=expected,
-            )
+def _refuse_start(name: str, index: int, value: int, expected: str) -> NoReturn:
+    raise InputError(
+        "INVALID_CU_SEQLENS",
+        name,
+        f"{name}[{index}] is {value}: expected {expected}",
+        index=index,
+        value=value,
+        expected=expected,
+    )
 
 
 def _refuse(reason: str, field: str, what: str, got: object, expected: str) -> NoReturn:

@@ -1,0 +1,223 @@
+"""The layer: projections, rotary positions, gates, compression and the operator, to train and to serve."""
+
+import itertools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from fsa_core.nsa.cache import NSACache, SequenceCache
+from fsa_core.nsa.compression import (
+    Compression,
+    LinearCompression,
+    MeanCompression,
+    MLPCompression,
+    WeightedCompression,
+    compressed_cu_seqlens,
+)
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.functional import nsa_attention_from_compressed
+from fsa_core.nsa.rope import rotate
+from fsa_core.nsa.validation import check_starts
+from fsa_core.packing import place_queries, single_sequence
+
+COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _graph_break(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep a function out of torch.compile's graphs, and say why."""
+    reason = "what attention does depends on the contents of cu_seqlens"
+    disabled: Callable[P, R] = torch.compiler.disable(function, reason=reason)
+    return disabled
+
+
+class NativeSparseAttention(nn.Module):
+    """A causal attention layer with Native Sparse Attention (arXiv 2502.11089) and grouped queries.
+
+    Keys are compressed before they are rotated, and a compressed key is rotated to the position of its
+    window's first token; so compression sees content alone.
+
+    Args:
+        hidden_dim: width of the layer's input and output.
+        num_q_heads, num_kv_heads: the former a multiple of the latter.
+        head_dim: even, 16 to 256; default hidden_dim / num_q_heads.
+        config: windows, blocks and budget.
+        compression: "mean", "weighted", "linear" or "mlp" (the paper's), of K and of V each with their own.
+        rope_theta: base of the rotary frequencies; None leaves positions out.
+        backend: of selected attention, as in ``fsa_core.api``.
+
+    state_dict, D for head_dim, in torch's layout [out, in] where a key belongs to a linear map:
+        q_proj.weight [num_q_heads * D, hidden_dim]
+        k_proj.weight, v_proj.weight [num_kv_heads * D, hidden_dim]
+        o_proj.weight [hidden_dim, num_q_heads * D]
+        gate_proj.weight [num_q_heads * 3, hidden_dim], gate_proj.bias [num_q_heads * 3]: for each head the
+            gates of the compressed, the selected and the window branch, before the sigmoid
+        compress_k.*, compress_v.*: none for "mean", else as the classes in fsa_core.nsa.compression name them
+
+    Raises ValueError when the sizes do not fit. Under torch.compile the attention itself is a graph break,
+    since what it does depends on the contents of cu_seqlens; projections, gates and output are compiled.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        *,
+        head_dim: int | None = None,
+        config: NSAConfig | None = None,
+        compression: str = "mlp",
+        rope_theta: float | None = 10000.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_q_heads % num_kv_heads:
+            raise ValueError(f"num_q_heads is {num_q_heads}: expected a multiple of {num_kv_heads} KV heads")
+        head_dim = hidden_dim // num_q_heads if head_dim is None else head_dim
+        if head_dim % 2 and rope_theta is not None:
+            raise ValueError(f"head_dim is {head_dim}: expected an even number, for pairs to rotate")
+        self.num_q_heads = num_q_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.config = NSAConfig() if config is None else config
+        self.rope_theta = rope_theta
+        self.backend = backend
+        self.q_proj = nn.Linear(hidden_dim, num_q_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_dim, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_dim, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_q_heads * head_dim, hidden_dim, bias=False)
+        self.gate_proj = nn.Linear(hidden_dim, num_q_heads * 3)
+        self.compress_k = self._compression(compression)
+        self.compress_v = self._compression(compression)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: NSACache | None = None,
+    ) -> torch.Tensor:
+        """Attend packed tokens to those before them in their sequences.
+
+        Args:
+            x: [num_tokens, hidden_dim], the tokens of all sequences, one sequence after the other.
+            cu_seqlens: int32 [num_sequences + 1], where each sequence's tokens start; None: one sequence.
+            cache: what was seen before these tokens, and where they are added: a prompt whole or in chunks,
+                and then one or a few tokens of each sequence a call (of some sequences none). A call with a
+                cache carries no gradient. None: the tokens are whole sequences.
+
+        Returns:
+            [num_tokens, hidden_dim].
+
+        Raises:
+            InputError: cu_seqlens break the contract of ``fsa_core.api``.
+            ValueError: the cache has another number of sequences.
+        """
+        q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))
+        cu_seqlens = single_sequence(len(x), x.device) if cu_seqlens is None else cu_seqlens
+        if cache is None:
+            out = self._attend(q, k, v, gates, cu_seqlens)
+        else:
+            out = self._attend_cached(q, k, v, gates, cu_seqlens, cache)
+        projected: torch.Tensor = self.o_proj(out.flatten(1))
+        return projected
+
+    @_graph_break
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
+        check_starts("cu_seqlens", cu_seqlens, num_tokens=len(q))
+        position = place_queries(cu_seqlens, cu_seqlens, len(q), causal=True).position
+        k_cmp, v_cmp = self.compress_k(k, cu_seqlens), self.compress_v(v, cu_seqlens)
+        starts = compressed_cu_seqlens(cu_seqlens, self.config.kernel_size, self.config.stride)
+        window = place_queries(starts, starts, len(k_cmp), causal=True).position
+        return nsa_attention_from_compressed(
+            self._rotated(q, position),
+            self._rotated(k, position),
+            v,
+            self._rotated(k_cmp, window * self.config.stride),
+            v_cmp,
+            gates,
+            config=self.config,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            backend=self.backend,
+        )
+
+    @_graph_break
+    @torch.no_grad()
+    def _attend_cached(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        cache: NSACache,
+    ) -> torch.Tensor:
+        check_starts("cu_seqlens", cu_seqlens, num_tokens=len(q))
+        starts = cu_seqlens.tolist()
+        if len(starts) - 1 != len(cache.sequences):
+            raise ValueError(f"the cache has {len(cache.sequences)} sequences, cu_seqlens {len(starts) - 1}")
+        # One after the other: each sequence's keys are one contiguous tensor, which packing would copy.
+        return torch.cat(
+            [
+                self._attend_sequence(q[start:end], k[start:end], v[start:end], gates[start:end], sequence)
+                for sequence, (start, end) in zip(cache.sequences, itertools.pairwise(starts), strict=True)
+            ]
+        )
+
+    def _attend_sequence(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: torch.Tensor,
+        seen: SequenceCache,
+    ) -> torch.Tensor:
+        """Add one sequence's next tokens to what was seen, and attend them to all of it."""
+        k_cmp, seen.k_state = self.compress_k.extend(k, seen.k_state)
+        v_cmp, seen.v_state = self.compress_v.extend(v, seen.v_state)
+        position = torch.arange(len(k), device=k.device) + len(seen.k)
+        window = torch.arange(len(k_cmp), device=k.device) + len(seen.k_cmp)
+        seen.k.append(self._rotated(k, position))
+        seen.v.append(v)
+        seen.k_cmp.append(self._rotated(k_cmp, window * self.config.stride))
+        seen.v_cmp.append(v_cmp)
+        return nsa_attention_from_compressed(
+            self._rotated(q, position),
+            seen.k.rows,
+            seen.v.rows,
+            seen.k_cmp.rows,
+            seen.v_cmp.rows,
+            gates,
+            config=self.config,
+            backend=self.backend,
+        )
+
+    def _rotated(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return x if self.rope_theta is None else rotate(x, position, self.rope_theta)
+
+    def _compression(self, kind: str) -> Compression:
+        windows = (self.config.kernel_size, self.config.stride)
+        match kind:
+            case "mean":
+                return MeanCompression(*windows)
+            case "weighted":
+                return WeightedCompression(*windows, self.num_kv_heads)
+            case "linear":
+                return LinearCompression(*windows, self.num_kv_heads, self.head_dim)
+            case "mlp":
+                return MLPCompression(*windows, self.num_kv_heads, self.head_dim)
+        raise ValueError(f"compression is {kind!r}: expected one of {', '.join(COMPRESSIONS)}")

@@ -1,0 +1,237 @@
+"""The layer: parameters, training, and that serving in pieces gives what one pass gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fsa_core.errors import InputError
+from fsa_core.nsa.cache import GrowingRows, NSACache
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.module import COMPRESSIONS, NativeSparseAttention
+from fsa_core.nsa.reference import compress_reference, nsa_attention_reference, pool_mean
+from fsa_core.nsa.rope import rotate
+from tests.fsa_core.nsa.conftest import SMALL, cumulative
+
+HIDDEN = 48
+
+
+@pytest.fixture
+def make_layer(device):
+    def make(**options):
+        torch.manual_seed(0)
+        options = {"head_dim": 16, "config": SMALL, "compression": "weighted", **options}
+        return NativeSparseAttention(HIDDEN, 4, 2, **options).to(device)
+
+    return make
+
+
+def tokens(count, device):
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def assert_same(got, expected):
+    """Equal but for roundings, which pieces of other sizes may make otherwise."""
+    bound = 64 * torch.finfo(expected.dtype).eps * expected.abs().amax()
+    assert got.shape == expected.shape
+    assert (got - expected).abs().amax() <= bound
+
+
+def test_the_layer_is_the_operator_between_projections(make_layer, device):
+    layer = make_layer(compression="mean")
+    x, cu = tokens(103, device), cumulative((70, 33)).to(device)
+    out = layer(x, cu)
+    x64 = x.double()
+    weight = {name: p.double() for name, p in layer.state_dict().items()}
+    q, k, v = ((x64 @ weight[f"{name}_proj.weight"].T).unflatten(-1, (-1, 16)) for name in "qkv")
+    gates = (x64 @ weight["gate_proj.weight"].T + weight["gate_proj.bias"]).sigmoid().unflatten(-1, (4, 3))
+    position = torch.cat([torch.arange(70), torch.arange(33)]).to(device)
+    window = torch.cat([torch.arange(16), torch.arange(7)]).to(device) * SMALL.stride
+    k_cmp, v_cmp = (compress_reference(y, cu, SMALL, pool_mean) for y in (k, v))
+    rotated = [rotate(y, p, 10000.0) for y, p in ((q, position), (k, position), (k_cmp, window))]
+    attended = nsa_attention_reference(*rotated[:2], v, rotated[2], v_cmp, gates, cu, cu, SMALL, 0.25)
+    assert_same(out, (attended.flatten(1) @ weight["o_proj.weight"].T).float())
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("pieces", ["whole", "chunks", "chunks, then token by token", "token by token"])
+def test_serving_in_pieces_is_one_pass(make_layer, device, compression, pieces):
+    layer = make_layer(compression=compression)
+    x = tokens(100, device)
+    sizes = {
+        "whole": [100],
+        "chunks": [33, 1, 30, 36],
+        "chunks, then token by token": [64] + [1] * 36,
+        "token by token": [1] * 100,
+    }[pieces]
+    cache = NSACache(1)
+    parts = [layer(part, cache=cache) for part in x.split(sizes)]
+    assert_same(torch.cat(parts), layer(x))
+    assert cache.lengths == [100]
+
+
+def test_sequences_of_a_batch_are_served_together(make_layer, device):
+    """Prompts of several lengths, then a token of each a call, of one of them two, of one none."""
+    layer = make_layer()
+    sequences = [tokens(60, device)[:n] for n in (60, 31, 9, 20)]
+    prompts, steps = (50, 20, 0, 12), 8
+    cache = NSACache(4)
+    parts = [[] for _ in sequences]
+    done = [0, 0, 0, 0]
+
+    def serve(counts):
+        new = [x[at : at + n] for x, at, n in zip(sequences, done, counts, strict=True)]
+        out = layer(torch.cat(new), cumulative(counts).to(device), cache)
+        for i, part in enumerate(out.split(list(counts))):
+            parts[i].append(part)
+            done[i] += counts[i]
+
+    serve(prompts)
+    for _ in range(steps):
+        serve((1, 1, 1, 0))
+    serve((2, 3, 1, 8))
+    assert cache.lengths == done == [60, 31, 9, 20]
+    for sequence, served in zip(sequences, parts, strict=True):
+        assert_same(torch.cat(served), layer(sequence))
+
+
+def test_packed_sequences_do_not_see_one_another(make_layer, device):
+    layer = make_layer(compression="mlp")
+    x, cu = tokens(90, device), cumulative((40, 0, 17, 33)).to(device)
+    out = layer(x, cu)
+    for start, end in ((0, 40), (40, 57), (57, 90)):
+        assert_same(out[start:end], layer(x[start:end]))
+    x[57:] = torch.nan
+    assert torch.equal(layer(x, cu)[:57], out[:57])
+
+
+def test_no_token_sees_a_later_one(make_layer, device):
+    layer, x = make_layer(), tokens(90, device)
+    out = layer(x)
+    x[50:] = 100 * torch.randn_like(x[50:])
+    assert_same(layer(x)[:50], out[:50])
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_every_parameter_gets_a_gradient(make_layer, device, compression):
+    layer = make_layer(compression=compression)
+    layer(tokens(90, device), cumulative((60, 30)).to(device)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_the_layer_learns(make_layer, device):
+    """To give the token of 20 before, out of reach of the window, that only a choice of blocks finds."""
+    torch.manual_seed(0)
+    layer = make_layer(config=replace(SMALL, window=4))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    x = tokens(60, device)
+    losses = []
+    for _ in range(30):
+        loss = (layer(x)[20:] - x[:-20]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("compression", "expected"),
+    [
+        ("mean", {}),
+        ("weighted", {"weight": (2, 8)}),
+        ("linear", {"weight": (2, 8, 16, 16), "bias": (2, 16)}),
+        (
+            "mlp",
+            {
+                "position": (2, 8, 16),
+                "weight_in": (2, 8, 16, 64),
+                "bias_in": (2, 64),
+                "weight_out": (2, 64, 16),
+                "bias_out": (2, 16),
+            },
+        ),
+    ],
+)
+def test_state_dict_is_as_documented(make_layer, compression, expected):
+    compressions = {f"compress_{x}.{name}": shape for x in "kv" for name, shape in expected.items()}
+    assert {name: tuple(p.shape) for name, p in make_layer(compression=compression).state_dict().items()} == {
+        "q_proj.weight": (64, HIDDEN),
+        "k_proj.weight": (32, HIDDEN),
+        "v_proj.weight": (32, HIDDEN),
+        "o_proj.weight": (HIDDEN, 64),
+        "gate_proj.weight": (12, HIDDEN),
+        "gate_proj.bias": (12,),
+        **compressions,
+    }
+
+
+def test_compiled_it_is_the_same_with_attention_out_of_the_graph(make_layer, device):
+    layer, x, cu = make_layer(), tokens(60, device), cumulative((40, 20)).to(device)
+    compiled = torch.compile(layer, backend="eager")
+    x.requires_grad_()
+    out, compiled_out = layer(x, cu), compiled(x, cu)
+    assert torch.equal(compiled_out, out)
+    (grad,), (compiled_grad,) = (torch.autograd.grad(y.sum(), x) for y in (out, compiled_out))
+    assert torch.equal(compiled_grad, grad)
+    cache, compiled_cache = NSACache(2), NSACache(2)
+    assert torch.equal(compiled(x, cu, compiled_cache), layer(x, cu, cache))
+    torch.compiler.reset()
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="depends on the contents of cu_seqlens"):
+        whole(x, cu)
+
+
+def test_half_precision_and_defaults(device):
+    """The paper's sizes, at which a short sequence selects everything; a call is as good as its dtype."""
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(64, 4, 1, compression="mean").to(device)
+    assert layer.head_dim == 16
+    assert layer.config == NSAConfig()
+    x = torch.randn(150, 64, device=device)
+    expected = layer(x)
+    half = layer.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).abs().amax() < 4 * torch.finfo(
+        torch.bfloat16
+    ).eps * expected.abs().amax()
+
+
+def test_a_cached_call_carries_no_gradient(make_layer, device):
+    layer = make_layer()
+    out = layer(tokens(20, device).requires_grad_(), cache=NSACache(1))
+    assert torch.autograd.grad(out.sum(), layer.o_proj.weight)[0].any()
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(layer(tokens(20, device), cache=NSACache(1)).sum(), layer.q_proj.weight)
+
+
+def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
+    with pytest.raises(ValueError, match="num_q_heads is 4: expected a multiple of 3 KV heads"):
+        NativeSparseAttention(64, 4, 3)
+    with pytest.raises(ValueError, match="head_dim is 17: expected an even number"):
+        NativeSparseAttention(64, 4, 2, head_dim=17)
+    with pytest.raises(ValueError, match="compression is 'max': expected one of mean, weighted, linear, mlp"):
+        NativeSparseAttention(64, 4, 2, compression="max")
+    layer, x = make_layer(), tokens(20, device)
+    with pytest.raises(InputError, match=r"cu_seqlens\[1\] is 19: expected 20, the token count"):
+        layer(x, cumulative((19,)).to(device))
+    with pytest.raises(InputError, match=r"cu_seqlens\[2\] is 19: expected 20, the token count"):
+        layer(x, cumulative((10, 9)).to(device), NSACache(2))
+    with pytest.raises(ValueError, match="the cache has 2 sequences, cu_seqlens 1"):
+        layer(x, cache=NSACache(2))
+
+
+def test_storage_of_the_cache_doubles(device):
+    """One copy for each doubling, not for each token."""
+    rows, storages = GrowingRows(), set()
+    with pytest.raises(IndexError):
+        _ = rows.rows
+    expected = torch.arange(100.0, device=device)[:, None]
+    for row in expected.split(1):
+        rows.append(row)
+        storages.add(rows.rows.data_ptr())
+    assert torch.equal(rows.rows, expected)
+    assert len(rows) == 100
+    assert len(storages) <= 8

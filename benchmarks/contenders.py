@@ -18,8 +18,8 @@ Run = Callable[[], Answer]
 # Does what comes before the timer (a layout of its own, the backward stage's forward pass), gives the call.
 Prepare = Callable[[Inputs, Stage], Run]
 
-# bfloat16 answers of ours lie within 5e-3 of the truth, row by row; a wrong one is off by its own size.
-OUR_TOLERANCE = 1e-2
+# Sound bfloat16 answers lie within 8e-3 of the truth, row by row; a block left out costs a tenth and more.
+OUR_TOLERANCE = 2e-2
 # Some peers round more often; what is compared is time, so a sound answer is enough.
 PEER_TOLERANCE = 3e-2
 

@@ -20,12 +20,17 @@ RANDOM_TOKENS = 9
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Part of an answer in float64: some rows under some heads of its tensor ``number``."""
+    """Part of an answer in float64: some rows under some heads of its tensor ``number``.
+
+    ``sizes`` [rows, heads] is what an error is measured by: the row's norm, or more where even the true
+    output, rounded, would be further off.
+    """
 
     number: int
     rows: torch.Tensor
     heads: torch.Tensor
     values: torch.Tensor
+    sizes: torch.Tensor
 
 
 def worst_error(answer: tuple[torch.Tensor, ...], truth: list[Sample]) -> float:
@@ -36,9 +41,8 @@ def worst_error(answer: tuple[torch.Tensor, ...], truth: list[Sample]) -> float:
     errors = []
     for sample in truth:
         got = answer[sample.number][sample.rows[:, None], sample.heads].double()
-        norm = sample.values.norm(dim=-1)
-        floor = norm.median().clamp(min=torch.finfo(torch.float64).tiny)
-        errors.append(((got - sample.values).norm(dim=-1) / norm.maximum(floor)).max())
+        floor = sample.sizes.median().clamp(min=torch.finfo(torch.float64).tiny)
+        errors.append(((got - sample.values).norm(dim=-1) / sample.sizes.maximum(floor)).max())
     return torch.stack(errors).max().item()
 
 
@@ -49,12 +53,16 @@ def sampled_truth(x: Inputs, stage: Stage, *, dense: bool = False) -> list[Sampl
     """
     if stage == "index":
         tokens, heads = (torch.arange(size, device=x.q.device) for size in (x.num_tokens, x.k.shape[1]))
-        return [Sample(0, tokens, heads, x.block_indices.transpose(0, 1).double())]
+        ids = x.block_indices.transpose(0, 1).double()
+        return [Sample(0, tokens, heads, ids, ids.norm(dim=-1))]
     tokens = _sampled_tokens(x)
     heads = torch.arange(x.q.shape[1], device=x.q.device)
     if stage == "forward":
-        return [Sample(0, tokens, heads, _at(x, tokens, dense, lambda rows: rows.out))]
-    samples = [Sample(0, tokens, heads, _at(x, tokens, dense, lambda rows: rows.grad_q))]
+        out = _at(x, tokens, dense, lambda rows: rows.out)
+        return [Sample(0, tokens, heads, out, out.norm(dim=-1))]
+    grad_q = _at(x, tokens, dense, lambda rows: rows.grad_q)
+    sizes = grad_q.norm(dim=-1) + _at(x, tokens, dense, lambda rows: rows.grad_q_of_rounding)[..., 0]
+    samples = [Sample(0, tokens, heads, grad_q, sizes)]
     last = x.num_blocks - 1
     # Of dense attention, only the last block is attended by few tokens.
     for number, block in enumerate([last] if dense else sorted({0, last // 2, last})):
@@ -63,7 +71,8 @@ def sampled_truth(x: Inputs, stage: Stage, *, dense: bool = False) -> list[Sampl
         keys = torch.arange(block * x.block_size, end, device=x.q.device)
         head = torch.tensor([kv_head], device=x.q.device)
         for tensor, grad in enumerate(_block_gradients(x, kv_head, block, dense), start=1):
-            samples.append(Sample(tensor, keys, head, grad[: len(keys), None]))
+            values = grad[: len(keys), None]
+            samples.append(Sample(tensor, keys, head, values, values.norm(dim=-1)))
     return samples
 
 
@@ -92,6 +101,12 @@ class _Rows:
     @property
     def grad_q(self) -> torch.Tensor:
         return self.grad_scores @ self.k
+
+    @property
+    def grad_q_of_rounding(self) -> torch.Tensor:
+        """What dq moves by, a unit of relative error in out: delta is the product of dout and out."""
+        delta_error = self.grad_out.norm(dim=-1, keepdim=True) * self.out.norm(dim=-1, keepdim=True)
+        return delta_error * (self.weights @ self.k).norm(dim=-1, keepdim=True) * self.scale
 
 
 def _sampled_tokens(x: Inputs) -> torch.Tensor:

@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import report
@@ -39,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(machine_of(device), shlex.join(["python", "-m", "benchmarks.run", *words]))
     print("  ".join(f"{name} {value}" for name, value in results.machine.items()))
     results.ceilings = measure_ceilings(device, options.seconds)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, disable=not sys.stderr.isatty(), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
@@ -109,6 +109,18 @@ def _admitted(
     if not error <= contender.tolerance:
         return None, Measured(worst_error=error, refused=f"wrong by {error:.1e}")
     return run, Measured(worst_error=error)
+
+
+def _progress() -> Progress:
+    """On the terminal, and out of the way of results that go to a file."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    return Progress(
+        *columns,
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),
+        transient=True,
+    )
 
 
 def _cases(name: str, only: str, recorded: torch.Tensor | None, device: torch.device) -> list[Case]:

@@ -75,7 +75,7 @@ def rows_of(case, query_block_size):
 
 
 def random_block_mask(case, heads, query_block_size, block_size, *, density=0.4):
-    """bool [heads, rows, num_blocks] that marks nothing a row may not see, and the dense mask that it means."""
+    """bool [heads, rows, num_blocks] of blocks that a row may see, and the dense mask that it means."""
     generator = torch.Generator().manual_seed(0)
     rows = list(rows_of(case, query_block_size))
     num_blocks = max(-(-num_keys // block_size) for *_, num_keys in rows)
@@ -119,7 +119,7 @@ def test_ragged_rows_are_their_dense_mask(make_case, lens, heads, query_block_si
     case = make_case(q_lens=lens[0], k_lens=lens[1])
     mask, expected = random_block_mask(case, heads, query_block_size, 16)
     counts = mask.sum(-1)
-    assert len(counts.unique()) > 2
+    assert len(counts.unique()) > 1
     ends = counts.flatten().cumsum(0).view_as(counts).int()
     first = torch.cat([ends.new_zeros(1), ends[:-1, -1]])[:, None]
     indices = torch.cat([row.nonzero()[:, 0].flip(0) for row in mask.flatten(0, 1)]).int()

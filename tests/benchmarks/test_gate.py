@@ -44,10 +44,10 @@ def test_the_gate_passes_what_torch_itself_computes(case: Case, stage: str, dens
 
 
 @pytest.mark.parametrize("stage", ["forward", "backward"])
-def test_the_gate_notices_one_key_that_one_head_did_not_attend(case: Case, stage: str) -> None:
+def test_the_gate_notices_one_block_that_one_token_did_not_attend(case: Case, stage: str) -> None:
     x = make_inputs(case, torch.device("cpu"))
     mask = causal_mask(x, dense=False)
-    mask[0, -1, 0] = False
+    mask[0, -1, : x.block_size] = False
     answer = masked_attention(x, mask, stage)
     assert worst_error(answer, sampled_truth(x, stage)) > OUR_TOLERANCE
 

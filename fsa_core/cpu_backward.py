@@ -16,19 +16,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fsa_core.cpu import (
-    CPU_WORKSPACE_BYTES,
-    _blocks,
-    _Chunk,
-    _chunk,
-    _Layout,
-    _pairs_per_token,
-    _parts,
-    _segment_runs,
-    _Segments,
-    _tile_batches,
+from fsa_core.cpu_parts import CPU_WORKSPACE_BYTES, Layout, parts
+from fsa_core.cpu_tiles import (
+    Chunk,
+    Segments,
+    chunk_of,
+    key_and_value_blocks,
+    segment_runs,
+    tile_batches,
 )
-from fsa_core.packing import place_queries
 from fsa_core.problem import Problem
 
 
@@ -68,28 +64,30 @@ def selected_attention_cpu_backward(
     gradient and gives none. The workspace stays near ``workspace_limit_bytes`` (one token under one head may
     need more), beside the gradients in float32.
     """
-    p, layout = problem, _Layout.of(problem)
+    p, heads_per_unit = problem, Layout.of(problem).heads_per_unit
     grad_q, grad_k, grad_v = (torch.zeros(x.shape) for x in (q, k, v))
-    placed = place_queries(cu_seqlens_q, cu_seqlens_k, p.num_q_tokens, causal=p.causal)
-    num_pairs = _pairs_per_token(p, block_indices, placed)
-    parts = list(_parts(p, layout, num_pairs, placed.sequence, workspace_limit_bytes))
-    most_pairs = max((part.num_pairs for part in parts), default=0)
-    workspace = torch.empty(most_pairs, layout.heads_per_unit, p.head_dim)
-    for part in parts:
-        if part.num_pairs:
-            q_heads = slice(part.heads.start * p.group_size, part.heads.stop * p.group_size)
-            chunk = _chunk(
-                p, layout, part, q[part.tokens, q_heads], k, v, block_indices, cu_seqlens_k, placed
-            )
-            rows = _rows(chunk, *(x[part.tokens, q_heads] for x in (out, lse, grad_out, grad_lse)))
-            partial_grad_q = workspace[: part.num_pairs]
-            place = _fill(chunk, rows, partial_grad_q, grad_k, grad_v)
-            grad_q[part.tokens, q_heads] = _summed(chunk, partial_grad_q, place)
+    cut = parts(
+        p,
+        block_indices,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        pair_bytes=4 * heads_per_unit * p.head_dim,
+        token_bytes=8 * p.group_size * (p.head_dim + p.value_dim),
+        limit_bytes=workspace_limit_bytes,
+    )
+    most_pairs = max((part.num_pairs for part in cut), default=0)
+    workspace = torch.empty(most_pairs, heads_per_unit, p.head_dim)
+    for part in cut:
+        chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k)
+        rows = _rows(chunk, *(x[part.tokens, part.q_heads] for x in (out, lse, grad_out, grad_lse)))
+        partial_grad_q = workspace[: part.num_pairs]
+        place = _fill(chunk, rows, partial_grad_q, grad_k, grad_v)
+        grad_q[part.tokens, part.q_heads] = _summed(chunk, partial_grad_q, place)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 def _rows(
-    chunk: _Chunk, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    chunk: Chunk, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
 ) -> _Rows:
     heads = chunk.layout.heads_per_unit
     grad_out = grad_out.float()
@@ -99,7 +97,7 @@ def _rows(
 
 
 def _fill(
-    chunk: _Chunk, rows: _Rows, partial_grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor
+    chunk: Chunk, rows: _Rows, partial_grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor
 ) -> torch.Tensor:
     """Fill ``partial_grad_q`` with every pair's own; add to ``grad_k`` and ``grad_v`` what each block gets.
 
@@ -107,45 +105,46 @@ def _fill(
     """
     p, place = chunk.problem, torch.empty(chunk.pairs.token.numel(), dtype=torch.int64)
     done = 0
-    for segments, masked in _segment_runs(chunk):
-        blocks = _blocks(chunk, segments, masked)
-        num_segments = segments.size.numel()
-        of_keys = torch.zeros(num_segments, p.block_size, p.head_dim)
-        of_values = torch.zeros(num_segments, p.block_size, p.value_dim)
-        for tiles in _tile_batches(chunk, segments):
-            entry = tiles.first[:, None] + torch.arange(tiles.pairs_per_tile)
-            is_used = entry < (tiles.first + tiles.count)[:, None]
+    for segments, masked in segment_runs(chunk):
+        blocks = key_and_value_blocks(chunk, segments, masked)
+        of_keys, of_values = (torch.zeros(len(blocks), p.block_size, x) for x in (p.head_dim, p.value_dim))
+        for tiles in tile_batches(chunk, segments):
+            entry, is_used = tiles.entries()
             used = is_used.flatten().nonzero()[:, 0]
-            entry.clamp_(max=place.numel() - 1)
-            of_queries, of_tile_keys, of_tile_values = _differentiate(
-                chunk, segments, rows, entry, is_used, blocks.index_select(0, tiles.segment), masked
+            here = partial_grad_q[done : done + used.numel()]
+            is_full = used.numel() == entry.numel()
+            of_queries = here if is_full else torch.empty(entry.numel(), *here.shape[1:])
+            tile_blocks = blocks.index_select(0, tiles.segment)
+            of_tile_keys, of_tile_values = _differentiate(
+                chunk, segments, rows, entry, is_used, tile_blocks, masked, of_queries
             )
+            if not is_full:
+                torch.index_select(of_queries, 0, used, out=here)
             # One tile after the other: how they fall into batches must leave no trace.
             of_keys.index_add_(0, tiles.segment, of_tile_keys)
             of_values.index_add_(0, tiles.segment, of_tile_values)
-            end = done + used.numel()
-            torch.index_select(of_queries, 0, used, out=partial_grad_q[done:end])
-            place[segments.order[entry.flatten()[used]]] = torch.arange(done, end)
-            done = end
+            place[segments.order[entry.flatten()[used]]] = torch.arange(done, done + used.numel())
+            done += used.numel()
         _add_blocks(p, segments, of_keys, grad_k)
         _add_blocks(p, segments, of_values, grad_v)
     return place
 
 
 def _differentiate(
-    chunk: _Chunk,
-    segments: _Segments,
+    chunk: Chunk,
+    segments: Segments,
     rows: _Rows,
     entry: torch.Tensor,
     is_used: torch.Tensor,
     blocks: torch.Tensor,
     masked: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each tile gives the gradients of its queries [num_tiles * pairs_per_tile, heads_per_unit,
-    head_dim], of its keys [num_tiles, block_size, head_dim] and of its values.
+    of_queries: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each tile gives the gradients of its keys [num_tiles, block_size, head_dim] and of its values.
 
-    entry: int64 [num_tiles, pairs_per_tile], sorted pairs, and which of them are used; blocks: float32
-    [num_tiles, block_size * (head_dim + value_dim)].
+    What it gives those of its queries, but for the softmax scale, goes into ``of_queries`` [num_tiles *
+    pairs_per_tile, heads_per_unit, head_dim]. entry, is_used: [num_tiles, pairs_per_tile], sorted pairs and
+    which are used; blocks: float32 [num_tiles, block_size * (head_dim + value_dim)].
     """
     p, size, heads = chunk.problem, len(entry), chunk.layout.heads_per_unit
     k, v = blocks.view(size, p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
@@ -161,12 +160,11 @@ def _differentiate(
     weights = scores.sub_(lse).exp_()
     of_values = torch.bmm(weights.transpose(1, 2), grad_out)
     of_scores = torch.bmm(grad_out, v.transpose(1, 2)).sub_(delta).mul_(weights)
-    of_keys = torch.bmm(of_scores.transpose(1, 2), q)
-    of_queries = torch.bmm(of_scores, k).mul_(p.softmax_scale)
-    return of_queries.view(-1, heads, p.head_dim), of_keys, of_values
+    torch.bmm(of_scores, k, out=of_queries.view(q.shape))
+    return torch.bmm(of_scores.transpose(1, 2), q), of_values
 
 
-def _add_blocks(problem: Problem, segments: _Segments, of_blocks: torch.Tensor, grad: torch.Tensor) -> None:
+def _add_blocks(problem: Problem, segments: Segments, of_blocks: torch.Tensor, grad: torch.Tensor) -> None:
     """Add to ``grad`` [num_k_tokens, num_kv_heads, dim] what each segment's block [block_size, dim] gets."""
     key = segments.first_key[:, None] + torch.arange(problem.block_size)
     row = key * problem.num_kv_heads + segments.kv_head[:, None]
@@ -176,10 +174,10 @@ def _add_blocks(problem: Problem, segments: _Segments, of_blocks: torch.Tensor, 
     grad.view(-1, dim).index_add_(0, row.flatten()[inside], of_blocks.view(-1, dim)[inside])
 
 
-def _summed(chunk: _Chunk, partial_grad_q: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def _summed(chunk: Chunk, partial_grad_q: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Add up the slots of each token, one after the other: float32 [num_tokens, num_heads, head_dim]."""
-    count = chunk.pairs.count
+    p, count = chunk.problem, chunk.pairs.count
     first = count.cumsum(0) - count
-    grad_q = F.embedding_bag(place, partial_grad_q.flatten(1), first, mode="sum")
+    grad_q = F.embedding_bag(place, partial_grad_q.flatten(1), first, mode="sum").mul_(p.softmax_scale)
     grad_q = grad_q.view(chunk.num_units, -1, *partial_grad_q.shape[1:])
     return grad_q.transpose(0, 1).flatten(1, 2)

@@ -1,6 +1,6 @@
 """Problems that are valid by construction, and how far from the float64 oracle an answer may be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +18,13 @@ from fsa_core.reference import (
 )
 
 DISTRIBUTIONS = ("random", "local", "same", "ragged", "empty_rows")
+LENGTHS: dict[str, dict[str, Any]] = {
+    "chunked prefill": {"q_lens": (40, 3), "k_lens": (150, 64)},
+    "decode": {"q_lens": (1, 1, 1), "k_lens": (300, 17, 64), "num_slots": 12},
+    "more queries than keys": {"q_lens": (40, 9), "k_lens": (30, 0)},
+    "empty sequences": {"q_lens": (0, 30, 0, 20, 0), "k_lens": (0, 30, 25, 20, 0)},
+    "only empty sequences": {"q_lens": (0, 0), "k_lens": (10, 0)},
+}
 
 
 @dataclass(frozen=True)
@@ -250,10 +257,97 @@ def _assert_error(
     assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"
 
 
+def draw_requests(make_case: Callable[..., Case], count: int, **options: Any) -> list[Case]:
+    """Requests of one or two sequences, most of them short, of every way to choose blocks."""
+    generator = torch.Generator().manual_seed(5)
+    draw = partial(_draw, generator)
+    requests = []
+    for seed in range(count):
+        q_lens = [draw(0, 30) if draw(0, 3) else draw(1, 200) for _ in range(draw(1, 2))]
+        case = make_case(
+            q_lens=q_lens,
+            k_lens=[n + draw(0, 1) * draw(0, 120) for n in q_lens],
+            num_slots=draw(1, 8),
+            distribution=DISTRIBUTIONS[draw(0, len(DISTRIBUTIONS) - 1)],
+            seed=seed,
+            **options,
+        )
+        requests.append(case)
+    return requests
+
+
+def draw_companies(requests: Sequence[Case]) -> Iterator[tuple[list[int], Case]]:
+    """Each request once, with 1 to 23 others: their numbers, and the one call of all their sequences.
+
+    Slots are appended that nobody uses.
+    """
+    generator = torch.Generator().manual_seed(6)
+    order = torch.randperm(len(requests), generator=generator).tolist()
+    while order:
+        members = [order.pop() for _ in range(min(_draw(generator, 2, 24), len(order)))]
+        yield members, _packed([requests[i] for i in members], _draw(generator, 8, 11))
+
+
+def _draw(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _packed(cases: Sequence[Case], num_slots: int) -> Case:
+    first = cases[0]
+
+    def joined(starts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return _cumulative([n for x in starts for n in x.diff().tolist()])
+
+    ids = [
+        torch.nn.functional.pad(c.block_indices, (0, num_slots - c.problem.num_slots), value=-1)
+        for c in cases
+    ]
+    problem = replace(
+        first.problem,
+        num_q_tokens=sum(c.problem.num_q_tokens for c in cases),
+        num_k_tokens=sum(c.problem.num_k_tokens for c in cases),
+        num_sequences=sum(c.problem.num_sequences for c in cases),
+        num_slots=num_slots,
+    )
+    return replace(
+        first,
+        problem=problem,
+        q=torch.cat([c.q for c in cases]),
+        k=torch.cat([c.k for c in cases]),
+        v=torch.cat([c.v for c in cases]),
+        block_indices=torch.cat(ids, dim=1),
+        cu_seqlens_q=joined([c.cu_seqlens_q for c in cases]),
+        cu_seqlens_k=joined([c.cu_seqlens_k for c in cases]),
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Shapes here are small: more threads would mostly wait for one another."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As many threads as the parameter says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN and huge integers, so that whatever reads it before writing it is found out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def case_on_cpu() -> Callable[..., Case]:
+    """The CPU backend is tested on the CPU, whatever device the suite runs on."""
+    return partial(_make_case, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

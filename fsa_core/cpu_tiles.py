@@ -1,0 +1,223 @@
+"""How the CPU backend cuts a part into tiles, in the forward pass and in the backward pass.
+
+The (token, slot) pairs of a part are sorted by the KV block they chose; the pairs of one block are a segment,
+and a segment is cut into tiles, each a few matrix products. What shapes the tiles of a sequence never comes
+from outside it: they are cut from the start of each segment, and a tile is computed by one thread with
+products of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from fsa_core.cpu_parts import Layout, Part, is_used
+from fsa_core.packing import Placement
+from fsa_core.problem import Problem
+
+# A segment (all queries of one KV block) is cut greedily into tiles of these rows; only the last kind may
+# have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
+TILE_ROWS = (1024, 256, 64, 16)
+# Tiles that are computed together: few enough for the cache, enough to make waking all threads worthwhile
+# where other processes want the cores as well.
+BATCH_BYTES = 8 * 2**20
+# K/V blocks that are laid out for their tiles at once.
+BLOCKS_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The used slots of a chunk in (unit, token, slot) order; ``block_start`` is the block's first key.
+
+    All int64 [num_pairs]; ``count`` is int64 [num_units * num_tokens]: how many pairs each row has.
+    """
+
+    unit: torch.Tensor
+    token: torch.Tensor
+    block_start: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The pairs of a chunk sorted by the block they chose; a segment is the pairs of one block.
+
+    A pair [num_pairs, int64]: ``order``, its number in (unit, token, slot) order; ``q_row``, its row in the
+    chunk's q; ``num_visible``, the keys it sees from the block's first on. A segment [num_segments, int64]:
+    ``first`` and ``size``, its pairs; ``first_key`` and ``end_key``, packed, its block's first key and its
+    sequence's end; ``kv_head``.
+    """
+
+    order: torch.Tensor
+    q_row: torch.Tensor
+    num_visible: torch.Tensor
+    first: torch.Tensor
+    size: torch.Tensor
+    first_key: torch.Tensor
+    end_key: torch.Tensor
+    kv_head: torch.Tensor
+
+    def __getitem__(self, part: slice) -> "Segments":
+        of_segments = (self.first, self.size, self.first_key, self.end_key, self.kv_head)
+        return Segments(self.order, self.q_row, self.num_visible, *(x[part] for x in of_segments))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tiles of one size: each is ``count`` sorted pairs from ``first`` on, of segment number ``segment``."""
+
+    segment: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    pairs_per_tile: int
+
+    def __getitem__(self, part: slice) -> "Tiles":
+        return Tiles(self.segment[part], self.first[part], self.count[part], self.pairs_per_tile)
+
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sorted pairs, int64 [num_tiles, pairs_per_tile], and which are the tile's; the others are any."""
+        place = torch.arange(self.pairs_per_tile)
+        is_used = place < self.count[:, None]
+        return self.first[:, None] + place.where(is_used, 0), is_used
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What a part works on; ``q``, scaled, is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
+
+    problem: Problem
+    layout: Layout
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    placed: Placement
+    pairs: Pairs
+    first_head: int
+
+    @property
+    def num_units(self) -> int:
+        return self.pairs.count.numel() // self.placed.sequence.numel()
+
+
+def chunk_of(
+    problem: Problem,
+    part: Part,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> Chunk:
+    """The inputs of one part, out of those of the call."""
+    layout = Layout.of(problem)
+    upk, kv_heads = layout.units_per_kv_head, part.kv_heads
+    num_units = (kv_heads.stop - kv_heads.start) * upk
+    if problem.index_heads < problem.num_kv_heads:
+        ids = block_indices[:, part.tokens].expand(num_units, -1, -1)
+    else:
+        ids = block_indices[kv_heads.start * upk : kv_heads.stop * upk, part.tokens]
+    used = is_used(problem, ids, part.placed.num_visible_keys)
+    unit, token, slot = used.nonzero(as_tuple=True)
+    pairs = Pairs(unit, token, ids[unit, token, slot].long() * problem.block_size, used.sum(-1).flatten())
+    scaled_q = q[part.tokens, part.q_heads].float() * problem.softmax_scale
+    q_rows = scaled_q.reshape(-1, layout.heads_per_unit * problem.head_dim)
+    return Chunk(problem, layout, q_rows, k, v, cu_seqlens_k.long(), part.placed, pairs, kv_heads.start)
+
+
+def segment_runs(chunk: Chunk) -> Iterator[tuple[Segments, bool]]:
+    """Runs of segments whose K/V blocks fit ``BLOCKS_BYTES``; the flag says that they need a mask: that some
+    of their pairs do not see the whole block."""
+    segments, num_whole = _segments(chunk)
+    p, num_segments = chunk.problem, segments.size.numel()
+    at_once = max(BLOCKS_BYTES // (4 * p.block_size * (p.head_dim + p.value_dim)), 1)
+    for start, end, masked in ((0, num_whole, False), (num_whole, num_segments, True)):
+        for first in range(start, end, at_once):
+            yield segments[first : min(first + at_once, end)], masked
+
+
+def _segments(chunk: Chunk) -> tuple[Segments, int]:
+    """Invert the selection; the number says how many segments come first that need no mask."""
+    p, pairs, layout = chunk.problem, chunk.pairs, chunk.layout
+    num_blocks = -(-chunk.cu_seqlens_k.diff() // p.block_size)
+    first_block = num_blocks.cumsum(0) - num_blocks
+    total_blocks = int(num_blocks.sum())
+    sequence = chunk.placed.sequence.index_select(0, pairs.token)
+    block = first_block.index_select(0, sequence) + pairs.block_start // p.block_size
+    key = (pairs.unit // layout.units_per_kv_head) * total_blocks + block
+    num_visible = chunk.placed.num_visible_keys.index_select(0, pairs.token) - pairs.block_start
+    first_cut_key = p.num_kv_heads * total_blocks
+    keys, order = (key + (num_visible < p.block_size) * first_cut_key).sort(stable=True)
+    segment_key, size = torch.unique_consecutive(keys, return_counts=True)
+    first = size.cumsum(0) - size
+    leader = order[first]
+    sequence = sequence[leader]
+    segments = Segments(
+        order=order,
+        q_row=(pairs.token * chunk.num_units + pairs.unit).index_select(0, order),
+        num_visible=num_visible.index_select(0, order),
+        first=first,
+        size=size,
+        first_key=chunk.cu_seqlens_k[sequence] + pairs.block_start[leader],
+        end_key=chunk.cu_seqlens_k[sequence + 1],
+        kv_head=chunk.first_head + pairs.unit[leader] // layout.units_per_kv_head,
+    )
+    return segments, int((segment_key < first_cut_key).sum())
+
+
+def key_and_value_blocks(chunk: Chunk, segments: Segments, masked: bool) -> torch.Tensor:
+    """K beside V of each segment's block, float32 [num_segments, block_size * (head_dim + value_dim)]."""
+    p = chunk.problem
+    key = segments.first_key[:, None] + torch.arange(p.block_size)
+    row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + segments.kv_head[:, None]).flatten()
+    sides = (_rows_float32(x.view(-1, x.shape[-1]), row) for x in (chunk.k, chunk.v))
+    blocks = np.concatenate(tuple(sides), axis=1)
+    if masked:
+        # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
+        blocks[(key >= segments.end_key[:, None]).flatten().numpy()] = 0
+    return torch.from_numpy(blocks).view(len(key), -1)
+
+
+def tile_batches(chunk: Chunk, segments: Segments) -> Iterator[Tiles]:
+    """Cut segments into tiles, and tiles of one size into batches."""
+    first, remaining = segments.first, segments.size
+    for rows in TILE_ROWS:
+        per_tile = max(rows // chunk.layout.heads_per_unit, 1)
+        num_tiles = (remaining + (per_tile - 1 if rows == TILE_ROWS[-1] else 0)) // per_tile
+        segment = torch.arange(remaining.numel()).repeat_interleave(num_tiles)
+        rank = torch.arange(segment.numel()) - (num_tiles.cumsum(0) - num_tiles)[segment]
+        count = (remaining[segment] - rank * per_tile).clamp(max=per_tile)
+        tiles = Tiles(segment, first[segment] + rank * per_tile, count, per_tile)
+        taken = num_tiles * per_tile
+        first, remaining = first + taken, (remaining - taken).clamp(min=0)
+        size = _tiles_at_once(chunk, per_tile)
+        for start in range(0, segment.numel(), size):
+            yield _at_least_two(tiles[start : start + size])
+
+
+def _tiles_at_once(chunk: Chunk, pairs_per_tile: int) -> int:
+    p, rows = chunk.problem, pairs_per_tile * chunk.layout.heads_per_unit
+    tile_bytes = 4 * ((rows + p.block_size) * (p.head_dim + p.value_dim) + rows * p.block_size)
+    return max(BATCH_BYTES // tile_bytes, 2)
+
+
+def _at_least_two(tiles: Tiles) -> Tiles:
+    """Add an empty tile to a lone one: torch would spread a single tile's products over all threads, and
+    round otherwise than in a larger batch, where each tile is one thread's."""
+    if tiles.segment.numel() > 1:
+        return tiles
+    twice = (tiles.segment.repeat(2), tiles.first.repeat(2), F.pad(tiles.count, (0, 1)))
+    return Tiles(*twice, tiles.pairs_per_tile)
+
+
+def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:
+    """``x[row]`` in float32, by numpy: too little work to wake torch's threads for."""
+    if x.dtype != torch.bfloat16:
+        rows: NDArray[np.float32] = x.numpy()[row.numpy()].astype(np.float32, copy=False)
+        return rows
+    # The upper half of a float32.
+    bits: NDArray[np.uint32] = x.view(torch.int16).numpy()[row.numpy()].astype(np.uint32)
+    return (bits << 16).view(np.float32)

@@ -75,9 +75,9 @@ def plan_forward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -
     chunk_tokens = max(partial_limit // token_bytes, MIN_CHUNK_TOKENS)
     chunk_tokens = min(chunk_tokens, MAX_CHUNK_TOKENS, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
-    chunk_tokens = _equal_parts(p.num_q_tokens, chunk_tokens)
+    chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
     chunk_heads = min(max(partial_limit // (chunk_tokens * token_bytes), 1), tile_heads)
-    chunk_heads = _equal_parts(tile_heads, chunk_heads)
+    chunk_heads = equal_parts(tile_heads, chunk_heads)
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
     max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
     index_ints = 2 * chunk_tokens * p.num_slots + (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
@@ -191,6 +191,6 @@ def _max_items(problem: Problem, tokens: int, heads_per_pair: int, tile: TileSha
     return pairs * heads_per_pair // (tile.rows * tile.tiles_per_item) + min(num_segments(problem), pairs)
 
 
-def _equal_parts(total: int, most: int) -> int:
+def equal_parts(total: int, most: int) -> int:
     """The size of equal parts of ``total``, each at most ``most``."""
     return -(-total // -(-total // most))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fsa_core import plan
-from fsa_core.kernels.primitives import find_sequence, first_segment
+from fsa_core.kernels.primitives import load_segments
 
 MAX_SLOTS_IN_TILE = 128
 PAIRS_IN_TILE = 1024
@@ -32,7 +32,7 @@ COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
 
 # Sizes that change from call to call; specialising on their divisibility would recompile.
 LENGTHS = (
-    "first_token", "num_tokens", "chunk_tokens", "total_q", "num_slots", "num_sequences", "search_steps",
+    "first_token", "num_tokens", "chunk_tokens", "head_stride", "num_slots", "num_sequences", "search_steps",
     "num_segments", "num_chunks", "first_head", "group_pairs", "max_items",
 )  # fmt: skip
 
@@ -59,48 +59,6 @@ class Inversion:
 
 
 @triton.jit
-def _load_segments(
-    indices_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    total_q,
-    num_slots,
-    num_sequences,
-    search_steps,
-    num_segments,
-    num_chunks,
-    first_head,
-    BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Of this program's pairs [TOKENS, SLOTS]: rows, segments (-1 for none), which exist, and places.
-
-    Ids that name no block of the token's sequence select nothing, so that no index can reach memory
-    it should not.
-    """
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    head = (first_head + tl.program_id(2)).to(tl.int64)
-    inside = (tokens < num_tokens)[:, None] & (slots < num_slots)[None, :]
-    packed_tokens = first_token + tokens
-    places = packed_tokens.to(tl.int64)[:, None] * num_slots + slots[None, :]
-    blocks = tl.load(indices_ptr + head * total_q * num_slots + places, mask=inside, other=-1)
-    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
-    k_start = tl.load(cu_seqlens_k_ptr + sequences)
-    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
-    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
-    valid = inside & (blocks >= 0) & (blocks < num_blocks[:, None])
-    segments = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)[:, None] + blocks
-    rows = tl.program_id(2) * num_chunks + tokens // chunk_tokens
-    group_places = tokens[:, None] * num_slots + slots[None, :]
-    return rows, tl.where(valid, segments, -1), inside, group_places
-
-
-@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b)
 
@@ -120,7 +78,7 @@ def _count(
     first_token,
     num_tokens,
     chunk_tokens,
-    total_q,
+    head_stride,
     num_slots,
     num_sequences,
     search_steps,
@@ -132,8 +90,8 @@ def _count(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    rows, segments, inside, places = _load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
+    rows, segments, inside, places = load_segments(
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, head_stride,
         num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
         BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
@@ -195,7 +153,7 @@ def _scatter(
     first_token,
     num_tokens,
     chunk_tokens,
-    total_q,
+    head_stride,
     num_slots,
     num_sequences,
     search_steps,
@@ -210,8 +168,8 @@ def _scatter(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    rows, segments, _, places = _load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, total_q,
+    rows, segments, _, places = load_segments(
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, head_stride,
         num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
         BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
@@ -255,7 +213,7 @@ def invert(
     ``block_indices`` is int32 [index_heads, total_q, slots], contiguous; ``num_heads`` index heads from
     ``first_head`` on are inverted.
     """
-    _, total_q, num_slots = block_indices.shape
+    num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
     num_segments = inversion.counts.shape[1]
     num_sequences = cu_seqlens_q.numel() - 1
@@ -263,8 +221,8 @@ def invert(
     tokens = PAIRS_IN_TILE // slots
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads)
     sizes = (
-        first_token, num_tokens, chunk_tokens, total_q, num_slots, num_sequences, search_steps(num_sequences),
-        num_segments, num_chunks, first_head, inversion.pairs.shape[1],
+        first_token, num_tokens, chunk_tokens, block_indices.stride(0), num_slots, num_sequences,
+        search_steps(num_sequences), num_segments, num_chunks, first_head, inversion.pairs.shape[1],
     )  # fmt: skip
     _count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes,

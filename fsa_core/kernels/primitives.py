@@ -39,3 +39,45 @@ def first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE: tl.constexpr):
     (some stay unused) without a prefix sum over block counts.
     """
     return tl.load(cu_seqlens_k_ptr + sequence) // BLOCK_SIZE + sequence
+
+
+@triton.jit
+def load_segments(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    head_stride,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    first_head,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Of this program's pairs [TOKENS, SLOTS]: rows, segments (-1 for none), which exist, and places.
+
+    Ids that name no block of the token's sequence select nothing, so that no index can reach memory
+    it should not.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    head = (first_head + tl.program_id(2)).to(tl.int64)
+    inside = (tokens < num_tokens)[:, None] & (slots < num_slots)[None, :]
+    packed_tokens = first_token + tokens
+    places = packed_tokens.to(tl.int64)[:, None] * num_slots + slots[None, :]
+    blocks = tl.load(indices_ptr + head * head_stride + places, mask=inside, other=-1)
+    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
+    k_start = tl.load(cu_seqlens_k_ptr + sequences)
+    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
+    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    valid = inside & (blocks >= 0) & (blocks < num_blocks[:, None])
+    segments = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)[:, None] + blocks
+    rows = tl.program_id(2) * num_chunks + tokens // chunk_tokens
+    group_places = tokens[:, None] * num_slots + slots[None, :]
+    return rows, tl.where(valid, segments, -1), inside, group_places

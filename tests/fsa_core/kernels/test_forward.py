@@ -1,45 +1,15 @@
-"""The Triton kernels against the oracle: natively with --device cuda, in the interpreter without a GPU.
+"""The forward kernels against the oracle."""
 
-The interpreter's tl.dot is wrong for bfloat16, and it is slow: there float16 and float32 run, on few shapes.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fsa_core.kernels import forward, index
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import plan_forward, workspace_bytes
-
-GROUP_SIZES = (1, 2, 3, 4, 6, 7, 8, 12, 16, 32)
-HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-DISTRIBUTIONS = ("random", "local", "same", "ragged", "empty_rows")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN and huge integers, so that whatever reads it before writing it is found out."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def tiles_for_the_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter pays for each program and each element of a tile, not for what the GPU pays for."""
-    if device.type == "cpu":
-        monkeypatch.setattr(forward, "MERGE_ROWS", 64)
-        monkeypatch.setattr(index, "PAIRS_IN_TILE", 256)
-
-
-@pytest.fixture(params=("float16", "bfloat16"))
-def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    if device.type == "cpu" and request.param == "bfloat16":
-        pytest.skip("tl.dot on bfloat16 is wrong in the Triton interpreter")
-    return getattr(torch, request.param)
+from tests.fsa_core.conftest import DISTRIBUTIONS
+from tests.fsa_core.kernels.conftest import BLOCK_SIZES, GROUP_SIZES, HEAD_DIMS
 
 
 @pytest.fixture

@@ -1,0 +1,173 @@
+"""How the gradients of one call are cut into passes, chunks and tiles, and the workspace they take."""
+
+from dataclasses import dataclass
+
+from fsa_core.plan import (
+    DEFAULT_WORKSPACE_BYTES,
+    MAX_CHUNK_TOKENS,
+    MIN_CHUNK_TOKENS,
+    equal_parts,
+    num_segments,
+    padded_dim,
+)
+from fsa_core.problem import Problem
+
+INT32_BYTES = 4
+FLOAT32_BYTES = 4
+# A pair in the index: its key before and after the sort, its number in 64 and in 32 bits, and as much again
+# for the halves that the sort reads from.
+INDEX_PAIR_BYTES = 32
+# Whether gradients of keys are worth reading and writing once a chunk, or all scores worth computing twice:
+# the operations and the bytes that an H200 gets through in the same time.
+FLOPS_PER_BYTE = 100
+TILE_ROWS = 64
+# Rows of a work item: few where partial gradients of q bound a chunk anyway, many where a chunk can be long.
+ROWS_PER_ITEM = 1024
+LONG_ROWS_PER_ITEM = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One walk over all pairs, in chunks of tokens; a group is a whole number of chunks, indexed together.
+
+    ``with_keys``: it yields the gradients of k and v; ``with_queries``: those of q. A work item is up to
+    ``rows_per_item`` rows of one KV block. The blocks of a chunk that have more than one item have at most
+    ``max_splits`` together.
+    """
+
+    with_keys: bool
+    with_queries: bool
+    chunk_tokens: int
+    group_tokens: int
+    rows_per_item: int
+    max_items: int
+    max_splits: int
+    workspace_bytes: int
+
+    @property
+    def group_chunks(self) -> int:
+        return -(-self.group_tokens // self.chunk_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardPlan:
+    """Gradients of ``kv_heads`` KV heads at a time, those of keys for ``range_segments`` KV blocks at a time.
+
+    One pass of five matrix products, or two of seven in all where the gradients of the keys would be read and
+    written too often, or do not fit. ``tile_keys`` keys of a block are one program's. Other names as in
+    ``ForwardPlan``.
+    """
+
+    passes: tuple[Pass, ...]
+    kv_heads: int
+    range_segments: int
+    heads_per_pair: int
+    tile_heads_per_kv_head: int
+    index_per_head: bool
+    segments: int
+    tile_keys: int
+    num_warps: int
+    workspace_bytes: int
+
+
+def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> BackwardPlan:
+    """The largest chunks and ranges that ``limit_bytes`` of workspace allows, one KV head before the next.
+
+    At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit.
+    """
+    p = problem
+    sizes = _Sizes.of(p)
+    room = max(limit_bytes - sizes.delta_bytes, limit_bytes // 2)
+    range_segments = min(max(room * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
+    one_pass = _pass(sizes, room, with_keys=True, with_queries=True)
+    passes: tuple[Pass, ...] = (one_pass,)
+    if range_segments < sizes.segments or _is_cheaper_in_two(sizes, one_pass):
+        passes = (
+            _pass(sizes, room, with_keys=True, with_queries=False),
+            _pass(sizes, room, with_keys=False, with_queries=True),
+        )
+    head_bytes = sizes.delta_bytes + range_segments * sizes.block_bytes
+    head_bytes += max(one.workspace_bytes for one in passes)
+    is_whole = range_segments == sizes.segments and all(x.chunk_tokens == p.num_q_tokens for x in passes)
+    kv_heads = min(max(limit_bytes // head_bytes, 1), p.num_kv_heads) if is_whole else 1
+    kv_heads = equal_parts(p.num_kv_heads, kv_heads)
+    return BackwardPlan(
+        passes=passes,
+        kv_heads=kv_heads,
+        range_segments=range_segments,
+        heads_per_pair=sizes.heads_per_pair,
+        tile_heads_per_kv_head=p.group_size // sizes.heads_per_pair,
+        index_per_head=p.index_heads > 1,
+        segments=sizes.segments,
+        tile_keys=sizes.tile_keys,
+        num_warps=4 if sizes.widest <= 64 else 8,
+        workspace_bytes=kv_heads * head_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What follows from the problem alone; ``block_bytes`` are the float32 gradients of a block's k and v."""
+
+    problem: Problem
+    heads_per_pair: int
+    segments: int
+    widest: int
+    tile_keys: int
+    block_bytes: int
+    delta_bytes: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Sizes":
+        p = problem
+        widest = max(padded_dim(p.head_dim), padded_dim(p.value_dim))
+        return cls(
+            problem=p,
+            heads_per_pair=p.num_q_heads // max(p.index_heads, p.num_kv_heads),
+            segments=num_segments(p),
+            widest=widest,
+            # The gradients of these keys live in registers.
+            tile_keys=min(p.block_size, 64 if widest <= 128 else 32),
+            block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
+            delta_bytes=FLOAT32_BYTES * p.num_q_tokens * p.group_size,
+        )
+
+
+def _is_cheaper_in_two(sizes: _Sizes, one_pass: Pass) -> bool:
+    p = sizes.problem
+    num_chunks = -(-p.num_q_tokens // one_pass.chunk_tokens)
+    traffic_bytes = 2 * num_chunks * sizes.segments * sizes.block_bytes
+    # Scores once more, and their gradients: 2 * block_size * dim operations a row each.
+    rows = p.num_q_tokens * p.num_slots * sizes.heads_per_pair
+    more_flops = 2 * rows * p.block_size * (p.head_dim + p.value_dim)
+    return traffic_bytes * FLOPS_PER_BYTE > more_flops
+
+
+def _pass(sizes: _Sizes, room_bytes: int, *, with_keys: bool, with_queries: bool) -> Pass:
+    p = sizes.problem
+    rows_per_item = ROWS_PER_ITEM if with_queries else LONG_ROWS_PER_ITEM
+    rows = p.num_slots * sizes.heads_per_pair
+    partial_bytes = rows * (p.block_size // sizes.tile_keys) * p.head_dim * p.dtype.itemsize
+    split_bytes = -(-2 * rows * sizes.block_bytes // rows_per_item)
+    token_bytes = with_queries * partial_bytes + with_keys * split_bytes
+    index_tokens = room_bytes // 4 // (INDEX_PAIR_BYTES * p.num_slots)
+    chunk_tokens = min(room_bytes * 5 // 16 // token_bytes, index_tokens, MAX_CHUNK_TOKENS)
+    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), p.num_q_tokens)
+    # Equal chunks: a short last one would leave its tiles empty.
+    chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
+    pairs = chunk_tokens * p.num_slots
+    full_items = pairs * sizes.heads_per_pair // rows_per_item
+    max_items = full_items + min(sizes.segments, pairs)
+    index_bytes = INDEX_PAIR_BYTES * pairs + INT32_BYTES * (6 * (sizes.segments + 1) + max_items)
+    group_chunks = min(max(room_bytes // 4 // index_bytes, 1), -(-p.num_q_tokens // chunk_tokens))
+    return Pass(
+        with_keys=with_keys,
+        with_queries=with_queries,
+        chunk_tokens=chunk_tokens,
+        group_tokens=min(group_chunks * chunk_tokens, p.num_q_tokens),
+        rows_per_item=rows_per_item,
+        max_items=max_items,
+        # A block of n > 1 items has more rows than n - 1 of them.
+        max_splits=2 * full_items,
+        workspace_bytes=chunk_tokens * token_bytes + group_chunks * index_bytes,
+    )

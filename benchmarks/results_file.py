@@ -82,6 +82,7 @@ def machine_of(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
         "date": datetime.now(UTC).date().isoformat(),
     }
     if device.type == "cpu":

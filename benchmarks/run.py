@@ -7,7 +7,7 @@ is wrong gets no time for anybody, and the exit code is 1; a peer that is wrong 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -39,23 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     results = Results(machine_of(device), shlex.join(["python", "-m", "benchmarks.run", *words]))
     print("  ".join(f"{name} {value}" for name, value in results.machine.items()))
+    if options.resume:
+        results.rows = _rows_to_keep(options.json, results.machine)
+        done = {row.case for row in results.rows}
+        cases = [case for case in cases if case not in done]
     results.ceilings = measure_ceilings(device, options.seconds)
-    with _progress() as progress:
-        task = progress.add_task("measuring", total=len(cases))
-        for case in cases:
-            progress.update(task, description=case.name)
-            contenders = contenders_of(case, device, options.peers)
-            row = measure(case, contenders, device, recorded, options.seconds)
-            results.rows.append(row)
-            print(_line(row), flush=True)
-            if options.json:
-                results.write(options.json)
-            progress.advance(task)
+    for row in _measured(cases, device, options.peers, recorded, options.seconds):
+        results.rows.append(row)
+        print(_line(row), flush=True)
+        if options.json:
+            results.write(options.json)
     report.print_targets(results)
     red = [row.case.name for row in results.rows if row.red]
     if red:
         print(f"wrong answers, not measured: {', '.join(red)}", file=sys.stderr)
     return 1 if red else 0
+
+
+def _measured(
+    cases: list[Case],
+    device: torch.device,
+    peers: Path | None,
+    recorded: torch.Tensor | None,
+    seconds_each: float,
+) -> Iterator[Row]:
+    with _progress() as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.name)
+            contenders = contenders_of(case, device, peers)
+            yield measure(case, contenders, device, recorded, seconds_each)
+            progress.advance(task)
 
 
 def measure(
@@ -109,6 +123,20 @@ def _admitted(
     if not error <= contender.tolerance:
         return None, Measured(worst_error=error, refused=f"wrong by {error:.1e}")
     return run, Measured(worst_error=error)
+
+
+def _rows_to_keep(path: Path | None, machine: dict[str, str]) -> list[Row]:
+    """What an earlier run on the same machine and versions measured, without its wrong answers."""
+    if path is None or not path.exists():
+        raise SystemExit("benchmarks: --resume needs the --json FILE of the run to go on with")
+    earlier = Results.read(path)
+    if _undated(earlier.machine) != _undated(machine):
+        raise SystemExit(f"benchmarks: {path} is of another machine or version: {earlier.machine}")
+    return [row for row in earlier.rows if not row.red]
+
+
+def _undated(machine: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in machine.items() if name != "date"}
 
 
 def _progress() -> Progress:
@@ -165,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         help="an .npz of recorded block indices, [heads, tokens, slots] a layer, blocks of 64",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every case")
+    parser.add_argument("--resume", action="store_true", help="go on with FILE: skip the cases it has")
     parser.add_argument("--seconds", type=float, default=0.15, help="to measure each contender of a case for")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     return parser

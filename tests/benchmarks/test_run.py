@@ -97,6 +97,21 @@ def test_the_report_of_committed_results_prints_goals_and_draws_plots(
         assert contender in drawn
 
 
+def test_a_run_goes_on_where_an_earlier_one_was_cut_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = run_smoke(tmp_path, "forward-real")
+    before = Results.read(path).rows
+    capsys.readouterr()
+    run_smoke(tmp_path, "real --resume")
+    assert "forward" not in capsys.readouterr().out
+    assert Results.read(path).rows[0] == before[0]
+    assert [row.case.stage for row in Results.read(path).rows] == ["forward", "backward"]
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    with pytest.raises(SystemExit, match="another machine or version"):
+        run_smoke(tmp_path, "real --resume")
+
+
 def test_a_pattern_that_matches_nothing_names_the_cases() -> None:
     with pytest.raises(SystemExit, match=CASE):
         run.main(["--suite", "smoke", "--only", "n8192", "--device", "cpu"])

@@ -3,7 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.reference import block_importance_reference, select_blocks_reference
 from fsa_core.nsa.selection import select_blocks_torch
 from fsa_core.nsa.validation import validate_over_windows
@@ -80,6 +83,37 @@ def test_ties_go_to_the_lower_id_as_the_oracles(make_call, config, spread):
     call = make_call(q_lens=(150, 0, 33), k_lens=(150, 20, 160), config=config, group_size=1)
     call = whole_numbers(call, spread)
     assert torch.equal(select(call), oracle(call))
+
+
+@st.composite
+def configs(draw):
+    stride = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    forced = draw(st.tuples(st.integers(0, 2), st.integers(0, 3)))
+    return NSAConfig(
+        kernel_size=stride * draw(st.integers(1, 5)),
+        stride=stride,
+        block_size=draw(st.sampled_from([16, 32, 64])),
+        top_k=max(sum(forced), draw(st.integers(1, 8))),
+        num_first_blocks=forced[0],
+        num_local_blocks=forced[1],
+        top_p=draw(st.sampled_from([None, 0.618034])),
+        min_share=draw(st.sampled_from([None, 0.118034])),
+    )
+
+
+@settings(max_examples=30)
+@given(
+    config=configs(),
+    lens=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 150)), min_size=1, max_size=3),
+    spread=st.integers(0, 40),
+    seed=st.integers(0, 2**31),
+    limit=st.sampled_from([1, 10_000, 2**22]),
+)
+def test_any_sizes_select_the_oracles_blocks(make_call, config, lens, spread, seed, limit):
+    q_lens, k_lens = zip(*lens, strict=True)
+    call = make_call(q_lens=q_lens, k_lens=k_lens, config=config, group_size=1, num_kv_heads=1)
+    call = whole_numbers(call, spread, seed)
+    assert torch.equal(select(call, workspace_limit_bytes=limit), oracle(call))
 
 
 def test_the_tie_test_has_ties(make_call):

@@ -55,6 +55,13 @@ def test_gradients_flow_through_out_and_lse(
     assert_gradients_close_to_oracle([x.grad for x in operands], case, grad_out, grad_lse)
 
 
+def test_the_gradients_of_the_kernels_reach_the_caller(make_case, assert_gradients_close_to_oracle):
+    case = make_case(q_lens=(9,), num_kv_heads=1, head_dim=16, dtype=torch.float16)
+    given = case.output_gradients()
+    grads = gradients(case, *given, backend="triton")
+    assert_gradients_close_to_oracle(grads, case, *given)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_float32_gradients_are_those_of_differences(make_case, backend, dense):
     """Each number of q, and of the last key of a block and the first of the next, is moved by itself."""

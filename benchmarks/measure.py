@@ -92,7 +92,7 @@ def extra_bytes(run: Callable[[], object]) -> int:
 
 def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
     on_gpu = device.type == "cuda"
-    size, dtype, copied = (8192, torch.bfloat16, 1 << 30) if on_gpu else (2048, torch.float32, 1 << 28)
+    size, dtype, copied = (8192, torch.bfloat16, 1 << 30) if on_gpu else (1024, torch.float32, 1 << 27)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -123,7 +124,7 @@ def _log_axes(axes: Axes, tokens: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _short(n)))
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter(_plain)
 
 
 def _roofline(rows: Sequence[Row], ceilings: Ceilings, device: str) -> Figure:
@@ -140,10 +141,15 @@ def _roofline(rows: Sequence[Row], ceilings: Ceilings, device: str) -> Figure:
         for name, label in (("ours", "ours"), ("peer", "fastest sparse peer")):
             _positions(axes, cells, name, label)
         axes.set(title=stage, xlabel="FLOP a byte that must move", xscale="log", yscale="log")
+        _name_groups(axes, cells, ceilings)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(_plain)
+        axes.minorticks_off()
     figure.axes[0].set_ylabel("TFLOP/s")
     handles = {line.get_label(): line for line in figure.axes[0].get_lines()}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"roofline, {device}: {_ceilings_text(ceilings)}", fontsize=10)
+    figure.suptitle(f"roofline, columns by g, {device}: {_ceilings_text(ceilings)}", fontsize=10)
     return figure
 
 
@@ -154,6 +160,23 @@ def _roof(axes: Axes, rows: Sequence[Row], ceilings: Ceilings) -> None:
     corners = [left, ridge, right]
     heights = [min(x * ceilings.bytes_per_second, ceilings.flops_per_second) / 1e12 for x in corners]
     axes.plot(corners, heights, color="black", linewidth=1, label="measured ceilings")
+
+
+def _name_groups(axes: Axes, rows: Sequence[Row], ceilings: Ceilings) -> None:
+    """Over the points of each group size: what a case computes for a byte depends on little else."""
+    top = ceilings.flops_per_second / 1e12
+    axes.set_ylim(top=2 * top)
+    for number, group in enumerate(sorted({row.case.group_size for row in rows})):
+        intensity = median(
+            row.work.flops / row.work.bytes for row in rows if row.work and row.case.group_size == group
+        )
+        # Large groups lie close together.
+        height = top * (1.15 if number % 2 else 1.45)
+        axes.text(intensity, height, f"{group}", ha="center", fontsize=8)
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}"
 
 
 def _positions(axes: Axes, rows: Sequence[Row], name: str, label: str) -> None:

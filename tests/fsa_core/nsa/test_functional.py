@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from fsa_core.errors import InputError
-from fsa_core.nsa.compression import MLPCompression, WeightedCompression
-from fsa_core.nsa.functional import gated_sum, nsa_attention, nsa_attention_from_compressed
+from fsa_core.nsa.compression import MeanCompression, MLPCompression, WeightedCompression
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.functional import (
+    gated_sum,
+    nsa_attention,
+    nsa_attention_from_compressed,
+    select_blocks,
+)
 from fsa_core.nsa.reference import compress_reference, nsa_attention_reference, pool_mlp, pool_weighted
 
 LENS = {
@@ -78,6 +84,56 @@ def roundings(x):
     A bias of all compressed keys, for one, moves no softmax: its gradient is 0, summed from such terms.
     """
     return torch.finfo(torch.float32).eps * max(x.abs().amax().item(), 1.0)
+
+
+@pytest.mark.parametrize("lens", [(0,), (1,), (7, 3), (8, 0)], ids=str)
+def test_sequences_of_hardly_a_window(make_call, device, lens):
+    """No window, or one: gradients still reach everything there is."""
+    call, leaves = leaves_of(make_call(q_lens=lens), torch.float32)
+    compress_k, compress_v = compressions(device)
+    out = run(call, compress_k, compress_v)
+    none = torch.zeros(0, 2, 24, device=device)
+    k_cmp, v_cmp = compress_k(call.k, call.cu_seqlens_k), compress_v(call.v, call.cu_seqlens_k)
+    assert len(v_cmp) or v_cmp.shape == none.shape
+    starts = (call.cu_seqlens_q, call.cu_seqlens_k)
+    true = nsa_attention_reference(
+        *(call.q, call.k, call.v, k_cmp, v_cmp, call.gates), *starts, call.config, call.softmax_scale
+    )
+    assert out.shape == true.shape
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=1e-5)
+    out.sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("num_keys", [8192, 32768, 131072])
+def test_a_needle_is_found(device, num_keys):
+    """Sixteen keys that the last queries look for, among random ones, a quarter from the start."""
+    generator = torch.Generator().manual_seed(0)
+    needle = slice(num_keys // 4 + 5, num_keys // 4 + 21)
+    k, v = torch.randn(2, num_keys, 2, 64, generator=generator).to(device)
+    q = torch.randn(3, 4, 64, generator=generator).to(device)
+    k[needle], v[needle] = 2 * q[0].unflatten(0, (2, 2)).sum(1), 7.0
+    q[:] = q[0]
+    gates = torch.tensor([0.0, 1.0, 0.0], device=device).expand(3, 4, 3)
+    compress = MeanCompression(32, 16)
+    options = {
+        "config": NSAConfig(),
+        "cu_seqlens_k": torch.tensor([0, num_keys], dtype=torch.int32).to(device),
+    }
+    ids = select_blocks(q, compress(k), **options)
+    assert (ids == num_keys // 4 // 64).any(-1).all()
+    out = nsa_attention(q, k, v, gates, compress, compress, **options)
+    assert out.mean(-1).amin() > 6
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_selected_attention_runs_where_it_is_asked_to(make_call, device, backend):
+    if backend == "cpu" and device.type != "cpu":
+        pytest.skip("the CPU backend takes CPU tensors")
+    call = make_call(q_lens=(40, 20))
+    modules = compressions(device)
+    torch.testing.assert_close(run(call, *modules, backend=backend), run(call, *modules))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     MAX_CHUNK_TOKENS,
@@ -20,7 +22,6 @@ INDEX_PAIR_BYTES = 32
 # Whether gradients of keys are worth reading and writing once a chunk, or all scores worth computing twice:
 # the operations and the bytes that an H200 gets through in the same time.
 FLOPS_PER_BYTE = 100
-TILE_ROWS = 64
 # Rows of a work item: few where partial gradients of q bound a chunk anyway, many where a chunk can be long.
 ROWS_PER_ITEM = 1024
 LONG_ROWS_PER_ITEM = 8192
@@ -54,8 +55,8 @@ class BackwardPlan:
     """Gradients of ``kv_heads`` KV heads at a time, those of keys for ``range_segments`` KV blocks at a time.
 
     One pass of five matrix products, or two of seven in all where the gradients of the keys would be read and
-    written too often, or do not fit. ``tile_keys`` keys of a block are one program's. Other names as in
-    ``ForwardPlan``.
+    written too often, or do not fit. A program has ``tile_keys`` keys of a block and walks its rows
+    ``tile_rows`` at a time. Other names as in ``ForwardPlan``.
     """
 
     passes: tuple[Pass, ...]
@@ -65,6 +66,7 @@ class BackwardPlan:
     tile_heads_per_kv_head: int
     index_per_head: bool
     segments: int
+    tile_rows: int
     tile_keys: int
     num_warps: int
     workspace_bytes: int
@@ -99,6 +101,7 @@ def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) 
         tile_heads_per_kv_head=p.group_size // sizes.heads_per_pair,
         index_per_head=p.index_heads > 1,
         segments=sizes.segments,
+        tile_rows=32 if p.dtype == torch.float32 else 64,
         tile_keys=sizes.tile_keys,
         num_warps=4 if sizes.widest <= 64 else 8,
         workspace_bytes=kv_heads * head_bytes,
@@ -126,8 +129,8 @@ class _Sizes:
             heads_per_pair=p.num_q_heads // max(p.index_heads, p.num_kv_heads),
             segments=num_segments(p),
             widest=widest,
-            # The gradients of these keys live in registers.
-            tile_keys=min(p.block_size, 64 if widest <= 128 else 32),
+            # The gradients of these keys live in registers, beside products of float32 in three parts.
+            tile_keys=min(p.block_size, 16 if p.dtype == torch.float32 else 64 if widest <= 128 else 32),
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
             delta_bytes=FLOAT32_BYTES * p.num_q_tokens * p.group_size,
         )

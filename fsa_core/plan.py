@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from fsa_core.problem import MAX_SLOTS, Problem
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
@@ -21,7 +23,7 @@ PARTIAL_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """Tiles of the partial kernel; what decides the order of additions depends on head dims alone."""
+    """Tiles of the partial kernel; what decides the order of additions depends on head dims and dtype."""
 
     rows: int
     keys: int
@@ -164,14 +166,17 @@ def tile_shape(problem: Problem) -> TileShape:
     fewer and more, and 4 warps beat 8 until the accumulator outgrows their registers. The limit on
     registers lets four programs share a multiprocessor instead of three; pipelined loads (num_stages of 2
     and 3) cost more room than they won.
+
+    Products of float32 in three parts take the registers and the shared memory of three.
     """
+    is_float32 = problem.dtype == torch.float32
     widest = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim))
     return TileShape(
         rows=64,
-        keys=min(problem.block_size, 64),
+        keys=min(problem.block_size, 32 if is_float32 else 64),
         tiles_per_item=8 if problem.group_size == 1 else 4,
-        num_warps=4 if widest <= 128 else 8,
-        max_registers=144,
+        num_warps=4 if widest <= 128 and not is_float32 else 8,
+        max_registers=255 if is_float32 else 144,
     )
 
 

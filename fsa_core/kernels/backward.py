@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.backward_plan import TILE_ROWS, BackwardPlan, Pass, plan_backward
+from fsa_core.backward_plan import BackwardPlan, Pass, plan_backward
 from fsa_core.kernels.index import LENGTHS, search_steps
 from fsa_core.kernels.primitives import find_segment_sequence, first_segment
 from fsa_core.kernels.sorted_index import NO_SEGMENT, SortedIndex, sorted_index
@@ -485,7 +485,7 @@ def _launch(
         p.num_sequences, steps, plan.segments, num_chunks, at.group_tokens, one.max_items, one.max_splits,
         at.first_kv_head, at.rank, at.chunk, first_range_segment, range_segments, **shared, **q_heads,
         **blocks, HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
-        CAUSAL=p.causal, ROWS=TILE_ROWS, ROWS_PER_ITEM=one.rows_per_item, WITH_KEYS=one.with_keys,
+        CAUSAL=p.causal, ROWS=plan.tile_rows, ROWS_PER_ITEM=one.rows_per_item, WITH_KEYS=one.with_keys,
         WITH_QUERIES=one.with_queries, num_warps=plan.num_warps, num_stages=1,
     )  # fmt: skip
     if one.with_keys:

@@ -79,8 +79,9 @@ def test_large_logits(check: Callable, dtype: torch.dtype) -> None:
     check(q_scale=16.0, dtype=dtype)
 
 
-def test_float32(check: Callable) -> None:
-    check(dtype=torch.float32, head_dim=32)
+@pytest.mark.parametrize("head_dim", [32, 256])
+def test_float32(check: Callable, head_dim: int) -> None:
+    check(q_lens=(33,), num_kv_heads=1, dtype=torch.float32, head_dim=head_dim, block_size=64)
 
 
 def test_a_popular_block_is_many_items(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class SequenceCache:
 class NSACache:
     """The sequences of a batch in one layer. A model has one for every layer.
 
-    Memory for each token: K and V, and 2 / stride of them again for the compressed ones; up to twice that
+    Memory for each token: K and V, and 1 / stride of them again for the compressed ones; up to twice that
     while storage grows.
     """
 

@@ -4,7 +4,7 @@ Positions, packing and errors are those of ``fsa_core.api``: query i of a sequen
 len_k - len_q + i, cu_seqlens_* are int32 [num_sequences + 1] (None: one sequence), attention is causal. Every
 function is differentiable but ``select_blocks``, whose answer is ids, and keeps what it holds at once, beside
 inputs and answers, near ``workspace_limit_bytes``. On CUDA they read cu_seqlens, which synchronises. A NaN in
-v may reach queries of its sequence that do not see it, as in any tiled attention; it reaches no other sequence.
+v may reach queries of its sequence that do not see it, as in any tiled attention, but no other sequence.
 """
 
 import torch

@@ -9,6 +9,12 @@ from fsa_core.problem import MAX_SLOTS, Problem
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
+# KV blocks outside and the tokens that chose them inside; or tiles of neighbouring tokens outside and the
+# blocks that any of them chose inside; or tiles with the blocks that many of them chose, and KV blocks with
+# the rest.
+KV_MAJOR, QUERY_TILE, MIXED = "kv_major", "query_tile", "mixed"
+PATHS = (KV_MAJOR, QUERY_TILE, MIXED)
+
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
 # A counter of the index has a 32-byte sector to itself.
@@ -19,6 +25,10 @@ MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
 # More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
 PARTIAL_BYTES = 128 * 2**20
+# A query tile sorts its ids in registers.
+MAX_SORTED = 1024
+# On the mixed path a block is shared if one token in so many of a tile chose it.
+SHARED_BY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +43,41 @@ class TileShape:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryTile:
+    """Tiles of consecutive tokens that attend what they share; shaped by heads, dims and slots alone.
+
+    A tile is ``tokens`` tokens with the query heads of one tile head, in ``rows`` rows. The blocks that at
+    least ``min_tokens`` of them chose are shared: at most ``max_shared``.
+    """
+
+    tokens: int
+    rows: int
+    keys: int
+    min_tokens: int
+    max_shared: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def list_bytes(self) -> int:
+        """A block, the mask of its tokens, and how many entries there are."""
+        return self.max_shared * (INT32_BYTES + 8) + INT32_BYTES
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardPlan:
     """Selected attention, forward: an index for a group of tokens and heads at a time, attended in chunks.
 
     A tile head is the unit that owns a list of selected blocks and the query heads that share it: a KV
     head, or a query head when each query head selects for itself. ``heads_per_pair`` query heads ride
     with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads,
-    a group a whole number of chunks: ``group_tokens`` under ``group_heads``.
+    a group a whole number of chunks: ``group_tokens`` under ``group_heads``. ``query_tile`` is None on the
+    KV-major path; without partials there are no chunks, no index and no work items.
     """
+
+    path: str
+    query_tile: QueryTile | None
+    extra_tiles: int
 
     tile_heads: int
     heads_per_pair: int
@@ -59,8 +96,21 @@ class ForwardPlan:
     def group_chunks(self) -> int:
         return -(-self.group_tokens // self.chunk_tokens)
 
+    @property
+    def has_partials(self) -> bool:
+        return self.path != QUERY_TILE
 
-def plan_forward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> ForwardPlan:
+    @property
+    def group_tiles(self) -> int:
+        """An upper bound of the query tiles that meet a group."""
+        if self.query_tile is None:
+            return 0
+        return -(-self.group_tokens // self.query_tile.tokens) + self.extra_tiles
+
+
+def plan_forward(
+    problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES, path: str = KV_MAJOR
+) -> ForwardPlan:
     """The largest chunks and groups that ``limit_bytes`` of workspace allows, fewest tile heads first.
 
     Many tokens of one head rather than few of all: the head's K/V stays in the L2 cache, and the blocks'
@@ -71,39 +121,57 @@ def plan_forward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -
     tile_heads = max(p.index_heads, p.num_kv_heads)
     heads_per_pair = p.num_q_heads // tile_heads
     tile = tile_shape(p)
-    partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
+    query_tile = None if path == KV_MAJOR else _query_tile(p, heads_per_pair, path)
+    list_bytes = 0 if query_tile is None else query_tile.list_bytes
+    tile_tokens = 1 if query_tile is None else query_tile.tokens
     pair_bytes = heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
-    token_bytes = p.num_slots * pair_bytes
-    chunk_tokens = max(partial_limit // token_bytes, MIN_CHUNK_TOKENS)
-    chunk_tokens = min(chunk_tokens, MAX_CHUNK_TOKENS, p.num_q_tokens)
+    # What a token takes at once, and what it takes as long as its group lasts: pairs, ranks, leftover ids.
+    token_bytes = 0 if path == QUERY_TILE else p.num_slots * pair_bytes
+    held_ints = {KV_MAJOR: 2, MIXED: 3, QUERY_TILE: 0}[path] * p.num_slots
+    held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
+    partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
+    chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
+    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
     chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
-    chunk_heads = min(max(partial_limit // (chunk_tokens * token_bytes), 1), tile_heads)
+    chunk_heads = min(max(partial_limit // max(chunk_tokens * token_bytes, 1), 1), tile_heads)
     chunk_heads = equal_parts(tile_heads, chunk_heads)
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
     max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
-    index_ints = 2 * chunk_tokens * p.num_slots + (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
-    index_limit = limit_bytes - partial_bytes
+    index_ints = chunk_tokens * held_ints
+    if path != QUERY_TILE:
+        index_ints += (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
+    # Sequences start tiles of their own, and a group's borders cut two more.
+    extra_tiles = p.num_sequences + 2
+    index_limit = limit_bytes - partial_bytes - extra_tiles * list_bytes * p.index_heads
     index_per_head = p.index_heads > 1
-    chunk_index_bytes = index_ints * INT32_BYTES * (chunk_heads if index_per_head else 1)
+    chunk_index_bytes = index_ints * INT32_BYTES + -(-chunk_tokens // tile_tokens) * list_bytes
+    chunk_index_bytes *= chunk_heads if index_per_head else 1
     head_chunks = -(-tile_heads // chunk_heads) if index_per_head else 1
     group_head_chunks = min(max(index_limit // chunk_index_bytes, 1), head_chunks)
     group_index_bytes = group_head_chunks * chunk_index_bytes
     token_chunks = -(-p.num_q_tokens // chunk_tokens)
     group_token_chunks = min(max(index_limit // group_index_bytes, 1), token_chunks)
+    group_heads = min(group_head_chunks * chunk_heads, tile_heads) if index_per_head else tile_heads
+    list_heads = group_heads if index_per_head else 1
     return ForwardPlan(
+        path=path,
+        query_tile=query_tile,
+        extra_tiles=extra_tiles,
         tile_heads=tile_heads,
         heads_per_pair=heads_per_pair,
         tile_heads_per_kv_head=tile_heads // p.num_kv_heads,
         chunk_tokens=chunk_tokens,
         chunk_heads=chunk_heads,
         group_tokens=group_token_chunks * chunk_tokens,
-        group_heads=min(group_head_chunks * chunk_heads, tile_heads) if index_per_head else tile_heads,
+        group_heads=group_heads,
         index_per_head=index_per_head,
         segments=num_segments(p),
         max_items=max_items,
         tile=tile,
-        workspace_bytes=partial_bytes + group_token_chunks * group_index_bytes,
+        workspace_bytes=partial_bytes
+        + group_token_chunks * group_index_bytes
+        + extra_tiles * list_bytes * list_heads,
     )
 
 
@@ -180,6 +248,27 @@ def tile_shape(problem: Problem) -> TileShape:
     )
 
 
+def _query_tile(problem: Problem, heads_per_pair: int, path: str) -> QueryTile:
+    """As many tokens as 64 rows hold, unless there are more slots than a program sorts at once."""
+    tile = tile_shape(problem)
+    slots = 1 << (problem.num_slots - 1).bit_length()
+    # A block's tokens are the bits of an int64; block, token and slot are the bits of an int32.
+    tokens = max(min(tile.rows // heads_per_pair, 64), 1)
+    blocks = problem.num_k_tokens // problem.block_size + 1
+    while tokens > 1 and (tokens * slots > MAX_SORTED or 2 * tokens * slots * blocks > 2**31):
+        tokens //= 2
+    min_tokens = 1 if path == QUERY_TILE else -(-tokens // SHARED_BY)
+    return QueryTile(
+        tokens=tokens,
+        rows=max(tile.rows, 1 << (heads_per_pair - 1).bit_length()),
+        keys=tile.keys,
+        min_tokens=min_tokens,
+        max_shared=tokens * problem.num_slots // min_tokens,
+        num_warps=tile.num_warps,
+        num_stages=1 if problem.dtype == torch.float32 else 2,
+    )
+
+
 def padded_dim(dim: int) -> int:
     """The power of two that a tile holds ``dim`` channels in."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -199,3 +288,8 @@ def _max_items(problem: Problem, tokens: int, heads_per_pair: int, tile: TileSha
 def equal_parts(total: int, most: int) -> int:
     """The size of equal parts of ``total``, each at most ``most``."""
     return -(-total // -(-total // most))
+
+
+def search_steps(num_sequences: int) -> int:
+    """Steps of the binary search over ``num_sequences`` that the kernels take."""
+    return max(num_sequences - 1, 0).bit_length()

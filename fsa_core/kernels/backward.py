@@ -20,13 +20,12 @@ import triton
 import triton.language as tl
 
 from fsa_core.backward_plan import BackwardPlan, Pass, plan_backward
-from fsa_core.kernels.index import LENGTHS, search_steps
-from fsa_core.kernels.primitives import find_segment_sequence, first_segment
+from fsa_core.kernels.index import LENGTHS
+from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.sorted_index import NO_SEGMENT, SortedIndex, sorted_index
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim, search_steps
 from fsa_core.problem import Problem
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 DELTA_ROWS = 16
 SUM_ROWS = 8
 

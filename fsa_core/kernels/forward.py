@@ -1,6 +1,7 @@
 """Selected attention, forward: KV blocks outside, the query tokens that chose them inside.
 
-Flash Sparse Attention, arXiv 2508.18224, with one launch sequence for all sequences and heads.
+Flash Sparse Attention, arXiv 2508.18224, with one launch sequence for all sequences and heads. What
+neighbouring tokens share is attended before, in query_tiles, if the plan's path says so.
 
 Three stages a chunk of tokens, no host synchronisation:
 
@@ -14,21 +15,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert, search_steps
-from fsa_core.kernels.primitives import find_segment_sequence, first_segment
+from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment
+from fsa_core.kernels.query_tiles import attend_shared, new_agreement
 from fsa_core.plan import (
     COUNTER_INTS,
     DEFAULT_WORKSPACE_BYTES,
+    KV_MAJOR,
     ForwardPlan,
+    Group,
     chunks,
     groups,
     padded_dim,
     plan_forward,
+    search_steps,
 )
 from fsa_core.problem import Problem
 
-LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
 # Measured: one warp with eight rows reads the partials fastest.
 MERGE_ROWS = 8
 MERGE_WARPS = 1
@@ -42,12 +45,6 @@ def _scores(q, k, q_positions, k_positions, k_length, row_mask, CAUSAL: tl.const
     if CAUSAL:
         visible &= k_positions[None, :] <= q_positions[:, None]
     return tl.where(visible, scores, float("-inf"))
-
-
-@triton.jit
-def _finite(row_max):
-    """What to subtract from a row of scores: its maximum, or 0 where it sees no key, whose weights are 0."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
@@ -151,7 +148,7 @@ def _partial(
         positions = tokens + q_shift
         scores = _scores(q, k, positions, keys, k_length, row_mask, CAUSAL)
         row_max = tl.max(scores, 1)
-        weights = tl.exp2(scores * scale - (_finite(row_max) * scale)[:, None])
+        weights = tl.exp2(scores * scale - (finite(row_max) * scale)[:, None])
         row_sum = tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
         for start in tl.static_range(KEYS, BLOCK_SIZE, KEYS):
@@ -169,7 +166,7 @@ def _partial(
             )
             scores = _scores(q, k_more, positions, more_keys, k_length, row_mask, CAUSAL)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
-            shift = _finite(new_max)
+            shift = finite(new_max)
             shrink = tl.exp2((row_max - shift) * scale)
             weights = tl.exp2(scores * scale - (shift * scale)[:, None])
             row_sum = row_sum * shrink + tl.sum(weights, 1)
@@ -200,7 +197,7 @@ def _load_partial(
 def _add_partial(row_max, row_sum, acc, lse, out):
     """Online softmax over slots, in log2 units."""
     new_max = tl.maximum(row_max, lse)
-    shift = _finite(new_max)
+    shift = finite(new_max)
     shrink = tl.exp2(row_max - shift)
     weight = tl.exp2(lse - shift)
     return new_max, row_sum * shrink + weight, acc * shrink[:, None] + weight[:, None] * out.to(tl.float32)
@@ -226,11 +223,13 @@ def _merge(
     INDEX_PER_HEAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
+    WITH_SHARED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Merges the slots of ROWS (token, query head) rows: out [total_q, q heads, dim], lse in natural units.
 
-    The slots are added one after another, so that unused slots at the end change no bit.
+    The slots are added one after another, so that unused slots at the end change no bit. WITH_SHARED adds
+    them to what out and lse hold, and leaves rows without slots as they are.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk_head = tl.program_id(1)
@@ -248,10 +247,25 @@ def _merge(
     out_ptrs = (
         partial_out_ptr + (first_pair * HEADS_PER_PAIR + heads)[:, None] * VALUE_DIM + value_dims[None, :]
     )
+    q_heads = (first_head + chunk_head) * HEADS_PER_PAIR + heads
+    places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
+    answer_ptrs = out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
     bits = tl.arange(0, 32)
+    if WITH_SHARED:
+        any_used = tl.zeros((ROWS,), tl.int32)
+        for first_slot in range(0, num_slots, 32):
+            exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
+            ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+            any_used |= tl.max((ranks >= 0).to(tl.int32), 1)
+        if tl.max(any_used, 0) == 0:
+            return
+        row_mask &= any_used != 0
+        row_max = tl.load(lse_ptr + places, mask=row_mask, other=float("-inf")) / LN_2
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        acc = tl.load(answer_ptrs, mask=row_mask[:, None] & value_mask[None, :], other=0.0).to(tl.float32)
     for first_slot in range(0, num_slots, 32):
         exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
         ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
@@ -270,13 +284,7 @@ def _merge(
             row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_a, out_a)
             row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_b, out_b)
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    q_heads = (first_head + chunk_head) * HEADS_PER_PAIR + heads
-    places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
-    tl.store(
-        out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & value_mask[None, :],
-    )
+    tl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :])
     tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
 
 
@@ -289,12 +297,14 @@ def selected_attention_forward(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     *,
+    path: str = KV_MAJOR,
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention over packed sequences; every tensor contiguous and on one device.
 
     q [total_q, num_q_heads, head_dim], k [total_k, num_kv_heads, head_dim], v [total_k, num_kv_heads,
-    value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1].
+    value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1]. path:
+    one of plan.PATHS.
     Returns out [total_q, num_q_heads, value_dim] in the dtype of q and lse float32 [total_q, num_q_heads].
     """
     p = problem
@@ -302,49 +312,71 @@ def selected_attention_forward(
     lse = q.new_empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     if p.num_q_tokens == 0:
         return out, lse
-    plan = plan_forward(p, workspace_limit_bytes)
-    inversion, partial_out, partial_lse = _workspace(p, plan, q)
-    heads = {
-        "NUM_Q_HEADS": p.num_q_heads,
-        "HEADS_PER_PAIR": plan.heads_per_pair,
-        "INDEX_PER_HEAD": plan.index_per_head,
-        "VALUE_DIM": p.value_dim,
-        "VALUE_DIM_PADDED": padded_dim(p.value_dim),
-    }
-    shapes = {
-        "NUM_KV_HEADS": p.num_kv_heads,
-        "TILE_HEADS_PER_KV_HEAD": plan.tile_heads_per_kv_head,
-        "HEAD_DIM": p.head_dim,
-        "HEAD_DIM_PADDED": padded_dim(p.head_dim),
-        "BLOCK_SIZE": p.block_size,
-        "CAUSAL": p.causal,
-        "ROWS": plan.tile.rows,
-        "KEYS": plan.tile.keys,
-        "TILES_PER_ITEM": plan.tile.tiles_per_item,
-    }
-    compiling = {"num_warps": plan.tile.num_warps, "num_stages": 1, "maxnreg": plan.tile.max_registers}
-    group_pairs = inversion.pairs.shape[1]
+    plan = plan_forward(p, workspace_limit_bytes, path)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
+    tile = plan.query_tile
+    agreement = None if tile is None else new_agreement(p, plan, tile, q)
+    workspace = _workspace(p, plan, q) if plan.has_partials else None
     for group in groups(p, plan):
-        invert(
-            inversion, block_indices, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
-            num_tokens=group.num_tokens, first_head=group.first_index_head, num_heads=group.num_index_heads,
-            chunk_tokens=plan.chunk_tokens, block_size=p.block_size, heads_per_pair=plan.heads_per_pair,
-            rows_per_item=plan.tile.rows * plan.tile.tiles_per_item,
-        )  # fmt: skip
-        for c in chunks(plan, group):
-            _partial[(plan.max_items, c.num_heads)](
-                q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
-                inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E, c.first_token,
-                c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, search_steps(p.num_sequences),
-                plan.segments, plan.group_chunks, group_pairs, plan.max_items, c.first_head,
-                c.first_index_head, c.number, **heads, **shapes, **compiling,
+        ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
+        if tile is not None and agreement is not None:
+            attend_shared(
+                agreement, p, plan, tile, group, q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, out, lse
+            )
+            ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
+        if workspace is not None:
+            invert(
+                workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
+                num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
+                chunk_tokens=plan.chunk_tokens, block_size=p.block_size, heads_per_pair=plan.heads_per_pair,
+                rows_per_item=plan.tile.rows * plan.tile.tiles_per_item, first_row_token=first_row_token,
             )  # fmt: skip
-            _merge[(triton.cdiv(c.num_tokens * plan.heads_per_pair, MERGE_ROWS), c.num_heads)](
-                partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
-                plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.first_index_head, c.number,
-                **heads, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS, num_stages=1,
-            )  # fmt: skip
+            _attend_group(p, plan, group, workspace, *tensors)
     return out, lse
+
+
+def _attend_group(
+    problem: Problem,
+    plan: ForwardPlan,
+    group: Group,
+    workspace: tuple[Inversion, torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Partials of the indexed pairs, and their merge, a chunk at a time."""
+    p, (inversion, partial_out, partial_lse) = problem, workspace
+    heads = {
+        "NUM_Q_HEADS": p.num_q_heads, "HEADS_PER_PAIR": plan.heads_per_pair,
+        "INDEX_PER_HEAD": plan.index_per_head, "VALUE_DIM": p.value_dim,
+        "VALUE_DIM_PADDED": padded_dim(p.value_dim),
+    }  # fmt: skip
+    shapes = {
+        "NUM_KV_HEADS": p.num_kv_heads, "TILE_HEADS_PER_KV_HEAD": plan.tile_heads_per_kv_head,
+        "HEAD_DIM": p.head_dim, "HEAD_DIM_PADDED": padded_dim(p.head_dim), "BLOCK_SIZE": p.block_size,
+        "CAUSAL": p.causal, "ROWS": plan.tile.rows, "KEYS": plan.tile.keys,
+        "TILES_PER_ITEM": plan.tile.tiles_per_item,
+    }  # fmt: skip
+    compiling = {"num_warps": plan.tile.num_warps, "num_stages": 1, "maxnreg": plan.tile.max_registers}
+    group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
+    for c in chunks(plan, group):
+        _partial[(plan.max_items, c.num_heads)](
+            q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
+            inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value, c.first_token,
+            c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments,
+            plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
+            **heads, **shapes, **compiling,
+        )  # fmt: skip
+        _merge[(triton.cdiv(c.num_tokens * plan.heads_per_pair, MERGE_ROWS), c.num_heads)](
+            partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
+            plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.first_index_head, c.number,
+            **heads, WITH_SHARED=plan.query_tile is not None, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS,
+            num_stages=1,
+        )  # fmt: skip
 
 
 def _workspace(

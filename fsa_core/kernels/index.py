@@ -32,8 +32,8 @@ COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
 
 # Sizes that change from call to call; specialising on their divisibility would recompile.
 LENGTHS = (
-    "first_token", "num_tokens", "chunk_tokens", "head_stride", "num_slots", "num_sequences", "search_steps",
-    "num_segments", "num_chunks", "first_head", "group_pairs", "max_items",
+    "first_token", "first_row_token", "num_tokens", "chunk_tokens", "head_stride", "num_slots",
+    "num_sequences", "search_steps", "num_segments", "num_chunks", "first_head", "group_pairs", "max_items",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def _count(
     counts_ptr,
     ranks_ptr,
     first_token,
+    first_row_token,
     num_tokens,
     chunk_tokens,
     head_stride,
@@ -91,9 +92,9 @@ def _count(
     SLOTS: tl.constexpr,
 ):
     rows, segments, inside, places = load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, head_stride,
-        num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
-        BLOCK_SIZE, TOKENS, SLOTS,
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
+        chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
+        first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     counters = tl.where(segments >= 0, rows[:, None] * num_segments + segments, -1)
     # Neighbouring tokens often choose the same block in the same slot (block 0 always), and atomics on one
@@ -151,6 +152,7 @@ def _scatter(
     pairs_ptr,
     item_segment_ptr,
     first_token,
+    first_row_token,
     num_tokens,
     chunk_tokens,
     head_stride,
@@ -169,9 +171,9 @@ def _scatter(
     SLOTS: tl.constexpr,
 ):
     rows, segments, _, places = load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, head_stride,
-        num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
-        BLOCK_SIZE, TOKENS, SLOTS,
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
+        chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
+        first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     valid = segments >= 0
     entries = rows[:, None] * (num_segments + 1) + segments
@@ -207,11 +209,12 @@ def invert(
     block_size: int,
     heads_per_pair: int,
     rows_per_item: int,
+    first_row_token: int = 0,
 ) -> None:
     """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
-    ``block_indices`` is int32 [index_heads, total_q, slots], contiguous; ``num_heads`` index heads from
-    ``first_head`` on are inverted.
+    ``block_indices`` is int32 [index_heads, rows, slots], contiguous, a row for each packed token from
+    ``first_row_token`` on; ``num_heads`` index heads from ``first_head`` on are inverted.
     """
     num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
@@ -221,8 +224,9 @@ def invert(
     tokens = PAIRS_IN_TILE // slots
     grid = (triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads)
     sizes = (
-        first_token, num_tokens, chunk_tokens, block_indices.stride(0), num_slots, num_sequences,
-        search_steps(num_sequences), num_segments, num_chunks, first_head, inversion.pairs.shape[1],
+        first_token, first_row_token, num_tokens, chunk_tokens, block_indices.stride(0), num_slots,
+        num_sequences, plan.search_steps(num_sequences), num_segments, num_chunks, first_head,
+        inversion.pairs.shape[1],
     )  # fmt: skip
     _count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes,
@@ -238,8 +242,3 @@ def invert(
         BLOCK_SIZE=block_size, HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item,
         TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip
-
-
-def search_steps(num_sequences: int) -> int:
-    """Steps of the binary search over ``num_sequences`` that primitives.find_sequence takes."""
-    return max(num_sequences - 1, 0).bit_length()

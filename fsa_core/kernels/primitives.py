@@ -3,6 +3,15 @@
 import triton
 import triton.language as tl
 
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def finite(row_max):
+    """What to subtract from a row of scores: its maximum, or 0 where it sees no key, whose weights are 0."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
 
 @triton.jit
 def find_sequence(cu_seqlens_ptr, token, num_sequences, search_steps):
@@ -47,6 +56,7 @@ def load_segments(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     first_token,
+    first_row_token,
     num_tokens,
     chunk_tokens,
     head_stride,
@@ -62,15 +72,15 @@ def load_segments(
 ):
     """Of this program's pairs [TOKENS, SLOTS]: rows, segments (-1 for none), which exist, and places.
 
-    Ids that name no block of the token's sequence select nothing, so that no index can reach memory
-    it should not.
+    ``first_row_token`` is the packed token that the first row of indices belongs to. Ids that name no block
+    of the token's sequence select nothing, so that no index can reach memory it should not.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     head = (first_head + tl.program_id(2)).to(tl.int64)
     inside = (tokens < num_tokens)[:, None] & (slots < num_slots)[None, :]
     packed_tokens = first_token + tokens
-    places = packed_tokens.to(tl.int64)[:, None] * num_slots + slots[None, :]
+    places = (packed_tokens - first_row_token).to(tl.int64)[:, None] * num_slots + slots[None, :]
     blocks = tl.load(indices_ptr + head * head_stride + places, mask=inside, other=-1)
     sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
     k_start = tl.load(cu_seqlens_k_ptr + sequences)

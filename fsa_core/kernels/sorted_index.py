@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import LENGTHS, MAX_SLOTS_IN_TILE, PAIRS_IN_TILE, search_steps
+from fsa_core.kernels.index import LENGTHS, MAX_SLOTS_IN_TILE, PAIRS_IN_TILE
 from fsa_core.kernels.primitives import load_segments
+from fsa_core.plan import search_steps
 
 NO_SEGMENT = tl.constexpr(2**31 - 1)
 
@@ -45,6 +46,7 @@ def _keys(
     cu_seqlens_k_ptr,
     keys_ptr,
     first_token,
+    first_row_token,
     num_tokens,
     chunk_tokens,
     head_stride,
@@ -60,9 +62,9 @@ def _keys(
     SLOTS: tl.constexpr,
 ):
     rows, segments, inside, places = load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, num_tokens, chunk_tokens, head_stride,
-        num_slots, num_sequences, search_steps, num_segments, num_chunks, first_head,
-        BLOCK_SIZE, TOKENS, SLOTS,
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
+        chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
+        first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     keys = tl.where(segments >= 0, rows[:, None] * num_segments + segments, NO_SEGMENT)
     tl.store(keys_ptr + tl.program_id(2).to(tl.int64) * group_pairs + places, keys, mask=inside)
@@ -93,7 +95,7 @@ def sorted_index(
     tokens = PAIRS_IN_TILE // slots
     num_sequences = cu_seqlens_q.numel() - 1
     _keys[triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads](
-        block_indices, cu_seqlens_q, cu_seqlens_k, keys, first_token, num_tokens, chunk_tokens,
+        block_indices, cu_seqlens_q, cu_seqlens_k, keys, first_token, 0, num_tokens, chunk_tokens,
         block_indices.stride(0), num_slots, num_sequences, search_steps(num_sequences), num_segments,
         num_chunks, 0, num_tokens * num_slots, BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     MAX_CHUNK_TOKENS,
+    MIXED,
+    PATHS,
+    QUERY_TILE,
     chunks,
     groups,
     plan_forward,
-    workspace_bytes,
 )
 from fsa_core.problem import BLOCK_SIZES, Problem
 
@@ -37,15 +39,15 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@given(problems())
-def test_a_million_tokens_stay_within_the_default_workspace(problem: Problem) -> None:
-    assert 0 < workspace_bytes(problem) <= DEFAULT_WORKSPACE_BYTES
+@given(problems(), st.sampled_from(PATHS))
+def test_a_million_tokens_stay_within_the_default_workspace(problem: Problem, path: str) -> None:
+    assert 0 < plan_forward(problem, path=path).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
 
 
-@given(problems(), st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)))
-def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int) -> None:
+@given(problems(), st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)), st.sampled_from(PATHS))
+def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int, path: str) -> None:
     problem = Problem(**{**_fields(problem), "num_q_tokens": min(problem.num_q_tokens, 300)})
-    plan = plan_forward(problem, limit_bytes)
+    plan = plan_forward(problem, limit_bytes, path)
     assert plan.chunk_tokens <= MAX_CHUNK_TOKENS
     met = torch.zeros(plan.tile_heads, problem.num_q_tokens, dtype=torch.int32)
     for group in groups(problem, plan):
@@ -70,3 +72,17 @@ def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem)
 
 def _fields(problem: Problem) -> dict[str, object]:
     return {name: getattr(problem, name) for name in problem.__slots__}
+
+
+@given(problems(), st.sampled_from((QUERY_TILE, MIXED)))
+def test_a_query_tile_holds_its_rows_its_masks_and_its_keys(problem: Problem, path: str) -> None:
+    plan = plan_forward(problem, path=path)
+    tile = plan.query_tile
+    assert tile is not None
+    assert tile.tokens * plan.heads_per_pair <= tile.rows
+    assert tile.tokens <= 64
+    slots = 1 << (problem.num_slots - 1).bit_length()
+    tokens = 1 << (tile.tokens - 1).bit_length()
+    assert tokens * slots * (problem.num_k_tokens // problem.block_size + 1) <= 2**31
+    # Every pair that is not alone in its tile could be shared.
+    assert tile.max_shared * tile.min_tokens <= tile.tokens * problem.num_slots

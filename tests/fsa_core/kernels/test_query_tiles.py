@@ -1,0 +1,123 @@
+"""The paths through query tiles against the oracle."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.plan import MIXED, QUERY_TILE, plan_forward
+from tests.fsa_core.conftest import DISTRIBUTIONS, Case
+from tests.fsa_core.kernels.conftest import BLOCK_SIZES
+
+
+@pytest.fixture(params=[QUERY_TILE, MIXED])
+def path(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def check(make_case: Callable, assert_close_to_oracle: Callable, path: str) -> Callable:
+    def run(**options: object) -> Case:
+        case = make_case(**options)
+        assert_close_to_oracle(*selected_attention_forward(case.problem, *case.tensors, path=path), case)
+        return case
+
+    return run
+
+
+# Tiles of 64, 21, 8 and 2 tokens.
+@pytest.mark.parametrize("group_size", [1, 3, 8, 32])
+def test_every_group_size(check: Callable, dtype: torch.dtype, group_size: int) -> None:
+    check(q_lens=(33,), group_size=group_size, num_kv_heads=1, head_dim=32, dtype=dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(80, 80), (192, 128), (16, 256)])
+def test_head_dims_that_are_no_powers_of_two_and_values_of_another_width(
+    check: Callable, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> None:
+    check(q_lens=(33,), num_kv_heads=1, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size_with_a_short_last_block(
+    check: Callable, dtype: torch.dtype, block_size: int
+) -> None:
+    check(q_lens=(20,), k_lens=(2 * block_size + 7,), num_kv_heads=1, block_size=block_size, dtype=dtype)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_way_to_choose_blocks(check: Callable, distribution: str) -> None:
+    check(q_lens=(30, 13), distribution=distribution, dtype=torch.float16, head_dim=32)
+
+
+def test_all_keys_of_the_blocks_without_a_causal_mask(check: Callable) -> None:
+    check(q_lens=(30, 13), causal=False, dtype=torch.float16, head_dim=32)
+
+
+@pytest.mark.parametrize("index_heads", [1, 6])
+def test_blocks_chosen_for_all_heads_or_for_a_query_head(check: Callable, index_heads: int) -> None:
+    check(q_lens=(30,), group_size=3, index_heads=index_heads, dtype=torch.float16, head_dim=32)
+
+
+def test_packed_sequences_of_any_length(check: Callable) -> None:
+    check(q_lens=(1, 0, 17, 5, 0), k_lens=(70, 9, 17, 64, 0), head_dim=32, dtype=torch.float16)
+
+
+def test_queries_before_the_first_key_see_nothing(check: Callable) -> None:
+    check(q_lens=(30,), k_lens=(17,), head_dim=32, dtype=torch.float16)
+
+
+def test_large_logits_stay_finite_and_right(check: Callable, dtype: torch.dtype) -> None:
+    check(q_lens=(33,), q_scale=16.0, dtype=dtype)
+
+
+def test_float32(check: Callable) -> None:
+    check(q_lens=(33,), dtype=torch.float32, head_dim=32)
+
+
+def test_groups_that_cut_tiles_change_no_bit(make_case: Callable, device: torch.device, path: str) -> None:
+    case = make_case(
+        q_lens=(50, 13), num_kv_heads=1, group_size=3, num_slots=6, dtype=torch.float16, head_dim=32
+    )
+    whole = selected_attention_forward(case.problem, *case.tensors, path=path)
+    plan = plan_forward(case.problem, 1, path)
+    assert plan.group_tokens < case.problem.num_q_tokens
+    assert plan.group_tokens % plan.query_tile.tokens != 0
+    cut = selected_attention_forward(case.problem, *case.tensors, path=path, workspace_limit_bytes=1)
+    for a, b in zip(whole, cut, strict=True):
+        # Partials of other tokens share an item, which numpy's products notice.
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if device.type == "cuda" else 2e-3)
+
+
+def test_ids_that_no_validation_has_seen_read_no_foreign_memory(
+    make_case: Callable, assert_close_to_oracle: Callable, path: str
+) -> None:
+    case = make_case(q_lens=(40, 24), distribution="ragged", dtype=torch.float16, head_dim=32)
+    ids = case.block_indices
+    wild = torch.tensor([2**31 - 1, -(2**31), -7, 4], dtype=torch.int32, device=ids.device)
+    wild = wild[torch.arange(ids.numel(), device=ids.device) % 4].view_as(ids)
+    tensors = (*case.tensors[:3], torch.where(ids == -1, wild, ids), *case.tensors[4:])
+    assert_close_to_oracle(*selected_attention_forward(case.problem, *tensors, path=path), case)
+
+
+def test_a_request_alone_gives_the_bits_it_has_in_company(
+    make_case: Callable, device: torch.device, path: str
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("the interpreter multiplies with numpy, whose rows depend on their place in the matrix")
+    lens = torch.randint(1, 300, (50,)).tolist()
+    company = make_case(q_lens=lens, dtype=torch.bfloat16, distribution="local")
+    out, lse = selected_attention_forward(company.problem, *company.tensors, path=path)
+    starts = company.cu_seqlens_q.tolist()
+    for i, length in enumerate(lens):
+        rows = slice(starts[i], starts[i + 1])
+        problem = replace(company.problem, num_q_tokens=length, num_k_tokens=length, num_sequences=1)
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+        alone = selected_attention_forward(
+            problem, company.q[rows], company.k[rows], company.v[rows],
+            company.block_indices[:, rows].contiguous(), cu_seqlens, cu_seqlens, path=path,
+        )  # fmt: skip
+        assert torch.equal(alone[0], out[rows]), f"request {i}: {length} tokens"
+        assert torch.equal(alone[1], lse[rows])

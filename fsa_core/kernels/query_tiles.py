@@ -1,0 +1,293 @@
+"""Blocks that neighbouring tokens share: attended query tile by query tile, in registers, without partials.
+
+A tile is a few consecutive tokens of one sequence with all query heads of their index head. Two launches:
+
+1. agree: list the blocks that enough of a tile's tokens chose, each with a mask of those tokens, and hand on
+   what is left of block_indices;
+2. attend: walk a tile's list with an online softmax, under the masks.
+
+Tiles are cut from the start of each sequence and see only their own tokens, so an answer is bitwise the same
+alone and in any company.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment
+from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
+from fsa_core.problem import Problem
+
+# Sizes that change from call to call; specialising on their divisibility would recompile.
+LENGTHS = (
+    "first_token", "num_tokens", "head_stride", "leftover_stride", "num_slots", "num_sequences",
+    "search_steps", "first_tile", "num_tiles", "first_head", "first_index_head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the tiles of a group of tokens share, and what is left.
+
+    blocks int32, masks int64 [index heads, tiles, max_shared]: block ids, ascending, and which of the tile's
+    tokens chose each (bit t: the t-th). counts int32 [index heads, tiles].
+    leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
+    """
+
+    blocks: torch.Tensor
+    masks: torch.Tensor
+    counts: torch.Tensor
+    leftover: torch.Tensor
+
+
+@triton.jit
+def _join(block_a, mask_a, count_a, block_b, mask_b, count_b):
+    """Runs of one block, from the left: the union of their masks and how many they are."""
+    same = block_a == block_b
+    return block_b, tl.where(same, mask_a | mask_b, mask_b), tl.where(same, count_a + count_b, count_b)
+
+
+@triton.jit
+def _spread(block_a, count_a, block_b, count_b):
+    """Runs of one block, from the right: the count at their end."""
+    return block_b, tl.where(block_a == block_b, tl.maximum(count_a, count_b), count_b)
+
+
+@triton.jit
+def _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.constexpr):
+    """A tile's sequence, its first packed token (not before the end if there is no tile), and that end."""
+    sequence = find_segment_sequence(cu_seqlens_q_ptr, tile, num_sequences, search_steps, TOKENS)
+    q_start = tl.load(cu_seqlens_q_ptr + sequence)
+    first = q_start + (tile - first_segment(cu_seqlens_q_ptr, sequence, TOKENS)) * TOKENS
+    return sequence, first, tl.load(cu_seqlens_q_ptr + sequence + 1)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _agree(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    blocks_ptr,
+    masks_ptr,
+    counts_ptr,
+    leftover_ptr,
+    first_token,
+    num_tokens,
+    head_stride,
+    leftover_stride,
+    num_slots,
+    num_sequences,
+    search_steps,
+    first_tile,
+    num_tiles,
+    first_index_head,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LOG_TOKENS: tl.constexpr,
+    LOG_SLOTS: tl.constexpr,
+    MIN_TOKENS: tl.constexpr,
+    MAX_SHARED: tl.constexpr,
+    WITH_LEFTOVER: tl.constexpr,
+):
+    """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run."""
+    tile = first_tile + tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sequence, first, q_end = _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    tile_place = head * num_tiles + tl.program_id(0)
+    if first >= q_end:
+        tl.store(counts_ptr + tile_place, 0)
+        return
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
+    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    size: tl.constexpr = 1 << (LOG_TOKENS + LOG_SLOTS)
+    place = tl.arange(0, size)
+    token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
+    inside = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
+    id_place = (first + token).to(tl.int64) * num_slots + slot
+    ids = tl.load(indices_ptr + (first_index_head + head) * head_stride + id_place, mask=inside, other=-1)
+    # Ids that name no block of the sequence select nothing.
+    valid = inside & (ids >= 0) & (ids < num_blocks)
+    key = tl.sort(tl.where(valid, (ids << (LOG_TOKENS + LOG_SLOTS)) | place, 2147483647))
+    exists = key != 2147483647
+    block, place_of = key >> (LOG_TOKENS + LOG_SLOTS), key & (size - 1)
+    token_of, slot_of = place_of >> LOG_SLOTS, place_of & ((1 << LOG_SLOTS) - 1)
+    bit = tl.where(exists, tl.full((size,), 1, tl.int64) << token_of.to(tl.int64), 0)
+    _, mask, count = tl.associative_scan((block, bit, exists.to(tl.int32)), 0, _join)
+    _, total = tl.associative_scan((block, count), 0, _spread, reverse=True)
+    is_shared = exists & (total >= MIN_TOKENS)
+    is_last = is_shared & (count == total)
+    list_place = tile_place * MAX_SHARED + tl.cumsum(is_last.to(tl.int32), 0) - 1
+    tl.store(blocks_ptr + list_place, block, mask=is_last)
+    tl.store(masks_ptr + list_place, mask, mask=is_last)
+    tl.store(counts_ptr + tile_place, tl.sum(is_last.to(tl.int32), 0))
+    if WITH_LEFTOVER:
+        # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
+        leftover_ptr += head * leftover_stride - first_token * num_slots
+        here = (first + token >= first_token) & (first + token < first_token + num_tokens)
+        tl.store(leftover_ptr + id_place, tl.full((size,), -1, tl.int32), mask=inside & here & ~valid)
+        packed = first + token_of
+        here = (packed >= first_token) & (packed < first_token + num_tokens)
+        left = tl.where(is_shared, -1, block)
+        tl.store(leftover_ptr + packed.to(tl.int64) * num_slots + slot_of, left, mask=exists & here)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    blocks_ptr,
+    masks_ptr,
+    counts_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    num_sequences,
+    search_steps,
+    first_tile,
+    num_tiles,
+    first_head,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: tl.constexpr,
+    INDEX_PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MAX_SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of a tile's tokens over what they share: out [total_q, q heads, dim], lse natural."""
+    group_head = tl.program_id(1)
+    head = first_head + group_head
+    index_head = group_head if INDEX_PER_HEAD else 0
+    tile = first_tile + tl.program_id(0)
+    sequence, first, q_end = _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    if (first >= tl.minimum(q_end, first_token + num_tokens)) | (first + TOKENS <= first_token):
+        return
+    k_start = tl.load(cu_seqlens_k_ptr + sequence)
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
+    q_shift = k_length - q_end
+
+    rows = tl.arange(0, ROWS)
+    tile_token = rows // HEADS_PER_PAIR
+    tokens = first + tile_token
+    row_mask = (tile_token < TOKENS) & (tokens < q_end)
+    row_mask &= (tokens >= first_token) & (tokens < first_token + num_tokens)
+    # The last key that a row sees, if it chose the block.
+    last_key = tl.minimum(tokens + q_shift, k_length - 1) if CAUSAL else tokens * 0 + k_length - 1
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    value_dims = tl.arange(0, VALUE_DIM_PADDED)
+    dim_mask = dims < HEAD_DIM
+    value_mask = value_dims < VALUE_DIM
+    kv_head = head // TILE_HEADS_PER_KV_HEAD
+    places = tokens.to(tl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
+    q_mask = row_mask[:, None] & dim_mask[None, :]
+    q = tl.load(q_ptr + places[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
+
+    tile_place = tl.cast(index_head, tl.int64) * num_tiles + tl.program_id(0)
+    num_shared = tl.load(counts_ptr + tile_place)
+    blocks_ptr += tile_place * MAX_SHARED
+    masks_ptr += tile_place * MAX_SHARED
+    parts: tl.constexpr = BLOCK_SIZE // KEYS
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    for step in tl.range(0, num_shared * parts, num_stages=STAGES):
+        block = tl.load(blocks_ptr + step // parts)
+        mask = tl.load(masks_ptr + step // parts)
+        keys = block * BLOCK_SIZE + step % parts * KEYS + tl.arange(0, KEYS)
+        key_mask = keys < k_length
+        key_rows = (k_start + keys).to(tl.int64) * NUM_KV_HEADS + kv_head
+        k_ptrs = k_ptr + key_rows[None, :] * HEAD_DIM + dims[:, None]
+        k = tl.load(k_ptrs, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="tf32x3")
+        chose = ((mask >> tile_token.to(tl.int64)) & 1) != 0
+        visible = keys[None, :] <= tl.where(chose & row_mask, last_key, -1)[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = finite(new_max)
+        shrink = tl.exp2((row_max - shift) * scale)
+        weights = tl.exp2(scores * scale - (shift * scale)[:, None])
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        v_ptrs = v_ptr + key_rows[:, None] * VALUE_DIM + value_dims[None, :]
+        v = tl.load(v_ptrs, mask=key_mask[:, None] & value_mask[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+        row_max = new_max
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    tl.store(
+        out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & value_mask[None, :],
+    )
+    tl.store(lse_ptr + places, (row_max * scale + tl.log2(row_sum)) * LN_2, mask=row_mask)
+
+
+def new_agreement(problem: Problem, plan: ForwardPlan, tile: QueryTile, like: torch.Tensor) -> Agreement:
+    """Buffers of one group of tokens, on the device of ``like``."""
+    heads = plan.group_heads if plan.index_per_head else 1
+    lists = (heads, plan.group_tiles, tile.max_shared)
+    leftover_tokens = plan.group_tokens if plan.has_partials else 0
+    return Agreement(
+        blocks=like.new_empty(lists, dtype=torch.int32),
+        masks=like.new_empty(lists, dtype=torch.int64),
+        counts=like.new_empty(lists[:2], dtype=torch.int32),
+        leftover=like.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
+    )
+
+
+def attend_shared(
+    agreement: Agreement,
+    problem: Problem,
+    plan: ForwardPlan,
+    tile: QueryTile,
+    group: Group,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Writes out and lse of a group's tokens over the blocks they share, and fills ``agreement``.
+
+    Tensors as in ``selected_attention_forward``; blocks that are not shared are in ``agreement.leftover``.
+    """
+    p, steps = problem, search_steps(problem.num_sequences)
+    first_tile = max(group.first_token // tile.tokens - 1, 0)
+    last_tile = (group.first_token + group.num_tokens - 1) // tile.tokens + p.num_sequences
+    num_tiles = last_tile - first_tile
+    shared = {"BLOCK_SIZE": p.block_size, "TOKENS": tile.tokens, "MAX_SHARED": tile.max_shared}
+    list_tiles = agreement.counts.shape[1]
+    _agree[num_tiles, group.num_index_heads](
+        block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
+        agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
+        agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile, list_tiles,
+        group.first_index_head, LOG_TOKENS=(tile.tokens - 1).bit_length(),
+        LOG_SLOTS=(p.num_slots - 1).bit_length(), MIN_TOKENS=tile.min_tokens,
+        WITH_LEFTOVER=plan.has_partials, **shared,
+    )  # fmt: skip
+    _attend[num_tiles, group.num_heads](
+        q, k, v, out, lse, agreement.blocks, agreement.masks, agreement.counts, cu_seqlens_q, cu_seqlens_k,
+        p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
+        first_tile, list_tiles, group.first_head, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
+        HEADS_PER_PAIR=plan.heads_per_pair, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
+        INDEX_PER_HEAD=plan.index_per_head, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
+        HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal,
+        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps, **shared,
+    )  # fmt: skip

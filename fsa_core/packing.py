@@ -35,8 +35,10 @@ def place_queries(
 
 def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
     """The ``cu_seqlens`` of one sequence that has all the tokens: int32 [2]."""
-    # Computed on the device: copying a list there would synchronise.
-    return torch.arange(2, dtype=torch.int32, device=device) * num_tokens
+    # Computed on the device, in one launch: copying a list there would synchronise.
+    if num_tokens == 0:
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return torch.arange(0, num_tokens + 1, num_tokens, dtype=torch.int32, device=device)
 
 
 def row_starts(cu_seqlens_q: torch.Tensor, query_block_size: int) -> torch.Tensor:

@@ -372,7 +372,7 @@ def selected_attention_backward(
     call = _Call(p, plan, (q, k, v, grad_out, lse, delta), grads, block_indices, cu_seqlens_q, cu_seqlens_k)
     for first_kv_head in range(0, p.num_kv_heads, plan.kv_heads):
         num_kv_heads = min(plan.kv_heads, p.num_kv_heads - first_kv_head)
-        _delta[triton.cdiv(p.num_q_tokens * p.group_size, DELTA_ROWS), num_kv_heads](
+        _delta[-(-p.num_q_tokens * p.group_size // DELTA_ROWS), num_kv_heads](
             out, grad_out, grad_lse, delta, p.num_q_tokens, first_kv_head, NUM_Q_HEADS=p.num_q_heads,
             GROUP_SIZE=p.group_size, VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim),
             ROWS=DELTA_ROWS,
@@ -496,7 +496,7 @@ def _launch(
             int(is_last), **shared, **blocks, WIDTH_PADDED=padded_dim(p.head_dim + p.value_dim),
         )  # fmt: skip
     if one.with_queries:
-        _sum_slots[triton.cdiv(num_tokens * plan.heads_per_pair, SUM_ROWS), at.num_kv_heads](
+        _sum_slots[-(-num_tokens * plan.heads_per_pair // SUM_ROWS), at.num_kv_heads](
             workspace.partial, index.keys, call.grads[0], p.softmax_scale, first_token, num_tokens,
             one.chunk_tokens, p.num_slots, at.group_tokens, at.first_kv_head, at.rank, at.chunk, **shared,
             **q_heads, HEAD_DIM_PADDED=padded_dim(p.head_dim), PARTS=parts, ROWS=SUM_ROWS, num_warps=1,

@@ -371,7 +371,7 @@ def _attend_group(
             plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
             **heads, **shapes, **compiling,
         )  # fmt: skip
-        _merge[(triton.cdiv(c.num_tokens * plan.heads_per_pair, MERGE_ROWS), c.num_heads)](
+        _merge[(-(-c.num_tokens * plan.heads_per_pair // MERGE_ROWS), c.num_heads)](
             partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
             plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.first_index_head, c.number,
             **heads, WITH_SHARED=plan.query_tile is not None, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS,

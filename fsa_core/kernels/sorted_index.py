@@ -91,10 +91,10 @@ def sorted_index(
     num_heads, _, num_slots = block_indices.shape
     num_chunks = -(-num_tokens // chunk_tokens)
     keys = block_indices.new_empty(num_heads, num_tokens, num_slots)
-    slots = min(triton.next_power_of_2(num_slots), MAX_SLOTS_IN_TILE)
+    slots = min(1 << (num_slots - 1).bit_length(), MAX_SLOTS_IN_TILE)
     tokens = PAIRS_IN_TILE // slots
     num_sequences = cu_seqlens_q.numel() - 1
-    _keys[triton.cdiv(num_tokens, tokens), triton.cdiv(num_slots, slots), num_heads](
+    _keys[-(-num_tokens // tokens), -(-num_slots // slots), num_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, keys, first_token, 0, num_tokens, chunk_tokens,
         block_indices.stride(0), num_slots, num_sequences, search_steps(num_sequences), num_segments,
         num_chunks, 0, num_tokens * num_slots, BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,

@@ -32,7 +32,8 @@ class Agreement:
     """What the tiles of a group of tokens share, and what is left.
 
     blocks int32, masks int64 [index heads, tiles, max_shared]: block ids, ascending, and which of the tile's
-    tokens chose each (bit t: the t-th). counts int32 [index heads, tiles].
+    tokens chose each (bit t: the t-th). counts int32 [index heads, tiles, 2]: how many of them every token of
+    the tile may see whole, and how many there are.
     leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
     """
 
@@ -87,6 +88,7 @@ def _agree(
     TOKENS: tl.constexpr,
     LOG_TOKENS: tl.constexpr,
     LOG_SLOTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
     MAX_SHARED: tl.constexpr,
     WITH_LEFTOVER: tl.constexpr,
@@ -97,7 +99,8 @@ def _agree(
     sequence, first, q_end = _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
     tile_place = head * num_tiles + tl.program_id(0)
     if first >= q_end:
-        tl.store(counts_ptr + tile_place, 0)
+        tl.store(counts_ptr + tile_place * 2, 0)
+        tl.store(counts_ptr + tile_place * 2 + 1, 0)
         return
     k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
     num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
@@ -121,7 +124,11 @@ def _agree(
     list_place = tile_place * MAX_SHARED + tl.cumsum(is_last.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + list_place, block, mask=is_last)
     tl.store(masks_ptr + list_place, mask, mask=is_last)
-    tl.store(counts_ptr + tile_place, tl.sum(is_last.to(tl.int32), 0))
+    # What the first token sees whole, the others do.
+    num_seen = tl.minimum(first + k_length - q_end + 1, k_length) if CAUSAL else k_length
+    is_whole = is_last & ((block + 1) * BLOCK_SIZE <= num_seen)
+    tl.store(counts_ptr + tile_place * 2, tl.sum(is_whole.to(tl.int32), 0))
+    tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(is_last.to(tl.int32), 0))
     if WITH_LEFTOVER:
         # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
         leftover_ptr += head * leftover_stride - first_token * num_slots
@@ -131,6 +138,30 @@ def _agree(
         here = (packed >= first_token) & (packed < first_token + num_tokens)
         left = tl.where(is_shared, -1, block)
         tl.store(leftover_ptr + packed.to(tl.int64) * num_slots + slot_of, left, mask=exists & here)
+
+
+@triton.jit
+def _load_block(ptrs, key_mask, dim_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
+    """A K or V block; the masks, broadcastable to ``ptrs``, are applied only where they hide something."""
+    if MASK_KEYS:
+        return tl.load(ptrs, mask=key_mask & dim_mask, other=0.0)
+    if MASK_DIMS:
+        return tl.load(ptrs, mask=dim_mask, other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _add_block(row_max, row_sum, acc, scores, chose, v, scale, CUT: tl.constexpr):
+    """Online softmax: one more block of keys, for the rows that chose it. CUT: some scores are -inf."""
+    block_max = tl.max(scores, 1)
+    new_max = tl.where(chose, tl.maximum(row_max, block_max), row_max)
+    # A row that did not choose the block subtracts infinity: its weights are 0.
+    shift = tl.where(chose, (finite(new_max) if CUT else new_max) * scale, float("inf"))
+    weights = tl.exp2(scores * scale - shift[:, None])
+    shrink = tl.exp2((row_max - finite(new_max)) * scale)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    return new_max, row_sum, acc
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -187,7 +218,7 @@ def _attend(
     tokens = first + tile_token
     row_mask = (tile_token < TOKENS) & (tokens < q_end)
     row_mask &= (tokens >= first_token) & (tokens < first_token + num_tokens)
-    # The last key that a row sees, if it chose the block.
+    # The last key that a row may see.
     last_key = tl.minimum(tokens + q_shift, k_length - 1) if CAUSAL else tokens * 0 + k_length - 1
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
@@ -199,34 +230,46 @@ def _attend(
     q = tl.load(q_ptr + places[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
 
     tile_place = tl.cast(index_head, tl.int64) * num_tiles + tl.program_id(0)
-    num_shared = tl.load(counts_ptr + tile_place)
+    num_whole = tl.load(counts_ptr + tile_place * 2)
+    num_shared = tl.load(counts_ptr + tile_place * 2 + 1)
     blocks_ptr += tile_place * MAX_SHARED
     masks_ptr += tile_place * MAX_SHARED
+    tile_bit = tile_token.to(tl.int64)
     parts: tl.constexpr = BLOCK_SIZE // KEYS
+    mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
+    mask_values: tl.constexpr = VALUE_DIM != VALUE_DIM_PADDED
+    # Where each number of a block lies from its first: the same for every block.
+    key = tl.arange(0, KEYS)
+    k_offsets = (key * NUM_KV_HEADS * HEAD_DIM)[None, :] + dims[:, None]
+    v_offsets = (key * NUM_KV_HEADS * VALUE_DIM)[:, None] + value_dims[None, :]
+    first_row = k_start.to(tl.int64) * NUM_KV_HEADS + kv_head
+    k_ptr += first_row * HEAD_DIM
+    v_ptr += first_row * VALUE_DIM
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
-    for step in tl.range(0, num_shared * parts, num_stages=STAGES):
-        block = tl.load(blocks_ptr + step // parts)
-        mask = tl.load(masks_ptr + step // parts)
-        keys = block * BLOCK_SIZE + step % parts * KEYS + tl.arange(0, KEYS)
-        key_mask = keys < k_length
-        key_rows = (k_start + keys).to(tl.int64) * NUM_KV_HEADS + kv_head
-        k_ptrs = k_ptr + key_rows[None, :] * HEAD_DIM + dims[:, None]
-        k = tl.load(k_ptrs, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
+    for step in tl.range(0, num_whole * parts, num_stages=STAGES):
+        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
+        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
+        k = _load_block(k_ptrs, True, dim_mask[:, None], False, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
-        chose = ((mask >> tile_token.to(tl.int64)) & 1) != 0
-        visible = keys[None, :] <= tl.where(chose & row_mask, last_key, -1)[:, None]
-        scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = finite(new_max)
-        shrink = tl.exp2((row_max - shift) * scale)
-        weights = tl.exp2(scores * scale - (shift * scale)[:, None])
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        v_ptrs = v_ptr + key_rows[:, None] * VALUE_DIM + value_dims[None, :]
-        v = tl.load(v_ptrs, mask=key_mask[:, None] & value_mask[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
-        row_max = new_max
+        v_ptrs = v_ptr + first_key * NUM_KV_HEADS * VALUE_DIM + v_offsets
+        v = _load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
+        row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, False)
+    # The blocks at the end of the list, which some tokens do not see whole, or which are short.
+    for step in tl.range(num_whole * parts, num_shared * parts, num_stages=1):
+        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
+        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        keys = first_key + key
+        exists = keys < k_length
+        k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
+        k = _load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
+        scores = tl.dot(q, k, input_precision="tf32x3")
+        scores = tl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+        v_ptrs = v_ptr + first_key * NUM_KV_HEADS * VALUE_DIM + v_offsets
+        v = _load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
+        row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, True)
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     tl.store(
         out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
@@ -244,7 +287,7 @@ def new_agreement(problem: Problem, plan: ForwardPlan, tile: QueryTile, like: to
     return Agreement(
         blocks=like.new_empty(lists, dtype=torch.int32),
         masks=like.new_empty(lists, dtype=torch.int64),
-        counts=like.new_empty(lists[:2], dtype=torch.int32),
+        counts=like.new_empty(*lists[:2], 2, dtype=torch.int32),
         leftover=like.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
     )
 
@@ -279,7 +322,7 @@ def attend_shared(
         agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile, list_tiles,
         group.first_index_head, LOG_TOKENS=(tile.tokens - 1).bit_length(),
-        LOG_SLOTS=(p.num_slots - 1).bit_length(), MIN_TOKENS=tile.min_tokens,
+        LOG_SLOTS=(p.num_slots - 1).bit_length(), CAUSAL=p.causal, MIN_TOKENS=tile.min_tokens,
         WITH_LEFTOVER=plan.has_partials, **shared,
     )  # fmt: skip
     _attend[num_tiles, group.num_heads](

@@ -11,6 +11,7 @@ from fsa_core.cpu import selected_attention_cpu
 from fsa_core.cpu_backward import selected_attention_cpu_backward
 from fsa_core.dense import dense_attention_forward
 from fsa_core.dense_backward import dense_attention_backward
+from fsa_core.dispatch import AUTO, check_path, choose, device_name
 from fsa_core.packing import single_sequence
 from fsa_core.patterns import expand_query_blocks
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
@@ -39,6 +40,7 @@ def selected_attention(
     causal: bool = True,
     query_block_size: int = 1,
     backend: str = "auto",
+    path: str = "auto",
     validate: bool = True,
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
@@ -61,6 +63,11 @@ def selected_attention(
         causal: a token sees no key after its own position, and selects no block after its own.
         backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
             "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
+        path: how the Triton kernels go about the forward pass: "auto" (by shape, as measured on this kind of
+            GPU; see ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside the tokens that chose
+            them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks that any of them
+            chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest). A named path
+            runs or raises. Gradients are computed the same way on every path.
         validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
             synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or
             give a wrong answer, but touch no foreign memory; cu_seqlens must be right.
@@ -74,7 +81,8 @@ def selected_attention(
 
     Raises:
         InputError: the call breaks the contract above.
-        ValueError: the backend is unknown or cannot run on these tensors.
+        ValueError: the backend or the path is unknown or cannot run on these tensors; a table of
+            measurements (``fsa_core.tuning_table``) is not valid.
         torch.OutOfMemoryError: as any CUDA allocation.
 
     Source: Flash Sparse Attention, arXiv 2508.18224; the selected branch of NSA, arXiv 2502.11089.
@@ -103,7 +111,7 @@ def selected_attention(
         num_q_tokens=problem.num_q_tokens,
     )
     tensors = (q, k, v, rows, cu_seqlens_q, cu_seqlens_k)
-    return attend(problem, *tensors, backend=backend, workspace_limit_bytes=workspace_limit_bytes)
+    return attend(problem, *tensors, backend=backend, path=path, workspace_limit_bytes=workspace_limit_bytes)
 
 
 def dense_attention(
@@ -145,23 +153,28 @@ def attend(
     cu_seqlens_k: torch.Tensor,
     *,
     backend: str = "auto",
+    path: str = "auto",
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """Run an already validated problem; block_indices is in normal form, or None for dense attention.
 
-    Shapes, answer and options as in ``selected_attention``. Raises ValueError when the backend cannot run on
-    these tensors.
+    Shapes, answer and options as in ``selected_attention``. Raises ValueError when the backend or the path
+    cannot run on these tensors; dense attention has no paths.
     """
     backend = _resolved(backend, q.device)
-    implementation = _dense(backend) if block_indices is None else _selected(backend, workspace_limit_bytes)
+    _check_path(path, backend, is_dense=block_indices is None)
+    if block_indices is None:
+        implementation = _dense(backend)
+    else:
+        implementation = _selected(backend, path, workspace_limit_bytes)
     rest = (block_indices, cu_seqlens_q, cu_seqlens_k)
     tensors = (x.contiguous() for x in (q, k, v, *rest) if x is not None)
     return differentiable_attention(implementation, problem, *tensors)
 
 
-def _selected(backend: str, workspace_limit_bytes: int) -> Implementation:
+def _selected(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
     if backend == "triton":
-        forward = partial(_triton_forward, workspace_limit_bytes=workspace_limit_bytes)
+        forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
         backward = partial(_triton_backward, workspace_limit_bytes=workspace_limit_bytes)
         return Implementation(forward, backward)
     if backend == "cpu":
@@ -176,10 +189,20 @@ def _dense(backend: str) -> Implementation:
 
 
 # Triton is imported when a kernel is first needed.
-def _triton_forward(*arguments: Any, workspace_limit_bytes: int) -> Answer:
+def _triton_forward(
+    problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
+) -> Answer:
     from fsa_core.kernels.forward import selected_attention_forward
 
-    return selected_attention_forward(*arguments, workspace_limit_bytes=workspace_limit_bytes)
+    choice = choose(problem, device_name(q.device), path)
+    return selected_attention_forward(
+        problem,
+        q,
+        *others,
+        path=choice.path,
+        tuning=choice.tuning,
+        workspace_limit_bytes=workspace_limit_bytes,
+    )
 
 
 def _triton_backward(*arguments: Any, workspace_limit_bytes: int) -> Gradients:
@@ -191,6 +214,14 @@ def _triton_backward(*arguments: Any, workspace_limit_bytes: int) -> Gradients:
 
 def _starts(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     return single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
+
+
+def _check_path(path: str, backend: str, *, is_dense: bool) -> None:
+    check_path(path)
+    if path != AUTO and is_dense:
+        raise ValueError(f"path {path!r} is one of selected attention; dense attention has none")
+    if path != AUTO and backend != "triton":
+        raise ValueError(f"path {path!r} is one of backend 'triton', and this call runs {backend!r}")
 
 
 def _resolved(backend: str, device: torch.device) -> str:

@@ -17,6 +17,8 @@ PATHS = (KV_MAJOR, QUERY_TILE, MIXED)
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
+# Which of a query tile's tokens chose a block.
+MASK_BYTES = 8
 # A counter of the index has a 32-byte sector to itself.
 COUNTER_INTS = 8
 # A (token of a chunk, slot) pair is packed into one int32.
@@ -27,8 +29,36 @@ MIN_CHUNK_TOKENS = 16
 PARTIAL_BYTES = 128 * 2**20
 # A query tile sorts its ids in registers.
 MAX_SORTED = 1024
-# On the mixed path a block is shared if one token in so many of a tile chose it.
-SHARED_BY = 4
+# The fewest rows that a matrix product takes, and so of any tile.
+MIN_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PartialTuning:
+    """Measured sizes of the partial kernel: rows of a tile, tiles of a work item, what a program may take."""
+
+    rows: int
+    tiles_per_item: int
+    num_warps: int
+    max_registers: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTuning:
+    """Sizes of query tiles. On the mixed path a block is shared if 1 in ``shared_by`` tokens chose it."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    shared_by: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a plan takes from measurements; everything else in it follows from the problem."""
+
+    partial: PartialTuning
+    shared: SharedTuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +91,7 @@ class QueryTile:
     @property
     def list_bytes(self) -> int:
         """A block, the mask of its tokens, and how many entries there are."""
-        return self.max_shared * (INT32_BYTES + 8) + INT32_BYTES
+        return self.max_shared * (INT32_BYTES + MASK_BYTES) + INT32_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +139,31 @@ class ForwardPlan:
 
 
 def plan_forward(
-    problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES, path: str = KV_MAJOR
+    problem: Problem,
+    limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    path: str = KV_MAJOR,
+    tuning: Tuning | None = None,
 ) -> ForwardPlan:
     """The largest chunks and groups that ``limit_bytes`` of workspace allows, fewest tile heads first.
 
     Many tokens of one head rather than few of all: the head's K/V stays in the L2 cache, and the blocks'
     lists of tokens are long, so that tiles are full. At least 16 tokens (or all) ride in a chunk,
-    whatever the limit.
+    whatever the limit. ``tuning``: that of ``default_tuning`` if there is none.
+
+    Raises:
+        ValueError: the path cannot take the problem (see ``takes``).
     """
     p = problem
+    tuning = tuning or default_tuning(p)
+    if not takes(p, path):
+        raise ValueError(
+            f"path {path!r} sorts blocks in 32 bits and cannot take {p.num_k_tokens} keys in blocks of "
+            f"{p.block_size} with {p.num_slots} slots; path {KV_MAJOR!r} can"
+        )
     tile_heads = max(p.index_heads, p.num_kv_heads)
-    heads_per_pair = p.num_q_heads // tile_heads
-    tile = tile_shape(p)
-    query_tile = None if path == KV_MAJOR else _query_tile(p, heads_per_pair, path)
+    heads_per_pair = p.heads_per_pair
+    tile = _partial_tile(p, tuning.partial)
+    query_tile = None if path == KV_MAJOR else _query_tile(p, path, tuning.shared)
     list_bytes = 0 if query_tile is None else query_tile.list_bytes
     tile_tokens = 1 if query_tile is None else query_tile.tokens
     pair_bytes = heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
@@ -135,6 +177,8 @@ def plan_forward(
     # Equal chunks: a short last one would leave its tiles empty.
     chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
     chunk_heads = min(max(partial_limit // max(chunk_tokens * token_bytes, 1), 1), tile_heads)
+    if p.index_heads > 1:
+        chunk_heads = min(chunk_heads, max(limit_bytes // 4 // (chunk_tokens * held_bytes), 1))
     chunk_heads = equal_parts(tile_heads, chunk_heads)
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
     max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
@@ -223,50 +267,102 @@ def chunks(plan: ForwardPlan, group: Group) -> Iterator[Chunk]:
 
 
 def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> int:
-    """Device memory that the call takes beyond its inputs and outputs."""
-    if problem.is_dense or problem.num_q_tokens == 0:
+    """Device memory beyond its inputs and outputs that the call takes at most, on any path, however tuned.
+
+    Within ``limit_bytes``, unless the KV blocks or a single chunk of all heads are too many for it.
+    """
+    p = problem
+    if p.is_dense or p.num_q_tokens == 0:
         return 0
-    return plan_forward(problem, limit_bytes).workspace_bytes
+    tile_heads = max(p.index_heads, p.num_kv_heads)
+    index_heads = tile_heads if p.index_heads > 1 else 1
+    pair_bytes = p.heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
+    # Of a token: the mixed path's, if its tiles share whatever any of their tokens chose, in the least items.
+    listed_bytes = (INT32_BYTES + MASK_BYTES) * p.num_slots + INT32_BYTES
+    items = -(-p.num_slots * p.heads_per_pair // MIN_ROWS)
+    held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
+    list_bytes = (INT32_BYTES + MASK_BYTES) * max(MAX_SORTED, p.num_slots) + INT32_BYTES
+    fixed_bytes = INT32_BYTES * ((COUNTER_INTS + 3) * num_segments(p) + 2)
+    fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)
+    all_partials = p.num_q_tokens * tile_heads * p.num_slots * pair_bytes
+    all_held = p.num_q_tokens * index_heads * held_bytes
+    is_one_chunk = p.num_q_tokens <= MAX_CHUNK_TOKENS and all_held <= limit_bytes // 4
+    if is_one_chunk and all_partials <= min(limit_bytes // 2, PARTIAL_BYTES):
+        return all_partials + all_held + fixed_bytes
+    least_tokens = min(MIN_CHUNK_TOKENS, p.num_q_tokens)
+    least_bytes = least_tokens * (p.num_slots * pair_bytes + held_bytes) + fixed_bytes
+    # A chunk has half of the limit for partials and a quarter for what is held; items are few beside them.
+    return max(limit_bytes, limit_bytes * 7 // 8 + least_bytes)
 
 
-def tile_shape(problem: Problem) -> TileShape:
-    """Measured on an H200, D = 128: 64 rows beat 32 and 128, 4 tiles an item (8 at one head a group) beat
-    fewer and more, and 4 warps beat 8 until the accumulator outgrows their registers. The limit on
-    registers lets four programs share a multiprocessor instead of three; pipelined loads (num_stages of 2
-    and 3) cost more room than they won.
+def takes(problem: Problem, path: str) -> bool:
+    """Whether ``path`` can take the problem: query tiles sort (block, token, slot) in an int32.
+
+    The KV-major path takes every problem; the others 2 million blocks of keys with up to 1,024 slots.
+    """
+    p = problem
+    blocks = p.num_k_tokens // p.block_size + 1
+    return path == KV_MAJOR or max(MAX_SORTED, padded_slots(p.num_slots)) * blocks < 2**31
+
+
+def default_tuning(problem: Problem) -> Tuning:
+    """What is taken where nothing was measured; as measured on an H200 at D = 128, see docs/kernels.md.
+
+    64 rows beat 32 and 128, 4 tiles an item (8 at one head a group) beat fewer and more, and 4 warps beat 8
+    until the accumulator outgrows their registers. The limit on registers lets four programs share a
+    multiprocessor instead of three; pipelined loads of the partial kernel cost more room than they won.
 
     Products of float32 in three parts take the registers and the shared memory of three.
     """
     is_float32 = problem.dtype == torch.float32
     widest = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim))
-    return TileShape(
-        rows=64,
-        keys=min(problem.block_size, 32 if is_float32 else 64),
-        tiles_per_item=8 if problem.group_size == 1 else 4,
-        num_warps=4 if widest <= 128 and not is_float32 else 8,
-        max_registers=255 if is_float32 else 144,
+    num_warps = 4 if widest <= 128 and not is_float32 else 8
+    return Tuning(
+        PartialTuning(
+            rows=64,
+            tiles_per_item=8 if problem.group_size == 1 else 4,
+            num_warps=num_warps,
+            max_registers=255 if is_float32 else 144,
+        ),
+        SharedTuning(rows=64, num_warps=num_warps, num_stages=1 if is_float32 else 2, shared_by=4),
     )
 
 
-def _query_tile(problem: Problem, heads_per_pair: int, path: str) -> QueryTile:
-    """As many tokens as 64 rows hold, unless there are more slots than a program sorts at once."""
-    tile = tile_shape(problem)
-    slots = 1 << (problem.num_slots - 1).bit_length()
-    # A block's tokens are the bits of an int64; block, token and slot are the bits of an int32.
-    tokens = max(min(tile.rows // heads_per_pair, 64), 1)
-    blocks = problem.num_k_tokens // problem.block_size + 1
-    while tokens > 1 and (tokens * slots > MAX_SORTED or 2 * tokens * slots * blocks > 2**31):
+def _partial_tile(problem: Problem, tuning: PartialTuning) -> TileShape:
+    return TileShape(
+        rows=tuning.rows,
+        keys=_tile_keys(problem),
+        tiles_per_item=tuning.tiles_per_item,
+        num_warps=tuning.num_warps,
+        max_registers=tuning.max_registers,
+    )
+
+
+def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
+    """As many tokens as the rows hold, unless there are more slots than a program sorts at once."""
+    # A block's tokens are the bits of an int64.
+    tokens = max(min(tuning.rows // problem.heads_per_pair, 64), 1)
+    while tokens > 1 and padded_slots(tokens) * padded_slots(problem.num_slots) > MAX_SORTED:
         tokens //= 2
-    min_tokens = 1 if path == QUERY_TILE else -(-tokens // SHARED_BY)
+    min_tokens = 1 if path == QUERY_TILE else -(-tokens // tuning.shared_by)
     return QueryTile(
         tokens=tokens,
-        rows=max(tile.rows, 1 << (heads_per_pair - 1).bit_length()),
-        keys=tile.keys,
+        rows=max(tuning.rows, 1 << (problem.heads_per_pair - 1).bit_length()),
+        keys=_tile_keys(problem),
         min_tokens=min_tokens,
         max_shared=tokens * problem.num_slots // min_tokens,
-        num_warps=tile.num_warps,
-        num_stages=1 if problem.dtype == torch.float32 else 2,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
     )
+
+
+def _tile_keys(problem: Problem) -> int:
+    return min(problem.block_size, 32 if problem.dtype == torch.float32 else 64)
+
+
+def padded_slots(num_slots: int) -> int:
+    """The power of two that a tile holds a row of block indices in."""
+    return 1 << (num_slots - 1).bit_length()
 
 
 def padded_dim(dim: int) -> int:

@@ -42,3 +42,8 @@ class Problem:
     def group_size(self) -> int:
         """Query heads a KV head serves (the GQA group)."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def heads_per_pair(self) -> int:
+        """Query heads that share a row of block indices and a KV head; not of dense attention."""
+        return self.num_q_heads // max(self.index_heads, self.num_kv_heads)

@@ -24,6 +24,7 @@ from fsa_core.plan import (
     KV_MAJOR,
     ForwardPlan,
     Group,
+    Tuning,
     chunks,
     groups,
     padded_dim,
@@ -298,13 +299,14 @@ def selected_attention_forward(
     cu_seqlens_k: torch.Tensor,
     *,
     path: str = KV_MAJOR,
+    tuning: Tuning | None = None,
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention over packed sequences; every tensor contiguous and on one device.
 
     q [total_q, num_q_heads, head_dim], k [total_k, num_kv_heads, head_dim], v [total_k, num_kv_heads,
     value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1]. path:
-    one of plan.PATHS.
+    one of plan.PATHS; tuning: as in plan_forward, which says what raises ValueError.
     Returns out [total_q, num_q_heads, value_dim] in the dtype of q and lse float32 [total_q, num_q_heads].
     """
     p = problem
@@ -312,7 +314,7 @@ def selected_attention_forward(
     lse = q.new_empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     if p.num_q_tokens == 0:
         return out, lse
-    plan = plan_forward(p, workspace_limit_bytes, path)
+    plan = plan_forward(p, workspace_limit_bytes, path, tuning)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     tile = plan.query_tile
     agreement = None if tile is None else new_agreement(p, plan, tile, q)

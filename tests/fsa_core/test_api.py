@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fsa_core.api import attend, dense_attention, selected_attention
+from fsa_core.plan import plan_forward
 from fsa_core.validation import InputError
 
 
@@ -96,6 +97,54 @@ def test_a_named_backend_never_becomes_another(make_case, device, monkeypatch):
         run(case, backend=wrong)
     with pytest.raises(ValueError, match=f"backend '{wrong}' takes"):
         attend(dense.problem, dense.q, dense.k, dense.v, None, *dense.dense_tensors[3:], backend=wrong)
+
+
+@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+def test_every_path_gives_the_answer_and_its_gradients(make_case, device, assert_close_to_oracle, path):
+    case = make_case(q_lens=(20, 13), group_size=3, head_dim=16, dtype=torch.float32)
+    q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+    out, lse = selected_attention(q, k, v, case.block_indices, **case.options, backend="triton", path=path)
+    assert_close_to_oracle(out.detach(), lse.detach(), case)
+    got = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = torch.autograd.grad(
+        selected_attention(q, k, v, case.block_indices, **case.options, backend="reference")[0].sum(),
+        (q, k, v),
+    )
+    for grad, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_named_path_is_the_one_that_runs(make_case, monkeypatch):
+    from fsa_core.kernels import forward
+
+    planned = []
+
+    def plan(problem, limit_bytes, path, tuning):
+        planned.append(path)
+        return plan_forward(problem, limit_bytes, path, tuning)
+
+    monkeypatch.setattr(forward, "plan_forward", plan)
+    case = make_case(q_lens=(5,), head_dim=16, dtype=torch.float32)
+    for path in ("kv_major", "query_tile", "mixed", "auto"):
+        run(case, backend="triton", path=path)
+    assert planned == ["kv_major", "query_tile", "mixed", "kv_major"]
+
+
+def test_a_path_that_is_not_there_is_refused(make_case, device):
+    case, dense = make_case(q_lens=(5,)), make_case(dense=True)
+    with pytest.raises(
+        ValueError, match="path is 'union': expected one of auto, kv_major, query_tile, mixed"
+    ):
+        run(case, path="union")
+    with pytest.raises(
+        ValueError, match="path 'mixed' is one of backend 'triton', and this call runs 'reference'"
+    ):
+        run(case, path="mixed", backend="reference")
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="this call runs 'cpu'"):
+            run(case, path="kv_major")
+    with pytest.raises(ValueError, match="dense attention has none"):
+        attend(dense.problem, dense.q, dense.k, dense.v, None, *dense.dense_tensors[3:], path="mixed")
 
 
 def test_the_public_module_loads_without_triton():

@@ -1,18 +1,26 @@
 """The plan of the forward pass: bounded whatever the length, complete, and cheap to make."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
+    KV_MAJOR,
     MAX_CHUNK_TOKENS,
     MIXED,
     PATHS,
     QUERY_TILE,
+    PartialTuning,
+    SharedTuning,
+    Tuning,
     chunks,
     groups,
     plan_forward,
+    workspace_bytes,
 )
 from fsa_core.problem import BLOCK_SIZES, Problem
 
@@ -39,14 +47,60 @@ def problems(draw: st.DrawFn) -> Problem:
     )
 
 
+ROWS = st.sampled_from((16, 32, 64, 128, 256))
+WARPS, SMALL = st.just(4), st.integers(1, 64)
+TUNINGS = st.builds(
+    Tuning,
+    st.builds(PartialTuning, rows=ROWS, tiles_per_item=SMALL, num_warps=WARPS, max_registers=st.just(144)),
+    st.builds(SharedTuning, rows=ROWS, num_warps=WARPS, num_stages=st.just(2), shared_by=SMALL),
+)
+
+
 @given(problems(), st.sampled_from(PATHS))
 def test_a_million_tokens_stay_within_the_default_workspace(problem: Problem, path: str) -> None:
     assert 0 < plan_forward(problem, path=path).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
 
 
+@given(
+    problems(),
+    st.sampled_from(PATHS),
+    TUNINGS,
+    st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)),
+    st.booleans(),
+)
+def test_what_is_admitted_covers_every_path_however_tuned(
+    problem: Problem, path: str, tuning: Tuning, limit_bytes: int, is_short: bool
+) -> None:
+    if is_short:
+        problem = replace(problem, num_q_tokens=min(problem.num_q_tokens, 2000), num_k_tokens=4000)
+    plan = plan_forward(problem, limit_bytes, path, tuning)
+    assert plan.workspace_bytes <= workspace_bytes(problem, limit_bytes)
+
+
+def test_what_is_admitted_is_little_more_than_is_taken() -> None:
+    shape = {"num_q_heads": 16, "num_kv_heads": 4, "head_dim": 128, "value_dim": 128, "index_heads": 4}
+    rest = {"num_slots": 16, "block_size": 64, "causal": True, "softmax_scale": 0.1, "dtype": torch.bfloat16}
+    short = Problem(num_q_tokens=1024, num_k_tokens=1024, num_sequences=1, **shape, **rest)
+    assert workspace_bytes(short) <= 1.1 * plan_forward(short).workspace_bytes
+    long = replace(short, num_q_tokens=2**20, num_k_tokens=2**20)
+    assert workspace_bytes(long) == DEFAULT_WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("path", [QUERY_TILE, MIXED])
+@pytest.mark.parametrize("num_slots", [16, 4096])
+def test_a_path_that_cannot_take_a_problem_says_which_can(path: str, num_slots: int) -> None:
+    """2 ** 31 places for a block, a token and a slot together."""
+    blocks = 2**31 // max(1024, num_slots)
+    problem = Problem(64, 16 * blocks, 1, 4, 1, 64, 64, torch.bfloat16, 1, num_slots, 16, True, 0.1)
+    with pytest.raises(ValueError, match=f"path '{path}' .* cannot take .*'kv_major' can"):
+        plan_forward(problem, path=path)
+    plan_forward(problem, path=KV_MAJOR)
+    plan_forward(replace(problem, num_k_tokens=16 * (blocks - 2)), path=path)
+
+
 @given(problems(), st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)), st.sampled_from(PATHS))
 def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int, path: str) -> None:
-    problem = Problem(**{**_fields(problem), "num_q_tokens": min(problem.num_q_tokens, 300)})
+    problem = replace(problem, num_q_tokens=min(problem.num_q_tokens, 300))
     plan = plan_forward(problem, limit_bytes, path)
     assert plan.chunk_tokens <= MAX_CHUNK_TOKENS
     met = torch.zeros(plan.tile_heads, problem.num_q_tokens, dtype=torch.int32)
@@ -70,13 +124,11 @@ def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem)
     assert segments * even <= plan.max_items + segments
 
 
-def _fields(problem: Problem) -> dict[str, object]:
-    return {name: getattr(problem, name) for name in problem.__slots__}
-
-
-@given(problems(), st.sampled_from((QUERY_TILE, MIXED)))
-def test_a_query_tile_holds_its_rows_its_masks_and_its_keys(problem: Problem, path: str) -> None:
-    plan = plan_forward(problem, path=path)
+@given(problems(), st.sampled_from((QUERY_TILE, MIXED)), TUNINGS)
+def test_a_query_tile_holds_its_rows_its_masks_and_its_keys(
+    problem: Problem, path: str, tuning: Tuning
+) -> None:
+    plan = plan_forward(problem, path=path, tuning=tuning)
     tile = plan.query_tile
     assert tile is not None
     assert tile.tokens * plan.heads_per_pair <= tile.rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import plan_forward, workspace_bytes
+from fsa_core.plan import plan_forward
 from tests.fsa_core.conftest import DISTRIBUTIONS
 from tests.fsa_core.kernels.conftest import BLOCK_SIZES, GROUP_SIZES, HEAD_DIMS
 
@@ -133,7 +133,7 @@ def test_the_plan_says_what_is_allocated(make_case: Callable, device: torch.devi
     answer = out.numel() * out.element_size() + lse.numel() * lse.element_size()
     used = torch.cuda.max_memory_allocated() - before - answer
     # The allocator rounds each of the eight buffers and two answers up to 2 MiB at most.
-    assert abs(used - workspace_bytes(case.problem)) <= 10 * 2 * 2**20
+    assert abs(used - plan_forward(case.problem).workspace_bytes) <= 10 * 2 * 2**20
 
 
 def test_it_runs_inside_a_cuda_graph(make_case: Callable, device: torch.device) -> None:

@@ -1,0 +1,147 @@
+"""The choice of a path: from the request's own shape and the table of the device, with its reason."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsa_core import dispatch, tuning_table
+from fsa_core.dispatch import AUTO, choose
+from fsa_core.plan import (
+    KV_MAJOR,
+    MIXED,
+    PATHS,
+    QUERY_TILE,
+    PartialTuning,
+    SharedTuning,
+    Tuning,
+    default_tuning,
+)
+from fsa_core.problem import Problem
+from fsa_core.tuning_table import ENVIRONMENT_VARIABLE, Entry, Shape, Table
+
+DEVICE = "Test GPU"
+PROBLEM = Problem(
+    num_q_tokens=100,
+    num_k_tokens=200,
+    num_sequences=1,
+    num_q_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    value_dim=128,
+    dtype=torch.bfloat16,
+    index_heads=2,
+    num_slots=16,
+    block_size=64,
+    causal=True,
+    softmax_scale=0.1,
+)
+SHAPE = Shape.of(PROBLEM)
+TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 3, 8))
+
+
+@pytest.fixture(autouse=True)
+def _forgetful() -> Iterator[None]:
+    """Tables are read once a process; a test has its own."""
+    yield
+    for cached in (dispatch.choose, dispatch._nearest, tuning_table.table_for):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def use_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def use(*entries: Entry) -> None:
+        file = tmp_path / "table.json"
+        file.write_text(Table("test-gpu", entries, {}).to_json())
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(file))
+
+    return use
+
+
+def test_a_device_without_a_table_goes_kv_major_with_the_defaults_and_says_so() -> None:
+    choice = choose(PROBLEM, "Unheard-of 9000")
+    assert (choice.path, choice.tuning) == (KV_MAJOR, default_tuning(PROBLEM))
+    assert choice.reason == "no table for Unheard-of 9000: defaults"
+
+
+def test_the_entry_of_the_shape_decides_path_and_sizes(use_table) -> None:
+    use_table(
+        Entry(replace(SHAPE, heads_per_pair=8), QUERY_TILE, default_tuning(PROBLEM)),
+        Entry(SHAPE, MIXED, TUNING),
+    )
+    choice = choose(PROBLEM, DEVICE)
+    assert (choice.path, choice.tuning) == (MIXED, TUNING)
+    assert choice.reason.startswith("table test-gpu, entry g=4 D=128 64x16 16-bit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"num_q_heads": 2}, QUERY_TILE),
+        ({"num_q_heads": 4}, MIXED),
+        ({"num_q_heads": 32}, MIXED),
+        ({"num_slots": 9}, MIXED),
+        ({"head_dim": 96, "value_dim": 100}, MIXED),
+        ({"index_heads": 8}, QUERY_TILE),
+        ({"dtype": torch.float16}, MIXED),
+    ],
+    ids=str,
+)
+def test_between_entries_the_nearest_decides(use_table, changes: dict, path: str) -> None:
+    """One is for 1 query head a row of indices, one for 4."""
+    one_head = Entry(replace(SHAPE, heads_per_pair=1), QUERY_TILE, default_tuning(PROBLEM))
+    use_table(one_head, Entry(SHAPE, MIXED, TUNING))
+    assert choose(replace(PROBLEM, **changes), DEVICE).path == path
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 64}, {"value_dim": 256}, {"dtype": torch.float32}], ids=str)
+def test_sizes_are_not_carried_over_to_tiles_of_another_width(use_table, changes: dict) -> None:
+    use_table(Entry(SHAPE, MIXED, TUNING))
+    problem = replace(PROBLEM, **changes)
+    choice = choose(problem, DEVICE)
+    assert (choice.path, choice.tuning) == (KV_MAJOR, default_tuning(problem))
+    assert "no entry" in choice.reason
+
+
+def test_company_changes_no_choice(use_table) -> None:
+    """What packing changes: lengths, sequences, and slots up to the longest row of as many bits."""
+    entries = [
+        Entry(replace(SHAPE, num_slots=slots), path, TUNING)
+        for slots, path in zip((4, 8, 16), PATHS, strict=True)
+    ]
+    use_table(*entries)
+    packed = replace(PROBLEM, num_q_tokens=10**7, num_k_tokens=10**7, num_sequences=500)
+    assert choose(packed, DEVICE) == choose(PROBLEM, DEVICE)
+    assert choose(replace(packed, num_slots=9), DEVICE) == choose(PROBLEM, DEVICE)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_named_path_is_kept_with_the_sizes_of_the_shape(use_table, path: str) -> None:
+    use_table(Entry(SHAPE, MIXED, TUNING))
+    choice = choose(PROBLEM, DEVICE, path)
+    assert (choice.path, choice.tuning) == (path, TUNING)
+    assert choice.reason.startswith("asked for; sizes: table test-gpu")
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="path is 'union': expected one of auto, kv_major, query_tile, mixed"
+    ):
+        choose(PROBLEM, DEVICE, "union")
+
+
+def test_where_query_tiles_cannot_number_the_blocks_auto_goes_kv_major(use_table) -> None:
+    use_table(Entry(SHAPE, MIXED, TUNING))
+    choice = choose(replace(PROBLEM, num_k_tokens=2**28), DEVICE, AUTO)
+    assert choice.path == KV_MAJOR
+    assert choice.reason.startswith("too many keys for mixed")
+
+
+@pytest.mark.parametrize(("group_size", "tiles_per_item"), [(1, 8), (4, 4), (16, 4)])
+def test_the_shipped_table_has_what_was_measured_on_an_h200(group_size: int, tiles_per_item: int) -> None:
+    choice = choose(replace(PROBLEM, num_q_heads=2 * group_size), "NVIDIA H200")
+    assert choice.path == KV_MAJOR
+    assert choice.tuning.partial == PartialTuning(64, tiles_per_item, 4, 144)
+    assert choice.reason.startswith("table nvidia-h200, ")

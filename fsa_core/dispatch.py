@@ -91,7 +91,7 @@ def _tile_of(shape: Shape) -> tuple[int, int, int]:
 
 def _distance(measured: Shape, shape: Shape) -> tuple[float, ...]:
     """In octaves; between two that are as near, the larger sizes count."""
-    sizes = [(x.heads_per_pair, x.block_size, x.num_slots) for x in (measured, shape)]
+    sizes = [(x.heads_per_pair, x.block_size, x.max_slots) for x in (measured, shape)]
     octaves = sum(abs(log2(a / b)) for a, b in zip(*sizes, strict=True))
     dims = abs(measured.head_dim - shape.head_dim) + abs(measured.value_dim - shape.value_dim)
     return octaves, dims, *(-size for size in sizes[0])

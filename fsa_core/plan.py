@@ -27,8 +27,9 @@ MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
 # More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
 PARTIAL_BYTES = 128 * 2**20
-# A query tile sorts its ids in registers.
+# A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
+MAX_TILE_TOKENS = 64
 # The fewest rows that a matrix product takes, and so of any tile.
 MIN_ROWS = 16
 
@@ -302,7 +303,7 @@ def takes(problem: Problem, path: str) -> bool:
     """
     p = problem
     blocks = p.num_k_tokens // p.block_size + 1
-    return path == KV_MAJOR or max(MAX_SORTED, padded_slots(p.num_slots)) * blocks < 2**31
+    return path == KV_MAJOR or max(MAX_SORTED, power_of_two(p.num_slots)) * blocks < 2**31
 
 
 def default_tuning(problem: Problem) -> Tuning:
@@ -340,14 +341,13 @@ def _partial_tile(problem: Problem, tuning: PartialTuning) -> TileShape:
 
 def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
     """As many tokens as the rows hold, unless there are more slots than a program sorts at once."""
-    # A block's tokens are the bits of an int64.
-    tokens = max(min(tuning.rows // problem.heads_per_pair, 64), 1)
-    while tokens > 1 and padded_slots(tokens) * padded_slots(problem.num_slots) > MAX_SORTED:
+    tokens = max(min(tuning.rows // problem.heads_per_pair, MAX_TILE_TOKENS), 1)
+    while tokens > 1 and power_of_two(tokens) * slot_class(problem.num_slots) > MAX_SORTED:
         tokens //= 2
     min_tokens = 1 if path == QUERY_TILE else -(-tokens // tuning.shared_by)
     return QueryTile(
         tokens=tokens,
-        rows=max(tuning.rows, 1 << (problem.heads_per_pair - 1).bit_length()),
+        rows=max(tuning.rows, power_of_two(problem.heads_per_pair)),
         keys=_tile_keys(problem),
         min_tokens=min_tokens,
         max_shared=tokens * problem.num_slots // min_tokens,
@@ -360,14 +360,23 @@ def _tile_keys(problem: Problem) -> int:
     return min(problem.block_size, 32 if problem.dtype == torch.float32 else 64)
 
 
-def padded_slots(num_slots: int) -> int:
-    """The power of two that a tile holds a row of block indices in."""
-    return 1 << (num_slots - 1).bit_length()
+def slot_class(num_slots: int) -> int:
+    """All that a choice, and what a tile shares, may depend on of the slots in a row of block indices.
+
+    A power of two from 16 up, so that requests of one class, packed with the longest of their rows, are
+    answered as each would be alone. Up to 16 slots bound no query tile.
+    """
+    return max(power_of_two(num_slots), MAX_SORTED // MAX_TILE_TOKENS)
+
+
+def power_of_two(size: int) -> int:
+    """The next one."""
+    return 1 << (size - 1).bit_length()
 
 
 def padded_dim(dim: int) -> int:
     """The power of two that a tile holds ``dim`` channels in."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, power_of_two(dim))
 
 
 def num_segments(problem: Problem) -> int:

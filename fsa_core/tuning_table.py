@@ -15,7 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from fsa_core.plan import MIN_ROWS, PATHS, PartialTuning, SharedTuning, Tuning, padded_slots
+from fsa_core.plan import MIN_ROWS, PATHS, PartialTuning, SharedTuning, Tuning, slot_class
 from fsa_core.problem import Problem
 
 ENVIRONMENT_VARIABLE = "FSA_TUNING_FILE"
@@ -34,7 +34,7 @@ _ALLOWED: dict[str, Iterable[int]] = {
     "value_dim": range(16, 257),
     "dtype_bytes": (2, 4),
     "block_size": (16, 32, 64, 128, 256),
-    "num_slots": _POWERS_OF_TWO,
+    "max_slots": tuple(slots for slots in _POWERS_OF_TWO if slots == slot_class(slots)),
 }
 
 
@@ -47,8 +47,7 @@ class Shape:
     """What a choice of kernels may depend on: nothing that packing requests into one call changes.
 
     Packing adds up tokens and sequences, so lengths are not in it. It pads rows of block indices to the
-    longest, which is why ``num_slots`` is the next power of two; the service packs no requests that differ in
-    it.
+    longest, so of their slots only ``plan.slot_class`` is: ``max_slots``.
     """
 
     heads_per_pair: int
@@ -56,17 +55,18 @@ class Shape:
     value_dim: int
     dtype_bytes: int
     block_size: int
-    num_slots: int
+    max_slots: int
 
     @classmethod
     def of(cls, problem: Problem) -> "Shape":
         p = problem
-        slots = padded_slots(p.num_slots)
+        slots = slot_class(p.num_slots)
         return cls(p.heads_per_pair, p.head_dim, p.value_dim, p.dtype.itemsize, p.block_size, slots)
 
     def __str__(self) -> str:
         dims = f"D={self.head_dim}" + (f"/{self.value_dim}" if self.value_dim != self.head_dim else "")
-        return f"g={self.heads_per_pair} {dims} {self.block_size}x{self.num_slots} {8 * self.dtype_bytes}-bit"
+        blocks = f"up to {self.max_slots} blocks of {self.block_size}"
+        return f"g={self.heads_per_pair} {dims} {8 * self.dtype_bytes}-bit {blocks}"
 
 
 @dataclass(frozen=True, slots=True)

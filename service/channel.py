@@ -22,7 +22,7 @@ import torch
 
 from fsa_core.problem import BLOCK_SIZES, Problem
 from service.devices import DeviceInfo
-from service.job import Job, Slice
+from service.job import Job, Slice, compatible
 
 MAX_BATCH_JOBS = 1024
 MAX_TEXT_BYTES = 4096
@@ -159,9 +159,10 @@ class Submit:
         """
         if not 1 <= len(self.jobs) <= MAX_BATCH_JOBS:
             raise ValueError(f"a batch has 1 to {MAX_BATCH_JOBS} jobs, not {len(self.jobs)}")
-        common = _common_fields(self.jobs[0].problem)
-        if any(_common_fields(job.problem) != common for job in self.jobs):
+        kind = compatible(self.jobs[0].problem)
+        if any(compatible(job.problem) != kind for job in self.jobs):
             raise ValueError("the jobs of a batch must be compatible")
+        common = _common_fields(kind)
         parts = [self._COMMON.pack(self.batch, len(self.jobs), *common)]
         for job in self.jobs:
             memory, p = job.memory, job.problem
@@ -182,7 +183,7 @@ class Submit:
 
 
 def _common_fields(p: Problem) -> tuple[int | float, ...]:
-    """What Submit carries once; equal for two problems exactly when they are compatible."""
+    """What Submit carries once; equal for compatible problems."""
     return (
         _DTYPES.index(p.dtype),
         p.num_q_heads,

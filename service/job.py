@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fsa_core.plan import slot_class
 from fsa_core.problem import Problem
 
 ALIGNMENT_BYTES = 256
@@ -92,8 +93,12 @@ class JobResult:
 
 
 def compatible(problem: Problem) -> Problem:
-    """What requests must share to ride in one batch: everything but lengths and slot counts."""
-    return replace(problem, num_q_tokens=0, num_k_tokens=0, num_sequences=0, num_slots=0)
+    """What requests must share to ride in one batch: everything but lengths, and slots but for their class.
+
+    Their answers would otherwise depend on company, as kernels are chosen by the class.
+    """
+    slots = 0 if problem.is_dense else slot_class(problem.num_slots)
+    return replace(problem, num_q_tokens=0, num_k_tokens=0, num_sequences=0, num_slots=slots)
 
 
 def packed(problems: Sequence[Problem]) -> Problem:

@@ -73,7 +73,7 @@ def test_the_entry_of_the_shape_decides_path_and_sizes(use_table) -> None:
     )
     choice = choose(PROBLEM, DEVICE)
     assert (choice.path, choice.tuning) == (MIXED, TUNING)
-    assert choice.reason.startswith("table test-gpu, entry g=4 D=128 64x16 16-bit")
+    assert choice.reason.startswith("table test-gpu, entry g=4 D=128 16-bit up to 16 blocks of 64")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_entry_of_the_shape_decides_path_and_sizes(use_table) -> None:
         ({"num_q_heads": 2}, QUERY_TILE),
         ({"num_q_heads": 4}, MIXED),
         ({"num_q_heads": 32}, MIXED),
-        ({"num_slots": 9}, MIXED),
+        ({"num_slots": 70}, MIXED),
         ({"head_dim": 96, "value_dim": 100}, MIXED),
         ({"index_heads": 8}, QUERY_TILE),
         ({"dtype": torch.float16}, MIXED),
@@ -106,15 +106,16 @@ def test_sizes_are_not_carried_over_to_tiles_of_another_width(use_table, changes
 
 
 def test_company_changes_no_choice(use_table) -> None:
-    """What packing changes: lengths, sequences, and slots up to the longest row of as many bits."""
+    """What packing changes: lengths, sequences, and slots up to the longest row of a class."""
     entries = [
-        Entry(replace(SHAPE, num_slots=slots), path, TUNING)
-        for slots, path in zip((4, 8, 16), PATHS, strict=True)
+        Entry(replace(SHAPE, max_slots=slots), path, TUNING)
+        for slots, path in zip((32, 16, 64), PATHS, strict=True)
     ]
     use_table(*entries)
     packed = replace(PROBLEM, num_q_tokens=10**7, num_k_tokens=10**7, num_sequences=500)
     assert choose(packed, DEVICE) == choose(PROBLEM, DEVICE)
-    assert choose(replace(packed, num_slots=9), DEVICE) == choose(PROBLEM, DEVICE)
+    for num_slots, path in ((1, QUERY_TILE), (16, QUERY_TILE), (17, KV_MAJOR), (32, KV_MAJOR), (33, MIXED)):
+        assert choose(replace(packed, num_slots=num_slots), DEVICE).path == path
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -125,7 +125,7 @@ def _nested(part: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
         (_nested("partial", rows=48), r"partial.rows is 48; expected one of 16, 32, 64, 128, 256"),
         (_nested("partial", max_registers=True), "max_registers is True; expected 24 to 255"),
         (_nested("shared", shared_by=0), "shared_by is 0; expected 1 to 64"),
-        (_nested("shape", num_slots=12), "num_slots is 12; expected one of 1, 2, 4"),
+        (_nested("shape", max_slots=8), "max_slots is 8; expected one of 16, 32, 64"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_name_and_the_place(

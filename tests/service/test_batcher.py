@@ -36,7 +36,7 @@ def queued(*entries: Entry, limits: BatchLimits = LIMITS) -> Batcher:
     return batcher
 
 
-def test_requests_that_differ_in_length_and_slots_only_ride_together() -> None:
+def test_requests_that_differ_in_length_and_few_slots_only_ride_together() -> None:
     first, second = entry(10), entry(30, kind=replace(SELECTED, num_slots=7, num_sequences=3))
     assert queued(first, second).next_batch(0.0).batch == [first, second]
 
@@ -49,6 +49,7 @@ def test_requests_that_differ_in_length_and_slots_only_ride_together() -> None:
         replace(SELECTED, block_size=32),
         replace(SELECTED, causal=False),
         replace(SELECTED, softmax_scale=1.0),
+        replace(SELECTED, num_slots=17),
         DENSE,
     ],
     ids=str,

@@ -7,6 +7,7 @@ all ascend and then end are not sorted. On CUDA nothing synchronises: the verdic
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,11 @@ def first_offender(
         bad |= _repeats(ids)
         if bad.any():
             row, slot = divmod(int(bad.flatten().int().argmax()), ids.shape[1])
-            place = (head, first_row + row, slot)
-            return _error(block_indices, rows, place, block_size=block_size, per_token=per_token)
+            who = f"{'token' if per_token else 'row'} {first_row + row}"
+            place = f"block_indices[head {head}, {who}, slot {slot}] is {int(ids[row, slot])}"
+            at = (place, ids[row].tolist(), slot, head, first_row + row, rows)
+            options: dict[str, Any] = {"block_size": block_size, "per_token": per_token}
+            return offence(*at, field="block_indices", slot=slot, **options)
     raise AssertionError("every id is valid")
 
 
@@ -143,20 +147,26 @@ def _repeats(ids: torch.Tensor) -> torch.Tensor:
     return repeated.scatter_(1, slot[:, 1:], (values[:, 1:] == values[:, :-1]) & (values[:, 1:] >= 0))
 
 
-def _error(
-    block_indices: torch.Tensor,
+def offence(
+    place: str,
+    row_ids: list[int],
+    number: int,
+    head: int,
+    row: int,
     rows: IndexRows,
-    place: tuple[int, int, int],
     *,
     block_size: int,
     per_token: bool,
+    field: str,
+    **where: object,
 ) -> InputError:
-    head, row, slot = place
-    row_ids = block_indices[head, row].tolist()
-    value, sequence = row_ids[slot], int(rows.sequence[row])
+    """What is wrong with ``row_ids[number]``, of the ids of ``row``; ``place`` says where and what it is.
+
+    ``where`` goes into the metadata beside what every offence has.
+    """
+    value, sequence = row_ids[number], int(rows.sequence[row])
     num_blocks, num_allowed = int(rows.num_blocks[row]), int(rows.num_allowed[row])
     who = "token" if per_token else "row"
-    what = f"block_indices[head {head}, {who} {row}, slot {slot}] is {value}"
     if value < -1 or value >= num_blocks:
         reason = "INDEX_OUT_OF_RANGE"
         expected = f"0 to {num_blocks - 1}, or -1" if num_blocks else "-1"
@@ -176,13 +186,13 @@ def _error(
         why = f"slot {row_ids.index(value)} has it already; ids must be unique in a row"
     return InputError(
         reason,
-        "block_indices",
-        f"{what}: {why}",
+        field,
+        f"{place}: {why}",
         head=head,
         token=int(rows.first_token[row]),
         row=row,
-        slot=slot,
         value=value,
         sequence=sequence,
         expected=expected,
+        **where,
     )

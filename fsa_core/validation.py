@@ -6,17 +6,20 @@ first offending one by head, token and slot is named (index_checks.py).
 
 Reasons: INVALID_TYPE, INVALID_RANK, INVALID_DTYPE, INVALID_DEVICE, INVALID_HEADS, INVALID_HEAD_DIM,
 INVALID_TOKENS, INVALID_BLOCK_SIZE, INVALID_QUERY_BLOCK_SIZE, INVALID_SOFTMAX_SCALE, INVALID_CU_SEQLENS,
-INVALID_INDEX_SHAPE, INDEX_OUT_OF_RANGE, INDEX_NOT_CAUSAL, INDEX_DUPLICATE.
+INVALID_INDEX_SHAPE, INDEX_OUT_OF_RANGE, INDEX_NOT_CAUSAL, INDEX_DUPLICATE; of compact patterns also
+INVALID_OFFSETS and INVALID_PATTERN.
 
 Allowed on purpose: NaN and infinity in q, k and v; no tokens at all (the answer is empty); sequences of no
 tokens; more queries than keys under causal (the first queries then see nothing, and have to select nothing).
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NoReturn, TypeGuard
 
 import torch
 
+from fsa_core.compact import CompactPattern
 from fsa_core.errors import InputError as InputError
 from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
 from fsa_core.packing import row_starts, single_sequence
@@ -96,6 +99,37 @@ def validate_dense(
     return _problem(
         q, k, v, cu_seqlens_q, block_size=0, index_heads=0, num_slots=0, causal=causal, softmax_scale=scale
     )
+
+
+def validate_compact(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: CompactPattern,
+    *,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+) -> Problem:
+    """The sizes of a call, on the CPU, whose pattern is still to be written out, or InputError.
+
+    ``num_slots`` may be more than the fullest row needs. Arguments as in validate_selected; the pattern says
+    what its own tensors are.
+    """
+    problem = validate_dense(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    _check_choice("block_size", pattern.block_size, BLOCK_SIZES)
+    _check_query_block_size(pattern.query_block_size)
+    index_heads, num_slots = pattern.check(problem, *_checked_starts(q, k, cu_seqlens_q, cu_seqlens_k))
+    return replace(problem, index_heads=index_heads, num_slots=num_slots, block_size=pattern.block_size)
 
 
 def _problem(

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fsa_core.patterns
+import fsa_core.block_mask
+import fsa_core.vertical_slash
 from fsa_core.api import dense_attention, selected_attention
 from fsa_core.errors import InputError
 from fsa_core.patterns import (
@@ -93,7 +94,8 @@ def random_block_mask(case, heads, query_block_size, block_size, *, density=0.4)
 
 @pytest.fixture(params=[1, 2**20], ids=["a row at a time", "at once"])
 def entries_at_once(request, monkeypatch):
-    monkeypatch.setattr(fsa_core.patterns, "MASK_ENTRIES_AT_ONCE", request.param)
+    for module in (fsa_core.block_mask, fsa_core.vertical_slash):
+        monkeypatch.setattr(module, "ENTRIES_AT_ONCE", request.param)
 
 
 PATTERN_LENS = {"square": ((50, 1, 0, 33), None), "chunked prefill": ((20, 5), (90, 64))}
@@ -190,15 +192,15 @@ def int32(*values):
     [
         (
             lambda: from_csr(int32([1, 2]), int32(0, 0), block_size=16),
-            r"offsets\[0, 0\] is 1: expected the end",
+            r"offsets\[head 0, 0\] is 1: expected the end",
         ),
         (
             lambda: from_csr(int32([0, 2], [1, 3]), int32(0, 1, 0), block_size=16),
-            r"offsets\[1, 0\] is 1: expected the end of the head before it",
+            r"offsets\[head 1, 0\] is 1: expected the end of the head before it",
         ),
         (
             lambda: from_csr(int32([0, 2, 1, 3]), int32(0, 1, 0), block_size=16),
-            r"offsets\[0, 2\] is 1: expected at least the one before it",
+            r"offsets\[head 0, 2\] is 1: expected at least the one before it",
         ),
         (
             lambda: from_csr(int32([0, 2]), int32(0), block_size=16),
@@ -216,12 +218,12 @@ def int32(*values):
         ),
         (
             lambda: vertical_slash(int32([0, -2]), int32([0])),
-            r"vertical\[0, 1\] is -2: expected a key's position or distance, or -1",
+            r"vertical\[head 0, entry 1\] is -2: expected a key's position or distance, or -1",
         ),
-        (lambda: vertical_slash(int32([0]), int32([-5])), r"slash\[0, 0\] is -5"),
+        (lambda: vertical_slash(int32([0]), int32([-5])), r"slash\[head 0, entry 0\] is -5"),
         (
             lambda: vertical_slash(int32([0]), int32([0], [1])),
-            "slash has 2 heads: expected 1, those of vertical",
+            "slash has head count 2: expected 1, that of vertical",
         ),
     ],
 )

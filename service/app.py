@@ -10,6 +10,7 @@ import grpc.aio
 import torch
 from grpc_reflection.v1alpha import reflection
 
+from fsa_core.tuning_table import read_table
 from service import health, info, servicer
 from service.admission import Admission
 from service.arena import SEGMENT_BYTES, ArenaPool
@@ -45,7 +46,9 @@ class App:
     """Belongs to the event loop that it is made in."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises NoSuchDevice."""
+        """Raises NoSuchDevice and TuningError."""
+        if settings.tuning_file is not None:
+            read_table(settings.tuning_file)
         self._settings = settings
         self._is_draining = False
         self._metrics = Metrics()
@@ -104,6 +107,7 @@ class App:
             spec,
             self._arena,
             backend=self._settings.backend.value,
+            tuning_file=str(self._settings.tuning_file) if self._settings.tuning_file else None,
             healthy_seconds=self._settings.worker_healthy_seconds,
             log_level=self._settings.log_level.value,
             log_format=self._settings.log_format.value,

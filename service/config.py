@@ -84,6 +84,11 @@ class Settings(BaseSettings):
     backend: Backend = Field(
         default=Backend.AUTO, description="Attention implementation; auto: triton on a GPU, cpu elsewhere."
     )
+    tuning_file: FilePath | None = Field(
+        default=None,
+        description="Table that `fsa tune` wrote, to choose kernels by on devices of its kind. Without it "
+        "the one in the user's configuration directory counts, then the shipped one.",
+    )
 
     max_inflight_requests: PositiveInt = Field(
         default=256,

@@ -25,7 +25,7 @@ def run(settings: Settings) -> int:
     Restarts the process once, with glibc's allocator tuned. Prints one line of JSON to standard output
     when the ports are open: ``{"event": "listening", "host", "port", "metrics_port", "pid"}``. The first
     signal drains: 0 when every request in flight was answered within the grace, else 1. A second one
-    does not wait. A port or a device that is not to be had gives 1 at once.
+    does not wait. A port or a device that is not to be had, or a bad table, gives 1 at once.
     """
     restart_tuned()
     configure_logging(settings.log_level, settings.log_format)
@@ -34,6 +34,7 @@ def run(settings: Settings) -> int:
 
 async def _serve(settings: Settings) -> int:
     # Torch comes in with these: not before the process has its final environment.
+    from fsa_core.tuning_table import TuningError
     from service.app import App, CannotListen
     from service.devices import NoSuchDevice
 
@@ -41,7 +42,7 @@ async def _serve(settings: Settings) -> int:
     try:
         app = App(settings)
         ports = await app.start()
-    except (CannotListen, NoSuchDevice) as error:
+    except (CannotListen, NoSuchDevice, TuningError) as error:
         print(f"fsa: cannot start: {error}", file=sys.stderr)
         return 1
     ready = {

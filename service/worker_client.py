@@ -41,6 +41,7 @@ class WorkerClient:
         num_threads: int = 0,
         start_timeout_seconds: float = 120.0,
         batch_timeout_seconds: float = 120.0,
+        tuning_file: str | None = None,
         healthy_seconds: float = 10.0,
         log_level: str = "info",
         log_format: str = "json",
@@ -48,15 +49,22 @@ class WorkerClient:
         """``on_change`` runs in the event loop after ``ready`` or ``restarts`` changed, or a batch ended.
 
         ``num_threads`` (CPU worker) 0 is one a core. A batch that takes longer than ``batch_timeout_seconds``
-        gets its worker killed as hung. The back-off between restarts doubles from 0.2 s to 10 s, and starts
-        again after a worker was ready for ``healthy_seconds``.
+        gets its worker killed as hung. ``tuning_file``: as in service.config.Settings. The back-off between
+        restarts doubles from 0.2 s to 10 s, and starts again after a worker was ready for
+        ``healthy_seconds``.
         """
         self.spec = spec
         self.on_change = on_change
         self.restarts: Counter[str] = Counter()
         self._arena = arena
         self._options = WorkerOptions(
-            backend, num_threads, log_level, log_format, start_timeout_seconds, batch_timeout_seconds
+            backend,
+            num_threads,
+            log_level,
+            log_format,
+            start_timeout_seconds,
+            batch_timeout_seconds,
+            tuning_file,
         )
         self._healthy_seconds = healthy_seconds
         self._process: WorkerProcess | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from fsa_core import tuning_table
 from service.arena import ArenaPool
 from service.channel import (
     AddSegment,
@@ -60,6 +61,7 @@ class WorkerOptions:
     log_format: str
     start_timeout_seconds: float
     batch_timeout_seconds: float
+    tuning_file: str | None
 
     def command(self, spec: DeviceSpec, control_fd: int) -> list[str]:
         arguments = {
@@ -160,6 +162,8 @@ class WorkerProcess:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         if self._spec.uuid:
             environment["CUDA_VISIBLE_DEVICES"] = self._spec.uuid
+        if self._options.tuning_file:
+            environment[tuning_table.ENVIRONMENT_VARIABLE] = self._options.tuning_file
         with theirs:
             try:
                 command = self._options.command(self._spec, theirs.fileno())

@@ -182,6 +182,18 @@ class TestServe:
         assert process.returncode == 0
         assert "Traceback" not in errors
 
+    def test_does_not_start_with_a_table_that_is_not_valid(self, tmp_path: Path) -> None:
+        table, config = tmp_path / "table.json", tmp_path / "fsa.toml"
+        table.write_text('{"device": "nvidia-h200"}')
+        config.write_text(f'tuning_file = "{table}"')
+        command = [sys.executable, "-m", "service.cli", "serve", "--config", str(config), "--devices", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout) == (1, "")
+        expected = (
+            f"fsa: cannot start: tuning table {table} cannot be used: the table has no entries, provenance"
+        )
+        assert done.stderr.strip() == expected
+
 
 class TestInfo:
     def test_prints_an_aligned_table(self, fsa: Fsa, server: ServerProcess) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fsa_core.problem import Problem
+from fsa_core.tuning_table import Table
 from service.arena import ArenaPool
 from service.devices import CPU, DeviceSpec
 from service.worker_client import WorkerClient, WorkerFailed, WorkerLost
@@ -36,10 +37,19 @@ def spec(device: torch.device) -> DeviceSpec:
 
 
 @pytest.fixture(scope="module")
-def worker(runner: asyncio.Runner, pool: ArenaPool, spec: DeviceSpec) -> Iterator[WorkerClient]:
+def tuning_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tuned") / "table.json"
+    file.write_text(Table("another-device", (), {}).to_json())
+    return file
+
+
+@pytest.fixture(scope="module")
+def worker(
+    runner: asyncio.Runner, pool: ArenaPool, spec: DeviceSpec, tuning_file: Path
+) -> Iterator[WorkerClient]:
     """One process for every test that does it no harm: a start takes seconds."""
 
-    client = runner.run(started(WorkerClient(spec, pool, num_threads=1)))
+    client = runner.run(started(WorkerClient(spec, pool, num_threads=1, tuning_file=str(tuning_file))))
     yield client
     runner.run(client.stop(5))
 
@@ -62,6 +72,11 @@ def test_a_ready_worker_says_what_it_is(worker: WorkerClient, spec: DeviceSpec) 
     assert worker.device.torch_version == torch.__version__
     assert worker.device.name
     assert worker.device.memory_bytes > 1 << 28
+
+
+def test_a_worker_goes_by_the_table_that_the_settings_name(worker: WorkerClient, tuning_file: Path) -> None:
+    environment = Path(f"/proc/{worker.pid}/environ").read_text().split("\0")
+    assert f"FSA_TUNING_FILE={tuning_file}" in environment
 
 
 @pytest.mark.parametrize(

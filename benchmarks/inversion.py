@@ -38,8 +38,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         invert(
             inversion, x.block_indices, x.cu_seqlens, x.cu_seqlens, first_token=0, num_tokens=tokens,
             first_head=0, num_heads=heads, chunk_tokens=forward.chunk_tokens, block_size=x.block_size,
-            heads_per_pair=forward.heads_per_pair,
-            rows_per_item=forward.tile.rows * forward.tile.tiles_per_item,
+            pairs_per_item=forward.tile.pairs_per_item,
         )  # fmt: skip
         return inversion.pairs, inversion.offsets, sizes
 

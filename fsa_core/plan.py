@@ -25,6 +25,8 @@ COUNTER_INTS = 8
 SLOT_BITS = (MAX_SLOTS - 1).bit_length()
 MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
+# Kernels count numbers from a chunk's first in 32 bits.
+MAX_CHUNK_NUMBERS = 2**31 - 1
 # More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
 PARTIAL_BYTES = 128 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
@@ -64,13 +66,21 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """Tiles of the partial kernel; what decides the order of additions depends on head dims and dtype."""
+    """Tiles of the partial kernel; what decides the order of additions depends on head dims and dtype.
+
+    A tile is as many whole (token, slot) pairs, with their query heads, as ``rows`` hold.
+    """
 
     rows: int
+    pairs: int
     keys: int
     tiles_per_item: int
     num_warps: int
     max_registers: int
+
+    @property
+    def pairs_per_item(self) -> int:
+        return self.pairs * self.tiles_per_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +184,8 @@ def plan_forward(
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
     partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
     chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
-    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS, p.num_q_tokens)
+    most_tokens = MAX_CHUNK_NUMBERS // (p.num_q_heads * max(p.head_dim, p.value_dim))
+    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS, most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
     chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
     chunk_heads = min(max(partial_limit // max(chunk_tokens * token_bytes, 1), 1), tile_heads)
@@ -182,7 +193,7 @@ def plan_forward(
         chunk_heads = min(chunk_heads, max(limit_bytes // 4 // (chunk_tokens * held_bytes), 1))
     chunk_heads = equal_parts(tile_heads, chunk_heads)
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
-    max_items = _max_items(p, chunk_tokens, heads_per_pair, tile)
+    max_items = _max_items(p, chunk_tokens, tile)
     index_ints = chunk_tokens * held_ints
     if path != QUERY_TILE:
         index_ints += (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
@@ -280,7 +291,7 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     pair_bytes = p.heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
     # Of a token: the mixed path's, if its tiles share whatever any of their tokens chose, in the least items.
     listed_bytes = (INT32_BYTES + MASK_BYTES) * p.num_slots + INT32_BYTES
-    items = -(-p.num_slots * p.heads_per_pair // MIN_ROWS)
+    items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
     held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
     list_bytes = (INT32_BYTES + MASK_BYTES) * max(MAX_SORTED, p.num_slots) + INT32_BYTES
     fixed_bytes = INT32_BYTES * ((COUNTER_INTS + 3) * num_segments(p) + 2)
@@ -323,15 +334,17 @@ def default_tuning(problem: Problem) -> Tuning:
             rows=64,
             tiles_per_item=8 if problem.group_size == 1 else 4,
             num_warps=num_warps,
-            max_registers=255 if is_float32 else 144,
+            max_registers=255 if is_float32 else 128,
         ),
         SharedTuning(rows=64, num_warps=num_warps, num_stages=1 if is_float32 else 2, shared_by=4),
     )
 
 
 def _partial_tile(problem: Problem, tuning: PartialTuning) -> TileShape:
+    rows = max(tuning.rows, power_of_two(problem.heads_per_pair))
     return TileShape(
-        rows=tuning.rows,
+        rows=rows,
+        pairs=rows // problem.heads_per_pair,
         keys=_tile_keys(problem),
         tiles_per_item=tuning.tiles_per_item,
         num_warps=tuning.num_warps,
@@ -384,10 +397,10 @@ def num_segments(problem: Problem) -> int:
     return problem.num_k_tokens // problem.block_size + problem.num_sequences
 
 
-def _max_items(problem: Problem, tokens: int, heads_per_pair: int, tile: TileShape) -> int:
+def _max_items(problem: Problem, tokens: int, tile: TileShape) -> int:
     """An upper bound of the work items of one tile head: full ones, and one that is not full a segment."""
     pairs = tokens * problem.num_slots
-    return pairs * heads_per_pair // (tile.rows * tile.tiles_per_item) + min(num_segments(problem), pairs)
+    return pairs // tile.pairs_per_item + min(num_segments(problem), pairs)
 
 
 def equal_parts(total: int, most: int) -> int:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert
-from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.kernels.query_tiles import attend_shared, new_agreement
 from fsa_core.plan import (
     COUNTER_INTS,
@@ -39,13 +39,15 @@ MERGE_WARPS = 1
 
 
 @triton.jit
-def _scores(q, k, q_positions, k_positions, k_length, row_mask, CAUSAL: tl.constexpr):
-    """Scores [rows, keys], not scaled yet; -inf where a row may not see a key."""
+def _scores(q, k, q_positions, k_positions, k_length, CAUSAL: tl.constexpr):
+    """Scores [rows, keys], not scaled yet; -inf where a row may not see a key.
+
+    Keys past the end of the sequence come after every token of it.
+    """
     scores = tl.dot(q, k, input_precision="tf32x3")
-    visible = row_mask[:, None] & (k_positions < k_length)[None, :]
     if CAUSAL:
-        visible &= k_positions[None, :] <= q_positions[:, None]
-    return tl.where(visible, scores, float("-inf"))
+        return tl.where(k_positions[None, :] <= q_positions[:, None], scores, float("-inf"))
+    return tl.where((k_positions < k_length)[None, :], scores, float("-inf"))
 
 
 @triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
@@ -90,7 +92,7 @@ def _partial(
     KEYS: tl.constexpr,
     TILES_PER_ITEM: tl.constexpr,
 ):
-    """Attends one work item: up to ROWS * TILES_PER_ITEM rows against one KV block.
+    """Attends one work item: the rows of up to TILES_PER_ITEM tiles against one KV block.
 
     Writes partial_out [heads, tokens, slots, HEADS_PER_PAIR, VALUE_DIM], normalised, and partial_lse (log2
     units) [heads, tokens, slots, HEADS_PER_PAIR] at the rows' own (token, slot).
@@ -111,12 +113,13 @@ def _partial(
     k_start = tl.load(cu_seqlens_k_ptr + sequence)
     k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
     q_shift = k_length - (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start) - q_start
+    # A tile is whole pairs, so that what a row is of its pair is the same in every tile.
+    pairs_in_tile: tl.constexpr = ROWS // HEADS_PER_PAIR
+    first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
     segment_start = tl.load(offsets_ptr + segment)
-    num_rows = (tl.load(offsets_ptr + segment + 1) - segment_start) * HEADS_PER_PAIR
-    first_row = (item - tl.load(item_offsets_ptr + segment)) * ROWS * TILES_PER_ITEM
-    pairs_ptr += (
-        tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots + segment_start
-    )
+    num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
+    pairs_ptr += tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots
+    pairs_ptr += segment_start + first_pair
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
@@ -136,18 +139,22 @@ def _partial(
     k = tl.load(k_ptrs, mask=key_mask[None, :] & dim_mask[:, None], other=0.0)
     v = tl.load(v_ptrs, mask=key_mask[:, None] & value_mask[None, :], other=0.0)
 
-    num_tiles = tl.minimum(TILES_PER_ITEM, tl.cdiv(num_rows - first_row, ROWS))
+    # Offsets count from the chunk's first token and fit 32 bits.
+    pair_in_tile = tl.arange(0, ROWS) // HEADS_PER_PAIR
+    head_in_pair = tl.arange(0, ROWS) % HEADS_PER_PAIR
+    q_ptr += (tl.cast(first_token, tl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR) * HEAD_DIM
+    q_offsets = (head_in_pair * HEAD_DIM)[:, None] + dims[None, :]
+    out_offsets = (head_in_pair * VALUE_DIM)[:, None] + value_dims[None, :]
+    num_tiles = tl.minimum(TILES_PER_ITEM, tl.cdiv(num_pairs, pairs_in_tile))
     for tile in range(num_tiles):
-        rows = first_row + tile * ROWS + tl.arange(0, ROWS)
-        row_mask = rows < num_rows
-        pairs = tl.load(pairs_ptr + rows // HEADS_PER_PAIR, mask=row_mask, other=0)
+        pair_number = tile * pairs_in_tile + pair_in_tile
+        row_mask = (pair_in_tile < pairs_in_tile) & (pair_number < num_pairs)
+        pairs = tl.load(pairs_ptr + pair_number, mask=row_mask, other=0)
         chunk_token = pairs >> SLOT_BITS
-        tokens = first_token + chunk_token
-        q_heads = head * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
-        q_ptrs = q_ptr + ((tokens.to(tl.int64) * NUM_Q_HEADS + q_heads) * HEAD_DIM)[:, None] + dims[None, :]
+        q_ptrs = q_ptr + ((chunk_token * (NUM_Q_HEADS * HEAD_DIM))[:, None] + q_offsets)
         q = tl.load(q_ptrs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0)
-        positions = tokens + q_shift
-        scores = _scores(q, k, positions, keys, k_length, row_mask, CAUSAL)
+        positions = chunk_token + (first_token + q_shift)
+        scores = _scores(q, k, positions, keys, k_length, CAUSAL)
         row_max = tl.max(scores, 1)
         weights = tl.exp2(scores * scale - (finite(row_max) * scale)[:, None])
         row_sum = tl.sum(weights, 1)
@@ -165,7 +172,7 @@ def _partial(
                 mask=more_mask[:, None] & value_mask[None, :],
                 other=0.0,
             )
-            scores = _scores(q, k_more, positions, more_keys, k_length, row_mask, CAUSAL)
+            scores = _scores(q, k_more, positions, more_keys, k_length, CAUSAL)
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             shift = finite(new_max)
             shrink = tl.exp2((row_max - shift) * scale)
@@ -173,14 +180,14 @@ def _partial(
             row_sum = row_sum * shrink + tl.sum(weights, 1)
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v_more, input_precision="tf32x3")
             row_max = new_max
-        places = (chunk_head.to(tl.int64) * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
-        places = places * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
-        out_ptrs = partial_out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
-        acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+        place = ((chunk_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)) * HEADS_PER_PAIR
+        out_ptrs = partial_out_ptr + ((place * VALUE_DIM)[:, None] + out_offsets)
+        acc *= reciprocal(row_sum)[:, None]
         tl.store(
             out_ptrs, acc.to(partial_out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :]
         )
-        tl.store(partial_lse_ptr + places, row_max * scale + tl.log2(row_sum), mask=row_mask)
+        lse = row_max * scale + tl.log2(row_sum)
+        tl.store(partial_lse_ptr + place + head_in_pair, lse, mask=row_mask)
 
 
 @triton.jit
@@ -284,7 +291,7 @@ def _merge(
             )
             row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_a, out_a)
             row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_b, out_b)
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    acc *= reciprocal(row_sum)[:, None]
     tl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :])
     tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
 
@@ -330,8 +337,8 @@ def selected_attention_forward(
             invert(
                 workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
                 num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
-                chunk_tokens=plan.chunk_tokens, block_size=p.block_size, heads_per_pair=plan.heads_per_pair,
-                rows_per_item=plan.tile.rows * plan.tile.tiles_per_item, first_row_token=first_row_token,
+                chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
+                pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
             )  # fmt: skip
             _attend_group(p, plan, group, workspace, *tensors)
     return out, lse

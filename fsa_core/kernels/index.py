@@ -7,8 +7,8 @@ sequence, chosen by the tokens of one chunk under one index head. Three launches
 2. scan: where each segment's pairs, and the work items cut from them, begin;
 3. scatter: write the pairs, and name the segment of each work item.
 
-A work item is a fixed number of rows (pairs x query heads) of one segment, so a popular block is many
-items and no item is longer than another. The order of pairs inside a segment varies from run to run
+A work item is a fixed number of pairs of one segment, so a popular block is many items and no item is longer
+than another. The order of pairs inside a segment varies from run to run
 and must not matter to whoever reads them: every pair's result has a place of its own.
 """
 
@@ -117,8 +117,7 @@ def _scan(
     offsets_ptr,
     item_offsets_ptr,
     num_segments,
-    HEADS_PER_PAIR: tl.constexpr,
-    ROWS_PER_ITEM: tl.constexpr,
+    PAIRS_PER_ITEM: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -132,7 +131,7 @@ def _scan(
         inside = segments < num_segments
         counts = tl.load(counts_ptr + segments * COUNTER_STRIDE, mask=inside, other=0)
         tl.store(counts_ptr + segments * COUNTER_STRIDE, tl.zeros_like(counts), mask=inside)
-        items = (counts * HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
+        items = (counts + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
         tl.store(offsets_ptr + segments, offset + tl.cumsum(counts, 0) - counts, mask=inside)
         tl.store(item_offsets_ptr + segments, item_offset + tl.cumsum(items, 0) - items, mask=inside)
         offset += tl.sum(counts, 0)
@@ -165,8 +164,7 @@ def _scatter(
     group_pairs,
     max_items,
     BLOCK_SIZE: tl.constexpr,
-    HEADS_PER_PAIR: tl.constexpr,
-    ROWS_PER_ITEM: tl.constexpr,
+    PAIRS_PER_ITEM: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -185,14 +183,10 @@ def _scatter(
     chunk_places = places - chunk_start
     pairs = (chunk_places // num_slots << SLOT_BITS) | chunk_places % num_slots
     tl.store(pairs_ptr + first_pair + chunk_start + offset + rank, pairs, mask=valid)
-    # A pair is HEADS_PER_PAIR rows; it names the segment of every work item whose first row is its own.
-    first_item = (rank * HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM
-    item_segments = item_segment_ptr + rows.to(tl.int64)[:, None] * max_items
-    for extra in tl.static_range((HEADS_PER_PAIR + ROWS_PER_ITEM - 1) // ROWS_PER_ITEM):
-        item = first_item + extra
-        starts_here = valid & (item * ROWS_PER_ITEM < (rank + 1) * HEADS_PER_PAIR)
-        item_offset = tl.load(item_offsets_ptr + entries, mask=starts_here, other=0)
-        tl.store(item_segments + item_offset + item, segments, mask=starts_here)
+    # The first pair of a work item names its segment.
+    starts_item = valid & (rank % PAIRS_PER_ITEM == 0)
+    item = tl.load(item_offsets_ptr + entries, mask=starts_item, other=0) + rank // PAIRS_PER_ITEM
+    tl.store(item_segment_ptr + rows.to(tl.int64)[:, None] * max_items + item, segments, mask=starts_item)
 
 
 def invert(
@@ -207,8 +201,7 @@ def invert(
     num_heads: int,
     chunk_tokens: int,
     block_size: int,
-    heads_per_pair: int,
-    rows_per_item: int,
+    pairs_per_item: int,
     first_row_token: int = 0,
 ) -> None:
     """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
@@ -235,11 +228,10 @@ def invert(
     )  # fmt: skip
     _scan[(num_heads * num_chunks,)](
         inversion.counts, inversion.offsets, inversion.item_offsets, num_segments,
-        HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item, SEGMENTS=SEGMENTS_IN_TILE,
+        PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE,
     )  # fmt: skip
     _scatter[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
         inversion.pairs, inversion.item_segment, *sizes, inversion.item_segment.shape[1],
-        BLOCK_SIZE=block_size, HEADS_PER_PAIR=heads_per_pair, ROWS_PER_ITEM=rows_per_item,
-        TOKENS=tokens, SLOTS=slots,
+        BLOCK_SIZE=block_size, PAIRS_PER_ITEM=pairs_per_item, TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip

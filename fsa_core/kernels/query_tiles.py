@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
@@ -270,7 +270,7 @@ def _attend(
         v_ptrs = v_ptr + first_key * NUM_KV_HEADS * VALUE_DIM + v_offsets
         v = _load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, True)
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    acc *= reciprocal(row_sum)[:, None]
     tl.store(
         out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
         acc.to(out_ptr.dtype.element_ty),

@@ -144,5 +144,5 @@ def test_where_query_tiles_cannot_number_the_blocks_auto_goes_kv_major(use_table
 def test_the_shipped_table_has_what_was_measured_on_an_h200(group_size: int, tiles_per_item: int) -> None:
     choice = choose(replace(PROBLEM, num_q_heads=2 * group_size), "NVIDIA H200")
     assert choice.path == KV_MAJOR
-    assert choice.tuning.partial == PartialTuning(64, tiles_per_item, 4, 144)
+    assert choice.tuning.partial == PartialTuning(64, tiles_per_item, 4, 128)
     assert choice.reason.startswith("table nvidia-h200, ")

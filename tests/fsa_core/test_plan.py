@@ -116,11 +116,10 @@ def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int, p
 def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem) -> None:
     plan = plan_forward(problem)
     pairs = plan.chunk_tokens * problem.num_slots
-    rows_per_item = plan.tile.rows * plan.tile.tiles_per_item
     # The two extremes: one block has all pairs, or as many segments as can be have one pair more than fills.
-    assert -(-pairs * plan.heads_per_pair // rows_per_item) <= plan.max_items
+    assert -(-pairs // plan.tile.pairs_per_item) <= plan.max_items
     segments = min(plan.segments, pairs)
-    even = -(-(pairs // segments) * plan.heads_per_pair // rows_per_item)
+    even = -(-(pairs // segments) // plan.tile.pairs_per_item)
     assert segments * even <= plan.max_items + segments
 
 

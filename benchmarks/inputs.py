@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import DTYPES, Case
-from benchmarks.indices import causal_block_indices
+
+XX
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
@@ -94,7 +95,16 @@ def work_of(case: Case, x: Inputs) -> Work:
 
 
 def attended_pairs(x: Inputs) -> int:
-    """(query head, key) pairs: whole blocks, and of a token's own block the keys up to itself."""
-    token = torch.arange(x.num_tokens, device=x.q.device)[:, None]
-    visible = token + 1 - x.block_indices.long() * x.block_size
-    return int(visible.clamp(max=x.block_size)[x.block_indices >= 0].sum()) * x.group_size
+    """(query head, key) pairs."""
+    return int(attended_keys(x.block_indices, x.block_size).sum()) * x.group_size
+
+
+def attended_keys(block_indices: torch.Tensor, block_size: int) -> torch.Tensor:
+    """How many keys each row attends: whole blocks, and of a token's own block the keys up to itself.
+
+    block_indices [index heads, tokens, slots] of one sequence from its first token on; int64 [index heads,
+    tokens].
+    """
+    token = torch.arange(block_indices.shape[1], device=block_indices.device)[:, None]
+    visible = (token + 1 - block_indices.long() * block_size).clamp(max=block_size)
+    return visible.where(block_indices >= 0, 0).sum(-1)

@@ -44,9 +44,14 @@ Value = Callable[[Row, str], float | None]
 
 def draw(results: Results, beside: Path) -> list[Path]:
     """Writes the plots that these results have the data for, named after ``beside``."""
+    return write_figures(_figures(results), beside)
+
+
+def write_figures(figures: Iterator[tuple[str, Figure]], beside: Path) -> list[Path]:
+    """Writes each figure, drawn in the style of all, under the name that comes with it."""
     written = []
     with matplotlib.rc_context(STYLE):
-        for name, figure in _figures(results):
+        for name, figure in figures:
             path = beside.with_name(f"{beside.stem}_{name}.svg")
             figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
             written.append(path)

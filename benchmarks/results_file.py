@@ -51,7 +51,6 @@ class Results:
     rows: list[Row] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Replaces the file as a whole, so that a run that is cut short leaves the last complete one."""
         rows = [_without_none(asdict(row)) | {"name": row.case.name} for row in self.rows]
         document = {
             "machine": self.machine,
@@ -59,9 +58,7 @@ class Results:
             "ceilings": self.ceilings and asdict(self.ceilings),
             "rows": rows,
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, document)
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -73,6 +70,13 @@ class Results:
             ceilings=Ceilings(**ceilings) if ceilings else None,
             rows=[_row(row) for row in document["rows"]],
         )
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replaces the file as a whole, so that a run that is cut short leaves the last complete one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
 
 
 def machine_of(device: torch.device) -> dict[str, str]:

@@ -12,8 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import report
 from benchmarks.cases import SUITES, Case, as_recorded, suite
@@ -22,6 +20,7 @@ from benchmarks.gate import Sample, sampled_truth, worst_error
 from benchmarks.indices import recorded_block_indices
 from benchmarks.inputs import Inputs, make_inputs, work_of
 from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, take_turns, timer_for
+from benchmarks.progress import progress_bar
 from benchmarks.results_file import Measured, Results, Row, machine_of
 
 MIB = 1 << 20
@@ -63,7 +62,7 @@ def _measured(
     recorded: torch.Tensor | None,
     seconds_each: float,
 ) -> Iterator[Row]:
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
@@ -137,18 +136,6 @@ def _rows_to_keep(path: Path | None, machine: dict[str, str]) -> list[Row]:
 
 def _undated(machine: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in machine.items() if name != "date"}
-
-
-def _progress() -> Progress:
-    """On the terminal, and out of the way of results that go to a file."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    return Progress(
-        *columns,
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        redirect_stdout=sys.stdout.isatty(),
-        transient=True,
-    )
 
 
 def _cases(name: str, only: str, recorded: torch.Tensor | None, device: torch.device) -> list[Case]:

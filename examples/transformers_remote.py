@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import attention_hook
 import smollm2
 import stages
 import torch
@@ -35,7 +35,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from service.client import AttentionClient, AttentionError
 
@@ -88,7 +88,7 @@ def _own_blocks(q: torch.Tensor, k: torch.Tensor, block_size: int) -> torch.Tens
 
 
 class RemoteAttention:
-    """An attention function for transformers that asks the service, and counts what was attended."""
+    """Attention that asks the service, and counts what was attended."""
 
     def __init__(self, client: AttentionClient, select: Select, block_size: int) -> None:
         self._client = client
@@ -99,33 +99,17 @@ class RemoteAttention:
         self.last_context_blocks = 0
 
     def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """query [1, Hq, Tq, D], key and value [1, Hkv, Tk, D], the cache included -> [1, Tq, Hq, D]."""
-        if len(query) != 1:
-            raise ValueError(f"one sequence at a time, not {len(query)}")
-        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None
+    ) -> torch.Tensor:
+        """q [Tq, Hq, D], k and v [Tk, Hkv, D], the cache included -> [Tq, Hq, D]."""
         indices = self._select(q, k, self._block_size)
         result = self._client.selected_attention(
-            q, k, v, indices, block_size=self._block_size, softmax_scale=scaling
+            q, k, v, indices, block_size=self._block_size, softmax_scale=softmax_scale
         )
         self.last_blocks = (indices >= 0).sum(-1).float().mean().item()
         self.last_context_blocks = -(-len(k) // self._block_size)
         self.on_call()
-        return result.out[None], None
-
-
-def no_mask(*, attention_mask: torch.Tensor | None = None, **_: Any) -> None:
-    """The service applies causality itself; padding has no place in a single sequence."""
-    if attention_mask is not None and not attention_mask.all():
-        raise ValueError("padded batches are not supported")
+        return result.out
 
 
 @dataclass(frozen=True)
@@ -177,8 +161,7 @@ class Chat:
 
     def remote_answer(self, prompt: torch.Tensor, remote: RemoteAttention, title: str) -> Generation:
         """The same with every layer's attention computed by the service."""
-        AttentionInterface.register(NAME, remote)
-        AttentionMaskInterface.register(NAME, no_mask)
+        attention_hook.register(NAME, remote)
         with progress_bar(title, self.max_new_tokens * self.model.config.num_hidden_layers) as advance:
             remote.on_call = advance
             return self.answer(prompt, NAME)

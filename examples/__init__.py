@@ -1,0 +1,1 @@
+"""What a user reads and runs; benchmarks take their model from here."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import DTYPES, Case
-
-XX
+from benchmarks.indices import causal_block_indices
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cases import DTYPES, Case
-from benchmarks.indices import causal_block_indices
+from fsa_core.drawn_indices import causal_block_indices
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4

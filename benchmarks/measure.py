@@ -1,20 +1,16 @@
 """Times and memory of calls, and what the machine could do at best."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from fsa_core.timing import Timer, host_timer, timer_for
+
 # Contenders take turns so often, so that a clock that drifts drifts for all of them.
 ROUNDS = 4
 MOST_RUNS_A_TURN = 50
-# Larger than any L2 cache: what a run left there must not make the next one faster.
-FLUSH_BYTES = 1 << 28
-
-# Seconds of each of ``count`` calls of ``run``.
-Timer = Callable[[Callable[[], object], int], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +45,10 @@ def take_turns(
     return {name: _times(values) for name, values in seconds.items()}
 
 
-def timer_for(device: torch.device) -> Timer:
-    return cuda_timer if device.type == "cuda" else cpu_timer
-
-
-def cpu_timer(run: Callable[[], object], count: int) -> list[float]:
-    return [_host_seconds(run) for _ in range(count)]
-
-
-def cuda_timer(run: Callable[[], object], count: int) -> list[float]:
-    """Between events around each call, the L2 cache flushed before; nothing waits for the host in between."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-
 def enqueue_timer(run: Callable[[], object], count: int) -> list[float]:
     """What a call costs the host before it returns; the device is idle when the calls begin."""
     torch.cuda.synchronize()
-    seconds = [_host_seconds(run) for _ in range(count)]
+    seconds = host_timer(run, count)
     torch.cuda.synchronize()
     return seconds
 
@@ -105,12 +80,6 @@ def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
         flops_per_second=2 * size**3 / times["product"].median_seconds,
         bytes_per_second=2 * copied / times["copy"].median_seconds,
     )
-
-
-def _host_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _times(seconds: list[float]) -> Times:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.indices import causal_block_indices
+from fsa_core.drawn_indices import causal_block_indices
 from fsa_core.index_checks import IndexRows, ids_are_valid
 
 BLOCK_SIZE = 64

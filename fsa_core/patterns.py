@@ -58,9 +58,10 @@ def expand_query_blocks(
     starts = row_starts(cu_seqlens_q, query_block_size)[placed.sequence]
     token = torch.arange(num_q_tokens, device=block_indices.device)
     row = starts + (token - cu_seqlens_q[placed.sequence]) // query_block_size
-    ids = block_indices[:, row.clamp_(0, max(block_indices.shape[1] - 1, 0))]
+    ids = block_indices.index_select(1, row.clamp_(0, max(block_indices.shape[1] - 1, 0)))
     if causal:
-        num_visible_blocks = -(-placed.num_visible_keys // block_size)
+        # Of the dtype of the ids: a comparison that converts them takes twice as long.
+        num_visible_blocks = (-(-placed.num_visible_keys // block_size)).int()
         ids.masked_fill_(ids >= num_visible_blocks[:, None], -1)
     return ids
 

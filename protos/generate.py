@@ -27,7 +27,8 @@ def generate(output: Path) -> None:
         text = re.sub(r"^from fsa\.", "from service.pb.fsa.", module.read_text(), flags=re.MULTILINE)
         module.write_text(text)
     for folder in (output, *(path for path in output.rglob("*") if path.is_dir())):
-        (folder / "__init__.py").touch()
+        if folder.name != "__pycache__":
+            (folder / "__init__.py").touch()
 
 
 if __name__ == "__main__":

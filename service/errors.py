@@ -38,6 +38,8 @@ _CODE_REASONS: Mapping[grpc.StatusCode, tuple[str, ...]] = {
         "INVALID_SOFTMAX_SCALE",
         "INVALID_CU_SEQLENS",
         "INVALID_INDEX_SHAPE",
+        "INVALID_OFFSETS",
+        "INVALID_PATTERN",
         "INDEX_OUT_OF_RANGE",
         "INDEX_NOT_CAUSAL",
         "INDEX_DUPLICATE",

@@ -3,11 +3,12 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import grpc
 import torch
 
-from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM
 from service import __version__
 from service.config import Backend, Settings
 from service.device_worker import DeviceWorker
@@ -34,12 +35,26 @@ def describe(settings: Settings, workers: Sequence[DeviceWorker]) -> attention_p
         protocol=PROTOCOL,
         devices=[_device(worker) for worker in workers],
         dtypes=[tensor_pb2.DTYPE_FLOAT16, tensor_pb2.DTYPE_BFLOAT16, tensor_pb2.DTYPE_FLOAT32],
-        patterns=[
-            field.name for field in pattern_pb2.SparsityPattern.DESCRIPTOR.oneofs_by_name["kind"].fields
-        ],
+        patterns=[variant.name for variant in _variants()],
         limits=_limits(settings),
         kernels=sorted({_kernel(settings.backend, worker.client.spec.kind) for worker in workers}),
         versions=_versions(workers),
+        pattern_limits=[_pattern_limits(variant, settings) for variant in _variants()],
+    )
+
+
+def _variants() -> Sequence[Any]:
+    """Field descriptors of the SparsityPattern variants, in the order of their numbers."""
+    fields = pattern_pb2.SparsityPattern.DESCRIPTOR.oneofs_by_name["kind"].fields
+    return sorted(fields, key=lambda field: field.number)
+
+
+def _pattern_limits(variant: Any, settings: Settings) -> attention_pb2.PatternLimits:
+    return attention_pb2.PatternLimits(
+        name=variant.name,
+        max_slots=0 if variant.name == "dense" else min(settings.max_slots, MAX_SLOTS),
+        shared_rows="query_block_size" in variant.message_type.fields_by_name,
+        causal_only=variant.name == "vertical_slash",
     )
 
 

@@ -35,6 +35,7 @@ _NUMBERS = {
     torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16,
     torch.float32: tensor_pb2.DTYPE_FLOAT32,
     torch.int32: tensor_pb2.DTYPE_INT32,
+    torch.bool: tensor_pb2.DTYPE_BOOL,
 }
 _DTYPES = {number: dtype for dtype, number in _NUMBERS.items()}
 

@@ -110,7 +110,7 @@ def missing_payload(draw: Draw, request: Request) -> BadRequest:
 
 def unknown_dtype(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
-    tensor.dtype = draw(one_of(0, 5, 99, -1, 2**31 - 1))
+    tensor.dtype = draw(one_of(0, 6, 99, -1, 2**31 - 1))
     return BadRequest(request.SerializeToString(), "INVALID_DTYPE", metadata={"field": name})
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fsa_core.patterns import expand_query_blocks
-from service import codec
+from service import codec, tensors
 from service.errors import FsaError
 from service.job import Field, Layout
 from service.pb.fsa.v1 import attention_pb2, tensor_pb2
@@ -173,6 +173,6 @@ def test_an_id_that_could_not_be_logged_is_refused(make_case: Callable[..., Any]
     assert refusal(request_of(make_case(), request_id=request_id)).reason == "INVALID_REQUEST_ID"
 
 
-def test_every_float_dtype_of_the_wire_has_one_of_torch() -> None:
+def test_every_dtype_of_the_wire_has_one_of_torch() -> None:
     known = set(tensor_pb2.Dtype.values()) - {tensor_pb2.DTYPE_UNSPECIFIED}
-    assert set(codec.DTYPES) == known
+    assert set(tensors.DTYPES) == known

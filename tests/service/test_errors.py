@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from fsa_core import validation
-from service import codec, dispatcher
+from fsa_core import block_csr, block_mask, compact, validation, vertical_slash
+from service import codec, dispatcher, selection, tensors
 from service.errors import CODES, MAX_TEXT_LENGTH, FsaError
 from service.interceptors import RequestInterceptor
 from service.metrics import Metrics
@@ -99,14 +99,18 @@ def test_texts_that_quote_a_client_are_cut_to_fit_the_trailers() -> None:
 
 
 def test_every_reason_in_the_source_is_in_the_table() -> None:
-    for module in (validation, codec, dispatcher):
+    library = (validation, compact, block_csr, block_mask, vertical_slash)
+    for module in (*library, codec, selection, tensors, dispatcher):
         for reason in literal_reasons(Path(inspect.getfile(module))):
             assert reason in CODES, f"{reason} of {module.__name__}"
 
 
+RAISING = ("InputError", "FsaError", "refuse", "_refuse")
+
+
 def literal_reasons(source: Path) -> set[str]:
-    """The first arguments of all InputError(...) and FsaError(...) calls that are written out."""
+    """The first arguments of all calls of RAISING that are written out."""
     calls = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
-    raised = [call for call in calls if getattr(call.func, "id", "") in ("InputError", "FsaError")]
+    raised = [call for call in calls if getattr(call.func, "id", "") in RAISING]
     first = [call.args[0] for call in raised if call.args]
     return {node.value for node in first if isinstance(node, ast.Constant)}

@@ -73,7 +73,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol", "devices", "dtypes", "patterns", "limits", "kernels", "versions")
+    __slots__ = ("version", "protocol", "devices", "dtypes", "patterns", "limits", "kernels", "versions", "pattern_limits")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class GetServerInfoResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    PATTERN_LIMITS_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol: str
     devices: _containers.RepeatedCompositeFieldContainer[Device]
@@ -97,7 +98,20 @@ class GetServerInfoResponse(_message.Message):
     limits: Limits
     kernels: _containers.RepeatedScalarFieldContainer[str]
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_tensor_pb2.Dtype, str]]] = ..., patterns: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kernels: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    pattern_limits: _containers.RepeatedCompositeFieldContainer[PatternLimits]
+    def __init__(self, version: _Optional[str] = ..., protocol: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_tensor_pb2.Dtype, str]]] = ..., patterns: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kernels: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pattern_limits: _Optional[_Iterable[_Union[PatternLimits, _Mapping]]] = ...) -> None: ...
+
+class PatternLimits(_message.Message):
+    __slots__ = ("name", "max_slots", "shared_rows", "causal_only")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CAUSAL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    max_slots: int
+    shared_rows: bool
+    causal_only: bool
+    def __init__(self, name: _Optional[str] = ..., max_slots: _Optional[int] = ..., shared_rows: bool = ..., causal_only: bool = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("index", "kind", "name", "memory_bytes", "up")

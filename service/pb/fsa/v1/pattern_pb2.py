@@ -25,17 +25,23 @@ _sym_db = _symbol_database.Default()
 from service.pb.fsa.v1 import tensor_pb2 as fsa_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66sa/v1/pattern.proto\x12\x06\x66sa.v1\x1a\x13\x66sa/v1/tensor.proto\"h\n\x0fSparsityPattern\x12-\n\rblock_indices\x18\x01 \x01(\x0b\x32\x14.fsa.v1.BlockIndicesH\x00\x12\x1e\n\x05\x64\x65nse\x18\x05 \x01(\x0b\x32\r.fsa.v1.DenseH\x00\x42\x06\n\x04kind\"]\n\x0c\x42lockIndices\x12\x1f\n\x07indices\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"\x07\n\x05\x44\x65nseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66sa/v1/pattern.proto\x12\x06\x66sa.v1\x1a\x13\x66sa/v1/tensor.proto\"\xe9\x01\n\x0fSparsityPattern\x12-\n\rblock_indices\x18\x01 \x01(\x0b\x32\x14.fsa.v1.BlockIndicesH\x00\x12%\n\tblock_csr\x18\x02 \x01(\x0b\x32\x10.fsa.v1.BlockCsrH\x00\x12/\n\x0evertical_slash\x18\x03 \x01(\x0b\x32\x15.fsa.v1.VerticalSlashH\x00\x12\x1e\n\x05\x64\x65nse\x18\x05 \x01(\x0b\x32\r.fsa.v1.DenseH\x00\x12\'\n\nblock_mask\x18\x06 \x01(\x0b\x32\x11.fsa.v1.BlockMaskH\x00\x42\x06\n\x04kind\"]\n\x0c\x42lockIndices\x12\x1f\n\x07indices\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"z\n\x08\x42lockCsr\x12\x1f\n\x07offsets\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1f\n\x07indices\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x18\n\x10query_block_size\x18\x04 \x01(\x05\"W\n\tBlockMask\x12\x1c\n\x04mask\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"d\n\rVerticalSlash\x12 \n\x08vertical\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1d\n\x05slash\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\"\x07\n\x05\x44\x65nseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fsa.v1.pattern_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPARSITYPATTERN']._serialized_start=53
-  _globals['_SPARSITYPATTERN']._serialized_end=157
-  _globals['_BLOCKINDICES']._serialized_start=159
-  _globals['_BLOCKINDICES']._serialized_end=252
-  _globals['_DENSE']._serialized_start=254
-  _globals['_DENSE']._serialized_end=261
+  _globals['_SPARSITYPATTERN']._serialized_start=54
+  _globals['_SPARSITYPATTERN']._serialized_end=287
+  _globals['_BLOCKINDICES']._serialized_start=289
+  _globals['_BLOCKINDICES']._serialized_end=382
+  _globals['_BLOCKCSR']._serialized_start=384
+  _globals['_BLOCKCSR']._serialized_end=506
+  _globals['_BLOCKMASK']._serialized_start=508
+  _globals['_BLOCKMASK']._serialized_end=595
+  _globals['_VERTICALSLASH']._serialized_start=597
+  _globals['_VERTICALSLASH']._serialized_end=697
+  _globals['_DENSE']._serialized_start=699
+  _globals['_DENSE']._serialized_end=706
 # @@protoc_insertion_point(module_scope)

@@ -7,12 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SparsityPattern(_message.Message):
-    __slots__ = ("block_indices", "dense")
+    __slots__ = ("block_indices", "block_csr", "vertical_slash", "dense", "block_mask")
     BLOCK_INDICES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_CSR_FIELD_NUMBER: _ClassVar[int]
+    VERTICAL_SLASH_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_MASK_FIELD_NUMBER: _ClassVar[int]
     block_indices: BlockIndices
+    block_csr: BlockCsr
+    vertical_slash: VerticalSlash
     dense: Dense
-    def __init__(self, block_indices: _Optional[_Union[BlockIndices, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ...) -> None: ...
+    block_mask: BlockMask
+    def __init__(self, block_indices: _Optional[_Union[BlockIndices, _Mapping]] = ..., block_csr: _Optional[_Union[BlockCsr, _Mapping]] = ..., vertical_slash: _Optional[_Union[VerticalSlash, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., block_mask: _Optional[_Union[BlockMask, _Mapping]] = ...) -> None: ...
 
 class BlockIndices(_message.Message):
     __slots__ = ("indices", "block_size", "query_block_size")
@@ -23,6 +29,38 @@ class BlockIndices(_message.Message):
     block_size: int
     query_block_size: int
     def __init__(self, indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., block_size: _Optional[int] = ..., query_block_size: _Optional[int] = ...) -> None: ...
+
+class BlockCsr(_message.Message):
+    __slots__ = ("offsets", "indices", "block_size", "query_block_size")
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    QUERY_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    offsets: _tensor_pb2.Tensor
+    indices: _tensor_pb2.Tensor
+    block_size: int
+    query_block_size: int
+    def __init__(self, offsets: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., block_size: _Optional[int] = ..., query_block_size: _Optional[int] = ...) -> None: ...
+
+class BlockMask(_message.Message):
+    __slots__ = ("mask", "block_size", "query_block_size")
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    QUERY_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    mask: _tensor_pb2.Tensor
+    block_size: int
+    query_block_size: int
+    def __init__(self, mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., block_size: _Optional[int] = ..., query_block_size: _Optional[int] = ...) -> None: ...
+
+class VerticalSlash(_message.Message):
+    __slots__ = ("vertical", "slash", "block_size")
+    VERTICAL_FIELD_NUMBER: _ClassVar[int]
+    SLASH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    vertical: _tensor_pb2.Tensor
+    slash: _tensor_pb2.Tensor
+    block_size: int
+    def __init__(self, vertical: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., slash: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class Dense(_message.Message):
     __slots__ = ()

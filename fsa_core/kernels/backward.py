@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.backward_plan import BackwardPlan, Pass, plan_backward
-from fsa_core.kernels.index import LENGTHS
+from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.sorted_index import NO_SEGMENT, SortedIndex, sorted_index
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim, search_steps
@@ -61,7 +61,7 @@ def _delta(
 
 @triton.jit(
     do_not_specialize=(
-        *LENGTHS, "total_q", "group_tokens", "max_splits", "first_kv_head", "rank", "chunk",
+        *LENGTHS, "total_q", "max_splits", "first_kv_head", "rank", "chunk",
         "first_range_segment", "range_segments",
     )
 )  # fmt: skip
@@ -86,13 +86,11 @@ def _gradients(
     total_q,
     first_token,
     num_tokens,
-    chunk_tokens,
     num_slots,
     num_sequences,
     search_steps,
     num_segments,
     num_chunks,
-    group_tokens,
     max_items,
     max_splits,
     first_kv_head,
@@ -113,7 +111,8 @@ def _gradients(
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    ROWS_PER_ITEM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PER_ITEM: tl.constexpr,
     WITH_KEYS: tl.constexpr,
     WITH_QUERIES: tl.constexpr,
 ):
@@ -148,11 +147,9 @@ def _gradients(
     segment_start = tl.load(offsets_ptr + row * num_segments + segment)
     num_pairs = tl.load(offsets_ptr + row * num_segments + segment + 1) - segment_start
     first_item = tl.load(item_offsets_ptr + segment)
-    first_row = (item - first_item) * ROWS_PER_ITEM
-    last_row = tl.minimum(num_pairs * HEADS_PER_PAIR, first_row + ROWS_PER_ITEM)
-    pairs_ptr += segment_start
-    # What precedes the chunk's own places among the pairs of its index head.
-    first_place = (index_head * group_tokens + chunk * chunk_tokens) * num_slots
+    first_pair = (item - first_item) * PAIRS_PER_ITEM
+    num_pairs = tl.minimum(num_pairs - first_pair, PAIRS_PER_ITEM)
+    pairs_ptr += segment_start + first_pair
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
@@ -169,30 +166,41 @@ def _gradients(
     grad_k = tl.zeros((KEYS, HEAD_DIM_PADDED), tl.float32)
     grad_v = tl.zeros((KEYS, VALUE_DIM_PADDED), tl.float32)
 
-    for start in range(first_row, last_row, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        row_mask = rows < last_row
-        places = tl.load(pairs_ptr + rows // HEADS_PER_PAIR, mask=row_mask, other=first_place) - first_place
-        chunk_token = places // num_slots
-        tokens = first_token + chunk_token
-        group_heads = rank * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
-        q_rows = tokens.to(tl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE + group_heads
+    # A tile is whole pairs, so that what a row is of its pair is the same in every tile. Offsets count from
+    # the chunk's first token and fit 32 bits.
+    pair_in_tile = tl.arange(0, ROWS) // HEADS_PER_PAIR
+    head_in_pair = tl.arange(0, ROWS) % HEADS_PER_PAIR
+    first_head = rank * HEADS_PER_PAIR
+    first_q_row = tl.cast(first_token, tl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE + first_head
+    q_ptr += first_q_row * HEAD_DIM
+    grad_out_ptr += first_q_row * VALUE_DIM
+    lse_ptr += first_q_row
+    delta_ptr += (group_head.to(tl.int64) * total_q + first_token) * GROUP_SIZE + first_head
+    q_offsets = (head_in_pair * HEAD_DIM)[:, None] + dims[None, :]
+    out_offsets = (head_in_pair * VALUE_DIM)[:, None] + value_dims[None, :]
+
+    for start in range(0, num_pairs, PAIRS):
+        pair_number = start + pair_in_tile
+        row_mask = (pair_in_tile < PAIRS) & (pair_number < num_pairs)
+        pairs = tl.load(pairs_ptr + pair_number, mask=row_mask, other=0)
+        chunk_token = pairs >> SLOT_BITS
         q_mask = row_mask[:, None] & dim_mask[None, :]
+        q_ptrs = q_ptr + ((chunk_token * (NUM_Q_HEADS * HEAD_DIM))[:, None] + q_offsets)
+        q = tl.load(q_ptrs, mask=q_mask, other=0.0)
         out_mask = row_mask[:, None] & value_mask[None, :]
-        q = tl.load(q_ptr + q_rows[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
-        grad_out_ptrs = grad_out_ptr + q_rows[:, None] * VALUE_DIM + value_dims[None, :]
+        grad_out_ptrs = grad_out_ptr + ((chunk_token * (NUM_Q_HEADS * VALUE_DIM))[:, None] + out_offsets)
         grad_out = tl.load(grad_out_ptrs, mask=out_mask, other=0.0)
-        lse = tl.load(lse_ptr + q_rows, mask=row_mask, other=0.0)
-        delta_rows = (group_head.to(tl.int64) * total_q + tokens) * GROUP_SIZE + group_heads
-        delta = tl.load(delta_ptr + delta_rows, mask=row_mask, other=0.0)
+        lse = tl.load(lse_ptr + chunk_token * NUM_Q_HEADS + head_in_pair, mask=row_mask, other=0.0)
+        delta = tl.load(delta_ptr + chunk_token * GROUP_SIZE + head_in_pair, mask=row_mask, other=0.0)
         # Keys down, rows across: the weights are then the left operand of the keys' gradients as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
-        visible = row_mask[None, :] & key_mask[:, None]
-        if CAUSAL:
-            visible &= keys[:, None] <= (tokens + q_shift)[None, :]
-        # A row that sees no key has lse = -inf and no weights.
+        # A row that sees no key has lse = -inf and no weights. Rows past the last have nothing but zeros in q
+        # and grad_out, and so no share in any sum; keys past the end of the sequence come after every token.
         shift = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
-        weights = tl.where(visible, tl.exp2(scores * (scale * LOG2_E) - shift[None, :]), 0.0)
+        weights = tl.exp2(scores * (scale * LOG2_E) - shift[None, :])
+        positions = chunk_token + (first_token + q_shift)
+        visible = keys[:, None] <= positions[None, :] if CAUSAL else key_mask[:, None]
+        weights = tl.where(visible, weights, 0.0)
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="tf32x3")
         grad_scores = (weights * (grad_weights - delta[None, :])).to(k.dtype)
         if WITH_KEYS:
@@ -200,9 +208,9 @@ def _gradients(
             grad_k = tl.dot(grad_scores, q, grad_k, input_precision="tf32x3")
         if WITH_QUERIES:
             grad_q = tl.dot(tl.trans(grad_scores), k, input_precision="tf32x3")
-            pair_place = (group_head.to(tl.int64) * num_tokens + chunk_token) * num_slots + places % num_slots
-            pair_place = (pair_place * (BLOCK_SIZE // KEYS) + part) * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
-            partial_ptrs = partial_ptr + pair_place[:, None] * HEAD_DIM + dims[None, :]
+            place = (group_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
+            place = (place * (BLOCK_SIZE // KEYS) + part) * HEADS_PER_PAIR
+            partial_ptrs = partial_ptr + ((place * HEAD_DIM)[:, None] + q_offsets)
             tl.store(partial_ptrs, grad_q.to(partial_ptr.dtype.element_ty), mask=q_mask)
 
     if WITH_KEYS:
@@ -440,7 +448,7 @@ def _walk(
             index = sorted_index(
                 ids, call.cu_seqlens_q, call.cu_seqlens_k, first_token=first_token, num_tokens=num_tokens,
                 chunk_tokens=one.chunk_tokens, num_segments=plan.segments, block_size=p.block_size,
-                heads_per_pair=plan.heads_per_pair, rows_per_item=one.rows_per_item, max_items=one.max_items,
+                pairs_per_item=one.pairs_per_item, max_items=one.max_items,
             )  # fmt: skip
             for chunk in range(-(-num_tokens // one.chunk_tokens)):
                 place = _Place(first_token, num_tokens, chunk, rank, first_kv_head, num_kv_heads)
@@ -480,12 +488,12 @@ def _launch(
     _gradients[one.max_items, at.num_kv_heads, parts](
         *call.operands, workspace.partial, workspace.sums, workspace.splits, index.pairs, index.offsets,
         index.item_offsets, index.split_offsets, index.item_segment, call.cu_seqlens_q, call.cu_seqlens_k,
-        p.softmax_scale, p.num_q_tokens, first_token, num_tokens, one.chunk_tokens, p.num_slots,
-        p.num_sequences, steps, plan.segments, num_chunks, at.group_tokens, one.max_items, one.max_splits,
+        p.softmax_scale, p.num_q_tokens, first_token, num_tokens, p.num_slots, p.num_sequences, steps,
+        plan.segments, num_chunks, one.max_items, one.max_splits,
         at.first_kv_head, at.rank, at.chunk, first_range_segment, range_segments, **shared, **q_heads,
         **blocks, HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
-        CAUSAL=p.causal, ROWS=plan.tile_rows, ROWS_PER_ITEM=one.rows_per_item, WITH_KEYS=one.with_keys,
-        WITH_QUERIES=one.with_queries, num_warps=plan.num_warps, num_stages=1,
+        CAUSAL=p.causal, ROWS=plan.tile_rows, PAIRS=plan.tile_pairs, PAIRS_PER_ITEM=one.pairs_per_item,
+        WITH_KEYS=one.with_keys, WITH_QUERIES=one.with_queries, num_warps=plan.num_warps, num_stages=1,
     )  # fmt: skip
     if one.with_keys:
         is_last = at.rank == plan.tile_heads_per_kv_head - 1 and first_token + num_tokens == p.num_q_tokens

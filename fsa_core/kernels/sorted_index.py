@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import LENGTHS, MAX_SLOTS_IN_TILE, PAIRS_IN_TILE
+from fsa_core.kernels.index import LENGTHS, MAX_SLOTS_IN_TILE, PAIRS_IN_TILE, SLOT_BITS
 from fsa_core.kernels.primitives import load_segments
 from fsa_core.plan import search_steps
 
@@ -24,7 +24,8 @@ class SortedIndex:
     A row is one chunk under one index head: row = head * num_chunks + chunk.
 
     keys [heads, tokens, slots]: row * segments + segment, or 2**31 - 1 for a slot that selects nothing.
-    pairs [heads * tokens * slots]: numbers of places in ``keys``, by key and then by place.
+    pairs [heads * tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first; by
+    key, and then by token and slot.
     offsets [rows * segments + 1]: where each row's segments begin in ``pairs``.
     item_offsets [rows, segments + 1]: the first work item of each segment; the last is how many there are.
     split_offsets [rows, segments + 1]: the same, counting only segments of more than one item.
@@ -45,6 +46,7 @@ def _keys(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     keys_ptr,
+    pairs_ptr,
     first_token,
     first_row_token,
     num_tokens,
@@ -67,7 +69,11 @@ def _keys(
         first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
     keys = tl.where(segments >= 0, rows[:, None] * num_segments + segments, NO_SEGMENT)
-    tl.store(keys_ptr + tl.program_id(2).to(tl.int64) * group_pairs + places, keys, mask=inside)
+    first_pair = tl.program_id(2).to(tl.int64) * group_pairs
+    tl.store(keys_ptr + first_pair + places, keys, mask=inside)
+    chunk_places = places - ((rows - tl.program_id(2) * num_chunks) * chunk_tokens * num_slots)[:, None]
+    pairs = (chunk_places // num_slots << SLOT_BITS) | chunk_places % num_slots
+    tl.store(pairs_ptr + first_pair + places, pairs, mask=inside)
 
 
 def sorted_index(
@@ -80,8 +86,7 @@ def sorted_index(
     chunk_tokens: int,
     num_segments: int,
     block_size: int,
-    heads_per_pair: int,
-    rows_per_item: int,
+    pairs_per_item: int,
     max_items: int,
 ) -> SortedIndex:
     """Indexes ``num_tokens`` query tokens from ``first_token``, in chunks of ``chunk_tokens``.
@@ -90,25 +95,25 @@ def sorted_index(
     """
     num_heads, _, num_slots = block_indices.shape
     num_chunks = -(-num_tokens // chunk_tokens)
-    keys = block_indices.new_empty(num_heads, num_tokens, num_slots)
+    keys, pairs = (block_indices.new_empty(num_heads, num_tokens, num_slots) for _ in range(2))
     slots = min(1 << (num_slots - 1).bit_length(), MAX_SLOTS_IN_TILE)
     tokens = PAIRS_IN_TILE // slots
     num_sequences = cu_seqlens_q.numel() - 1
     _keys[-(-num_tokens // tokens), -(-num_slots // slots), num_heads](
-        block_indices, cu_seqlens_q, cu_seqlens_k, keys, first_token, 0, num_tokens, chunk_tokens,
+        block_indices, cu_seqlens_q, cu_seqlens_k, keys, pairs, first_token, 0, num_tokens, chunk_tokens,
         block_indices.stride(0), num_slots, num_sequences, search_steps(num_sequences), num_segments,
         num_chunks, 0, num_tokens * num_slots, BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip
-    in_order, pairs = torch.sort(keys.flatten(), stable=True)
+    in_order, order = torch.sort(keys.flatten(), stable=True)
     num_rows = num_heads * num_chunks
     every = torch.arange(num_rows * num_segments + 1, dtype=torch.int32, device=keys.device)
     offsets = torch.searchsorted(in_order, every, out_int32=True)
-    items = -(-offsets.diff().view(num_rows, num_segments) * heads_per_pair // rows_per_item)
+    items = -(-offsets.diff().view(num_rows, num_segments) // pairs_per_item)
     item_offsets = _starts(items)
     item = torch.arange(max_items, dtype=torch.int32, device=keys.device).expand(num_rows, -1).contiguous()
     return SortedIndex(
         keys=keys,
-        pairs=pairs.int(),
+        pairs=pairs.flatten().index_select(0, order),
         offsets=offsets,
         item_offsets=item_offsets,
         split_offsets=_starts(items * (items > 1)),

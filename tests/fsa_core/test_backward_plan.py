@@ -52,9 +52,9 @@ def test_gradients_of_more_keys_than_fit_are_taken_in_ranges() -> None:
 def test_every_split_item_has_a_place() -> None:
     plan = plan_backward(problem(32768))
     for one in plan.passes:
-        rows = one.chunk_tokens * PROBLEM.num_slots * plan.heads_per_pair
+        pairs = one.chunk_tokens * PROBLEM.num_slots
         # The most items that segments of two or more can have: as many segments of just over one item.
-        assert one.max_splits >= 2 * (rows // (one.rows_per_item + plan.heads_per_pair))
+        assert one.max_splits >= 2 * (pairs // (one.pairs_per_item + 1))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])

@@ -85,8 +85,8 @@ def test_float32(check: Callable, head_dim: int) -> None:
 
 
 def test_a_popular_block_is_many_items(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ROWS_PER_ITEM", "LONG_ROWS_PER_ITEM"):
-        monkeypatch.setattr(backward_plan, name, 64)
+    for name in ("TILES_PER_ITEM", "LONG_TILES_PER_ITEM"):
+        monkeypatch.setattr(backward_plan, name, 1)
     check(q_lens=(60, 40), distribution="same", dtype=torch.float16, head_dim=32, group_size=4)
 
 

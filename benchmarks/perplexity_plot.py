@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.perplexity_results import PerplexityResults, Row
 from benchmarks.plots import COLORS, write_figures
@@ -50,15 +50,8 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
         points = [(row.setting.top_k, row.second_half_perplexity) for row in rows if row.setting.rule == rule]
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
     sparse = [row for row in rows if row.setting.rule == "selected"]
-    axes.set(xscale="log", yscale="log")
-    axes.set_xlabel(f"blocks of {sparse[0].setting.block_size} a token")
+    axes.set_xscale("log")
     axes.set_xticks([row.setting.top_k for row in sparse])
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda blocks, _: f"{blocks:g}"))
     axes.minorticks_off()
-
-
-def _plain(value: float, _: object) -> str:
-    return f"{value:g}"
+    axes.set_xlabel(f"blocks of {sparse[0].setting.block_size} a token")

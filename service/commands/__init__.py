@@ -7,6 +7,7 @@ from service.commands.bench import bench
 from service.commands.config import config
 from service.commands.info import info
 from service.commands.serve import serve
+from service.commands.tune import tune
 
 app = typer.Typer(
     help="Attention as a service: run the server, look at it, send it work.",
@@ -15,5 +16,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, config, info, attend, bench):
+for command in (serve, config, info, attend, bench, tune):
     app.command()(command)

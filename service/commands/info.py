@@ -1,19 +1,42 @@
-"""``fsa info``: what a server is."""
+"""``fsa info``: what a server is, or which path a shape takes through the kernels."""
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from service.commands.failures import client_failures
 from service.commands.options import DEFAULT_TARGET, Json, Target
 from service.commands.output import format_bytes, print_table
+from service.commands.paths import show_path
+from service.commands.shapes import SHAPE_METAVAR, CallShape, Tokens, parse_tokens
 
 if TYPE_CHECKING:
     from service.client import Device, ServerInfo
 
 
-def info(target: Target = DEFAULT_TARGET, as_json: Json = False) -> None:
-    """Print what the server is, what it takes, and its limits."""
+def info(
+    target: Target = DEFAULT_TARGET,
+    shape: Annotated[
+        str | None,
+        typer.Option(metavar=SHAPE_METAVAR, help="Say which path this shape takes; asks no server."),
+    ] = None,
+    tokens: Tokens = "8192,65536",
+    device: Annotated[
+        str | None, typer.Option(help="With --shape: on this GPU, by the driver's name; else the one here.")
+    ] = None,
+    path: Annotated[str, typer.Option(help="With --shape: what is asked for.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Print what the server is, what it takes, and its limits.
+
+    With --shape, print instead how selected attention of that shape runs on a GPU and why, as the tuning
+    tables that are found here say (FSA_TUNING_FILE, the user's, the shipped ones).
+    """
+    if shape is not None:
+        show_path(CallShape.parse(shape), parse_tokens(tokens), device, path, as_json)
+        return
     from service.client import AttentionClient
 
     with client_failures(target), AttentionClient(target, timeout_seconds=10, max_attempts=1) as client:

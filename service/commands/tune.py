@@ -1,0 +1,175 @@
+"""``fsa tune``: measure on this GPU which kernels suit which shapes."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import count, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.commands.failures import CommandFailed
+from service.commands.output import format_seconds
+from service.commands.shapes import SHAPE_METAVAR, CallShape, Tokens, parse_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from fsa_core.problem import Problem
+    from fsa_core.timing import Timer
+    from fsa_core.tuning import Bench, Candidate, Grid
+    from fsa_core.tuning_table import Entry, Table
+
+SHAPES = tuple(
+    CallShape(q_heads=4 * group_size, kv_heads=4, head_dim=head_dim, block_size=block_size, slots=slots)
+    for head_dim, (block_size, slots), group_size in product(
+        (64, 128), ((64, 16), (128, 8)), (1, 2, 4, 8, 16)
+    )
+)
+# Two tables with entries of both cannot be told apart from one.
+_SAME_IN_A_TABLE = ("device_name", "workload", "torch", "triton")
+
+
+def tune(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar=SHAPE_METAVAR, help="Measure this one; may be repeated.")
+    ] = None,
+    tokens: Tokens = "8192,65536",
+    output: Annotated[Path | None, typer.Option(help="Table to write; if not given, the user's own.")] = None,
+) -> None:
+    """Measure the paths and tile sizes of the kernels on this GPU, and write a table to choose them by.
+
+    For each shape (if none is given: 4 KV heads of 64 and 128, 1 to 16 query heads each, 16 blocks of 64 and
+    8 of 128), what has the least geometric mean of times wins, over the lengths and over random and realistic
+    choices of blocks. What answers wrongly wins nothing. The table is written after every shape; one that is
+    there keeps its other shapes, if it is of this GPU and of the same versions.
+    """
+    shapes = [CallShape.parse(text) for text in shape] if shape else SHAPES
+    lengths = parse_tokens(tokens)
+    import torch
+
+    from fsa_core.timing import cuda_timer
+    from fsa_core.tuning import GRID
+    from fsa_core.tuning_table import user_table_path
+
+    calls = [[one.problem(length) for length in lengths] for one in shapes]
+    if not torch.cuda.is_available():
+        raise CommandFailed("fsa tune measures on a GPU, and torch sees none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    device_name = torch.cuda.get_device_name(device)
+    destination = output or user_table_path(device_name)
+    fill(destination, new_table(device_name, tokens), calls, device, cuda_timer, GRID)
+    print(f"written to {destination}")
+
+
+def new_table(device_name: str, tokens: str) -> "Table":
+    """No entries yet; what they will have been measured with."""
+    import torch
+
+    from fsa_core.tuning_table import Table, family
+    from service.info import build_versions
+
+    versions = build_versions()
+    provenance = {
+        "device_name": device_name,
+        "workload": f"one causal sequence of {tokens} tokens, random and real choices of blocks",
+        "fsa_serve": versions["version"],
+        "torch": versions["torch"],
+        "triton": versions["triton"],
+        "cuda": torch.version.cuda or "",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    return Table(family(device_name), (), provenance)
+
+
+def fill(
+    destination: Path,
+    table: "Table",
+    calls: Sequence[Sequence["Problem"]],
+    device: "torch.device",
+    timer: "Timer",
+    grid: "Grid",
+) -> None:
+    """Measures shapes, each given as its problems of several lengths; adds their entries to a table's file.
+
+    Raises CommandFailed.
+    """
+    from fsa_core.tuning import Bench, NothingRuns, tune
+
+    table = _with_entries_of(destination, table)
+    reports = []
+    with _progress(len(calls) * grid.num_candidates) as bar:
+        for number, problems in enumerate(calls):
+            bench = Bench(problems, device, timer)
+            done = count(number * grid.num_candidates + 1)
+
+            def measure(
+                candidate: "Candidate", bench: Bench = bench, done: Iterator[int] = done
+            ) -> float | None:
+                seconds = bench(candidate)
+                bar(next(done))
+                return seconds
+
+            try:
+                entry = tune(problems[0], measure, grid)
+            except NothingRuns as error:
+                raise CommandFailed(f"{error}: {bench.rejected[0][1]}") from error
+            others = (old for old in table.entries if old.shape != entry.shape)
+            table = replace(table, entries=(*others, entry))
+            _write(destination, table)
+            reports.append((entry, bench))
+    for entry, bench in reports:
+        _print(entry, bench)
+
+
+def _with_entries_of(destination: Path, table: "Table") -> "Table":
+    from fsa_core.tuning_table import TuningError, read_table
+
+    if not destination.exists():
+        return table
+    try:
+        old = read_table(destination)
+    except TuningError as error:
+        raise CommandFailed(f"{error}; remove it, or name another with --output") from error
+    for name in _SAME_IN_A_TABLE:
+        if old.provenance.get(name) != table.provenance[name]:
+            raise CommandFailed(
+                f"{destination} was measured with another {name} ({old.provenance.get(name)}, "
+                f"now {table.provenance[name]}); remove it, or name another with --output"
+            )
+    return replace(table, entries=old.entries)
+
+
+def _write(destination: Path, table: "Table") -> None:
+    """All of it or nothing: a run that is cut short leaves a table that can be used."""
+    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(table.to_json())
+        unfinished.replace(destination)
+    except OSError as error:
+        raise CommandFailed(f"{destination} cannot be written: {error}") from error
+
+
+def _print(entry: "Entry", bench: "Bench") -> None:
+    times = ", ".join(f"{path} {format_seconds(seconds)}" for path, seconds in entry.seconds.items())
+    print(f"{entry.shape}: {entry.path} ({times})", flush=True)
+    for candidate, why in bench.rejected:
+        print(f"  did not count: {candidate.path} {candidate.tuning}: {why}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, and what moves it to a number; none where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("candidates"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda completed: bar.update(task, completed=completed)

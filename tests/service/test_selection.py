@@ -1,5 +1,6 @@
 """Patterns of every kind become the normal form, or are refused by field and place."""
 
+import asyncio
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from fsa_core import block_csr as block_csr_module
 from fsa_core.patterns import expand_query_blocks, from_vertical_slash
 from service import codec
+from service.admission import Admission
+from service.arena import ArenaPool
+from service.config import Settings
 from service.errors import FsaError
 from service.job import Layout
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2
@@ -327,6 +331,32 @@ def test_the_first_bad_id_of_many_is_found(make_case: MakeCase, monkeypatch: pyt
         assert error.reason == ("INDEX_DUPLICATE" if value is None else "INDEX_OUT_OF_RANGE")
         place = {"head": head, "row": row, "slot": slot, "index": offsets[head * 2000 + row] + slot}
         assert {name: str(number) for name, number in place.items()}.items() <= error.metadata.items()
+
+
+def test_what_a_pattern_becomes_is_admitted_or_not_before_it_is_written(make_case: MakeCase) -> None:
+    settings = Settings(max_inflight_bytes=64 << 20, max_message_bytes=64 << 20, max_slots=300)
+    admission = Admission(settings, ArenaPool(settings.max_inflight_bytes))
+
+    def limit_of(request: attention_pb2.AttendRequest) -> tuple[str, int]:
+        raw = request.SerializeToString()
+        assert request.pattern.ByteSize() < 1 << 20
+        with pytest.raises(FsaError) as caught:
+            asyncio.run(admission.admit(codec.decode_attend(raw).problem))
+        assert caught.value.reason == "LIMIT_EXCEEDED"
+        return caught.value.metadata["limit"], int(caught.value.metadata["value"])
+
+    request = request_of(make_case(q_lens=(20,), k_lens=(5000,), head_dim=16))
+    rows = torch.full((1, 20, 301), -1, dtype=torch.int32)
+    rows[0, 7] = torch.arange(301)
+    request.pattern.CopyFrom(block_csr(rows, BLOCK))
+    assert limit_of(request) == ("max_slots", 301)
+    tokens, heads = 10_000, 16
+    request = request_of(make_case(q_lens=(tokens,), num_kv_heads=1, group_size=heads, head_dim=16))
+    columns = torch.arange(0, tokens, 64, dtype=torch.int32).expand(heads, -1).contiguous()
+    request.pattern.CopyFrom(vertical_slash(columns, columns[:, :0].contiguous(), 64))
+    limit, num_bytes = limit_of(request)
+    assert limit == "max_inflight_bytes"
+    assert num_bytes > heads * tokens * columns.shape[1] * 4
 
 
 def refusal(request: attention_pb2.AttendRequest) -> FsaError:

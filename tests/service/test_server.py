@@ -1,5 +1,6 @@
 """The whole way of a request through a real server process, against the oracle."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -13,9 +14,12 @@ import grpc
 import pytest
 import torch
 
+from fsa_core.patterns import from_vertical_slash
 from service.malloc import ENVIRONMENT
 from service.metrics import STAGE_FIELDS
 from service.pb.fsa.v1 import attention_pb2
+from tests import pattern_messages
+from tests.pattern_messages import block_csr, block_mask, vertical_slash
 from tests.serving import (
     Refusal,
     ServerProcess,
@@ -82,6 +86,39 @@ def test_rows_for_blocks_of_queries_are_served(server: ServerProcess, make_case:
     shared.pattern.block_indices.indices.CopyFrom(tensor_message(rows.contiguous()))
     shared.pattern.block_indices.query_block_size = 16
     assert server.attend(shared).out == expected.out
+
+
+def test_one_selection_gets_one_answer_however_it_is_said_and_whoever_it_rides_with(
+    server: ServerProcess, make_case: MakeCase
+) -> None:
+    case = make_case(q_lens=(64, 20), k_lens=(90, 64), dtype=torch.float16)
+    columns, diagonals = torch.tensor([[0, 40], [17, -1]]).int(), torch.tensor([[0, 20], [33, 1]]).int()
+    starts = {"cu_seqlens_q": case.cu_seqlens_q.cpu(), "cu_seqlens_k": case.cu_seqlens_k.cpu()}
+    from_columns = from_vertical_slash(columns, diagonals, block_size=16, **starts).indices
+    # A row for 16 queries: four of the first sequence, two of the second.
+    shared = (
+        torch.tensor([[0, 2], [1, 3], [0, 4], [2, 5], [0, 1], [1, 3]]).int().expand(2, -1, -1).contiguous()
+    )
+    same = [
+        [pattern_messages.block_indices(from_columns, 16), vertical_slash(columns, diagonals, 16)],
+        [
+            pattern_messages.block_indices(shared, 16, 16),
+            block_csr(shared, 16, 16),
+            block_mask(shared, 16, 16, num_blocks=6),
+        ],
+    ]
+    requests = [request_of(case) for pattern in itertools.chain(*same)]
+    for request, pattern in zip(requests, itertools.chain(*same), strict=True):
+        request.pattern.CopyFrom(pattern)
+    alone = [server.attend(request) for request in requests]
+    with server.frozen_worker():
+        calls = [server.start_call(request.SerializeToString()) for request in requests * 2]
+        eventually(lambda: server.metrics()["fsa_queue_depth",] >= len(requests), what="requests queue up")
+    together = [attention_pb2.AttendResponse.FromString(call.result()) for call in calls]
+    assert max(response.timings.batch_requests for response in together) > len(requests) // 2
+    for index, response in enumerate(together):
+        first = alone[0] if index % len(requests) < len(same[0]) else alone[len(same[0])]
+        assert (response.out, response.lse) == (first.out, first.lse), index
 
 
 def test_no_tokens_give_an_empty_answer(server: ServerProcess, make_case: MakeCase) -> None:

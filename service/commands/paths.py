@@ -20,8 +20,8 @@ def show_path(
     from fsa_core.dispatch import choose
     from fsa_core.plan import plan_forward
 
-    device_name = device_name or _first_gpu()
     problems = [shape.problem(length) for length in lengths]
+    device_name = device_name or _first_gpu()
     try:
         choice = choose(problems[0], device_name, path)
         plans = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +21,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from fsa_core import dispatch, tuning_table
+from fsa_core.plan import PATHS, plan_forward
 from service.cli import main
 from service.client import AttentionClient, BlockIndices
+from service.commands.shapes import CallShape
 from service.config import Settings
 from tests.serving import ServerProcess, eventually, running_server
 
@@ -97,7 +102,7 @@ def test_help_lists_the_commands_and_loads_none_of_the_heavy_libraries() -> None
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     text, loaded = done.stdout.split("LOADED")
-    assert all(name in text for name in ("serve", "config", "info", "attend", "bench"))
+    assert all(name in text for name in ("serve", "config", "info", "attend", "bench", "tune"))
     heavy = {"torch", "triton", "numpy", "grpc", "google.protobuf", "pydantic", "rich", "safetensors"}
     assert not heavy & set(loaded.split())
 
@@ -209,6 +214,81 @@ class TestInfo:
         assert info["health"] == "SERVING"
         assert info["limits"]["max_message_bytes"] == 512 << 20
         assert info["devices"][0]["up"] is True
+
+
+class TestInfoOfAShape:
+    SHAPE = "q_heads=8,kv_heads=2,head_dim=128,block_size=64,slots=16"
+
+    @pytest.fixture(autouse=True)
+    def _shipped_tables_only(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+        monkeypatch.delenv("FSA_TUNING_FILE", raising=False)
+        self.forget_tables()
+        yield
+        self.forget_tables()
+
+    @staticmethod
+    def forget_tables() -> None:
+        for cached in (dispatch.choose, dispatch._nearest, tuning_table.table_for):
+            cached.cache_clear()
+
+    def test_says_which_path_it_takes_and_why(self, fsa: Fsa) -> None:
+        outcome = fsa("info", "--shape", self.SHAPE, "--device", "NVIDIA H200", "--tokens", "1024")
+        values = dict(re.split(r"  +", line, maxsplit=1) for line in outcome.out.splitlines())
+        assert values["path"] in PATHS
+        assert values["reason"].startswith("table nvidia-h200, entry g=4 D=128 16-bit up to 16 blocks of 64")
+        assert values["workspace of 1024 tokens"].endswith("MiB")
+
+    def test_prints_tiles_and_bytes_as_json(self, fsa: Fsa) -> None:
+        words = ("--device", "Unheard-of 9000", "--path", "mixed", "--json")
+        answer = json.loads(fsa("info", "--shape", f"{self.SHAPE},dtype=float32", *words).out)
+        problem = CallShape.parse(f"{self.SHAPE},dtype=float32").problem(8192)
+        plan = plan_forward(problem, path="mixed")
+        assert answer["path"] == "mixed"
+        assert answer["reason"] == "asked for; sizes: no table for Unheard-of 9000: defaults"
+        assert answer["tiles"] == {"partial": asdict(plan.tile), "query": asdict(plan.query_tile)}
+        assert answer["workspace_bytes"]["8192"] == plan.workspace_bytes
+        assert set(answer["workspace_bytes"]) == {"8192", "65536"}
+
+    @pytest.mark.parametrize(
+        ("words", "message", "code"),
+        [
+            (["--shape", "q_heads=8"], "--shape has no kv_heads, head_dim, block_size, slots", 2),
+            (["--shape", f"{SHAPE},heads=8"], "--shape has 'heads=8'; it takes q_heads, kv_heads", 2),
+            (["--shape", f"{SHAPE},slots=many"], "--shape has slots=many; it must be a number", 2),
+            (["--shape", f"{SHAPE},dtype=int8"], "--shape has dtype=int8; it can be bfloat16", 2),
+            (["--shape", f"{SHAPE},kv_heads=3"], "--shape: k has 3 heads, q has 8", 2),
+            (["--shape", SHAPE, "--tokens", "1,x"], "--tokens is '1,x'; it must be positive integers", 2),
+            (["--shape", SHAPE, "--device", "X", "--path", "union"], "path is 'union': expected one of", 1),
+        ],
+    )
+    def test_what_it_cannot_take_is_one_line(
+        self, fsa: Fsa, words: list[str], message: str, code: int
+    ) -> None:
+        outcome = fsa("info", *words)
+        assert (outcome.code, outcome.out) == (code, "")
+        assert outcome.err.startswith(f"fsa: {message}")
+        assert outcome.err.count("\n") == 1
+
+    @pytest.mark.skipif("config.getoption('--device') == 'cuda'", reason="there is a GPU")
+    def test_without_a_gpu_one_must_be_named(self, fsa: Fsa) -> None:
+        outcome = fsa("info", "--shape", self.SHAPE)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "name one with --device" in outcome.err
+
+
+class TestTune:
+    @pytest.mark.skipif("config.getoption('--device') == 'cuda'", reason="there is a GPU")
+    def test_without_a_gpu_it_says_so_and_writes_nothing(self, fsa: Fsa, tmp_path: Path) -> None:
+        output = tmp_path / "table.json"
+        outcome = fsa("tune", "--output", output)
+        assert outcome == (1, "", "fsa: fsa tune measures on a GPU, and torch sees none here\n")
+        assert not output.exists()
+
+    def test_a_shape_that_is_not_sound_is_wrong_usage(self, fsa: Fsa) -> None:
+        outcome = fsa("tune", "--shape", "q_heads=8,kv_heads=2,head_dim=999,block_size=64,slots=16")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.startswith("fsa: --shape: ")
 
 
 class TestAttend:

@@ -62,13 +62,18 @@ class BlockCsr(CompactPattern):
             layout = "[heads, rows + 1]"
             message = f"offsets has shape {list(self.offsets.shape)}: expected {layout}"
             refuse("INVALID_OFFSETS", "offsets", message, list(self.offsets.shape), layout)
-        starts, ends = self.offsets[:, :-1], self.offsets[:, 1:]
-        end_before = F.pad(self.offsets[:-1, -1], (1, 0))[:, None]
-        _check_each(
-            self.offsets[:, :1] == end_before, self.offsets[:, :1], "the end of the head before it, or 0"
-        )
+        end_before = F.pad(self.offsets[:-1, -1:], (0, 0, 1, 0))
         # Compared, not subtracted: differences of integers that a client chose may overflow.
-        _check_each(ends >= starts, ends, "at least the one before it", first_column=1)
+        ascends = self.offsets[:, 1:] >= self.offsets[:, :-1]
+        bad = (~torch.cat([self.offsets[:, :1] == end_before, ascends], dim=1)).nonzero()
+        if len(bad):
+            head, index = bad[0].tolist()
+            value = int(self.offsets[head, index])
+            expected = "at least the one before it" if index else "the end of the head before it, or 0"
+            message = f"offsets[head {head}, {index}] is {value}: expected {expected}"
+            refuse(
+                "INVALID_OFFSETS", "offsets", message, value, expected, head=head, index=index, value=value
+            )
         end = int(self.offsets[-1, -1])
         if end != len(self.indices):
             expected = f"{len(self.indices)}, the number of ids"
@@ -170,15 +175,3 @@ def _repeats(ordered: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each of the keys but the first is the one before it; -1 never is."""
     is_repeated: NDArray[np.bool_] = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
     return is_repeated
-
-
-def _check_each(
-    is_right: torch.Tensor, values: torch.Tensor, expected: str, *, first_column: int = 0
-) -> None:
-    """Refuse the first of ``values`` [heads, columns], which start in ``first_column``, that is not right."""
-    bad = (~is_right).nonzero()
-    if len(bad):
-        head, column = bad[0].tolist()
-        value, index = int(values[head, column]), column + first_column
-        message = f"offsets[head {head}, {index}] is {value}: expected {expected}"
-        refuse("INVALID_OFFSETS", "offsets", message, value, expected, head=head, index=index, value=value)

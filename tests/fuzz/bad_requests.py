@@ -1,7 +1,7 @@
 """Requests with exactly one fault, and what the server has to say about each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, product
@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
+from tests import pattern_messages
 from tests.serving import tensor_message, tensor_of
 
 Request = attention_pb2.AttendRequest
@@ -27,7 +28,15 @@ LIMITS = {
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 Q_LENS, K_LENS = (5, 0, 24, 1), (33, 7, 24, 50)
-BLOCK, SLOTS = 16, 4
+BLOCK, SLOTS, MOST_BLOCKS = 16, 4, 4
+
+# The tensors of each pattern, by the names that refusals give them.
+TENSORS = {
+    "block_indices": {"block_indices": "indices"},
+    "block_csr": {"offsets": "offsets", "indices": "indices"},
+    "block_mask": {"mask": "mask"},
+    "vertical_slash": {"vertical": "vertical", "slash": "slash"},
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,12 @@ class BadRequest:
         return f"BadRequest({self.reason}, {self.metadata}, {len(self.raw)} bytes)"
 
 
+Fault = Callable[[Draw, Request], BadRequest]
+
+
 @cache
-def _valid(dtype: torch.dtype, index_heads: int, causal: bool) -> bytes:
-    """2 KV heads, 4 query heads; every row has two slots in use and two that are not."""
+def _valid(dtype: torch.dtype, index_heads: int, causal: bool, kind: str) -> bytes:
+    """2 KV heads, 4 query heads; every row has its own block and the one before it, where there is one."""
     generator = torch.Generator().manual_seed(index_heads)
     q, k, v = (
         torch.randn(n, heads, dim, generator=generator).to(dtype)
@@ -62,13 +74,24 @@ def _valid(dtype: torch.dtype, index_heads: int, causal: bool) -> bytes:
         q=tensor_message(q),
         k=tensor_message(k),
         v=tensor_message(v),
-        pattern=pattern_pb2.SparsityPattern(
-            block_indices=pattern_pb2.BlockIndices(indices=tensor_message(indices), block_size=BLOCK)
-        ),
+        pattern=_pattern(kind, indices),
         cu_seqlens_q=[0, *accumulate(Q_LENS)],
         cu_seqlens_k=[0, *accumulate(K_LENS)],
         causal=causal,
     ).SerializeToString()
+
+
+def _pattern(kind: str, indices: torch.Tensor) -> pattern_pb2.SparsityPattern:
+    match kind:
+        case "block_indices":
+            return pattern_messages.block_indices(indices, BLOCK)
+        case "block_csr":
+            return pattern_messages.block_csr(indices, BLOCK)
+        case "block_mask":
+            return pattern_messages.block_mask(indices, BLOCK, num_blocks=MOST_BLOCKS)
+        case _:
+            entries = torch.tensor([[0, 40, -1]]).int().expand(len(indices), -1)
+            return pattern_messages.vertical_slash(entries, entries[:, :2], BLOCK)
 
 
 @cache
@@ -82,9 +105,11 @@ def integers(smallest: int, largest: int) -> st.SearchStrategy[int]:
     return st.integers(smallest, largest)
 
 
-def _valid_request(draw: Draw) -> Request:
-    dtype, index_heads, causal = draw(one_of(*product(FLOATS, (1, 2, 4), (False, True))))
-    return Request.FromString(_valid(dtype, index_heads, causal))
+def _valid_request(draw: Draw, *kinds: str) -> Request:
+    dtype, index_heads, causal, kind = draw(
+        one_of(*product(FLOATS, (1, 2, 4), (False, True), kinds or TENSORS))
+    )
+    return Request.FromString(_valid(dtype, index_heads, causal or kind == "vertical_slash", kind))
 
 
 valid_requests = st.composite(_valid_request)
@@ -118,7 +143,7 @@ def wrong_dtype(draw: Draw, request: Request) -> BadRequest:
     """A known dtype in the wrong place, with the right number of bytes for it."""
     name, tensor = _any_tensor(draw, request)
     values = tensor_of(tensor)
-    known = FLOATS if name == "block_indices" else (torch.int32, *FLOATS)
+    known = (torch.int32, *FLOATS) if name in ("q", "k", "v") else (torch.int32, torch.bool, *FLOATS)
     dtype = draw(one_of(*(dtype for dtype in known if dtype != values.dtype)))
     tensor.CopyFrom(tensor_message(values.to(dtype)))
     # Where q changes to another float, it is k that disagrees with it.
@@ -137,24 +162,26 @@ def wrong_byte_count(draw: Draw, request: Request) -> BadRequest:
 
 def impossible_shape(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
-    axis = draw(integers(0, 2))
+    axis = draw(integers(0, len(tensor.shape) - 1))
     kind = draw(one_of("negative", "huge", "deep"))
     if kind == "negative":
         tensor.shape[axis] = draw(integers(-(2**63), -1))
     elif kind == "huge":
         tensor.shape[axis] = draw(integers(2**62, 2**63 - 1))
-        if draw(one_of(False, True)):
-            tensor.shape[(axis + 1) % 3] = 0
+        if draw(one_of(False, True)) and len(tensor.shape) > 1:
+            tensor.shape[axis - 1] = 0
     else:
-        tensor.shape.extend([1] * draw(integers(6, 40)))
+        tensor.shape.extend([1] * draw(integers(8, 40)))
     return BadRequest(request.SerializeToString(), "INVALID_SHAPE", metadata={"field": name})
 
 
 def wrong_rank(draw: Draw, request: Request) -> BadRequest:
     name, tensor = _any_tensor(draw, request)
-    a, b, c = tensor.shape
-    shapes = ([a * b * c], [a, b * c], [a, b, c, 1], [1, a, b, c])
-    tensor.shape[:] = shapes[draw(integers(0, 3))]
+    first, *rest = tensor.shape
+    shapes = [[*tensor.shape, 1], [1, *tensor.shape]]
+    if rest:
+        shapes += [[math.prod(tensor.shape)], [first * rest[0], *rest[1:]]]
+    tensor.shape[:] = shapes[draw(integers(0, len(shapes) - 1))]
     return BadRequest(request.SerializeToString(), "INVALID_RANK", metadata={"field": name})
 
 
@@ -184,12 +211,12 @@ def wrong_value_tokens(draw: Draw, request: Request) -> BadRequest:
 
 
 def wrong_block_size(draw: Draw, request: Request) -> BadRequest:
-    request.pattern.block_indices.block_size = draw(WRONG_BLOCK_SIZES)
+    _variant(request).block_size = draw(WRONG_BLOCK_SIZES)
     return BadRequest(request.SerializeToString(), "INVALID_BLOCK_SIZE")
 
 
 def wrong_query_block_size(draw: Draw, request: Request) -> BadRequest:
-    request.pattern.block_indices.query_block_size = draw(integers(-(2**31), -1))
+    _variant(request).query_block_size = draw(integers(-(2**31), -1))
     return BadRequest(request.SerializeToString(), "INVALID_QUERY_BLOCK_SIZE")
 
 
@@ -225,7 +252,7 @@ def wrong_index_shape(draw: Draw, request: Request) -> BadRequest:
 
 def wrong_row_count(draw: Draw, request: Request) -> BadRequest:
     """One row a query token, where rows are said to serve several."""
-    request.pattern.block_indices.query_block_size = draw(integers(2, 2**31 - 1))
+    _variant(request).query_block_size = draw(integers(2, 2**31 - 1))
     return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
 
 
@@ -250,12 +277,111 @@ def bad_index(draw: Draw, request: Request) -> BadRequest:
     return BadRequest(request.SerializeToString(), reason, metadata=metadata)
 
 
+def missing_pattern_tensor(draw: Draw, request: Request) -> BadRequest:
+    label, name = draw(one_of(*TENSORS[_kind(request)].items()))
+    _variant(request).ClearField(name)
+    return BadRequest(request.SerializeToString(), "MISSING_FIELD", metadata={"field": label})
+
+
+def wrong_offsets(draw: Draw, request: Request) -> BadRequest:
+    """One offset that does not follow from its neighbours."""
+    tensor = request.pattern.block_csr.offsets
+    values = tensor_of(tensor)
+    head = draw(integers(0, values.shape[0] - 1))
+    index = draw(integers(0, values.shape[1] - 1))
+    # Every row has an id, so an offset below the one before it is wrong, as is one past the next.
+    before = int(values[head, index - 1]) if index else int(values[head, 0])
+    value = draw(integers(-(2**31), before - 1))
+    values[head, index] = value
+    tensor.CopyFrom(tensor_message(values))
+    metadata = {"field": "offsets", "head": str(head), "index": str(index), "value": str(value)}
+    return BadRequest(request.SerializeToString(), "INVALID_OFFSETS", metadata=metadata)
+
+
+def bad_ragged_index(draw: Draw, request: Request) -> BadRequest:
+    """As bad_index, named by its place in indices as well."""
+    csr = request.pattern.block_csr
+    offsets, values = tensor_of(csr.offsets), tensor_of(csr.indices)
+    head = draw(integers(0, offsets.shape[0] - 1))
+    token = draw(integers(0, offsets.shape[1] - 2))
+    first, end = offsets[head, token : token + 2].tolist()
+    index = draw(integers(first, end - 1))
+    num_blocks, own = _blocks_of(token)
+    wrong = {
+        "INDEX_OUT_OF_RANGE": (draw(integers(-(2**31), -2)), draw(integers(num_blocks, 2**31 - 1))),
+        "INDEX_DUPLICATE": (own,) if index > first else (),
+        "INDEX_NOT_CAUSAL": tuple(range(own + 1, num_blocks)) if request.causal else (),
+    }
+    reason = draw(one_of(*(reason for reason, values in wrong.items() if values)))
+    values[index] = value = wrong[reason][draw(integers(0, len(wrong[reason]) - 1))]
+    csr.indices.CopyFrom(tensor_message(values))
+    where = {"head": head, "token": token, "slot": index - first, "index": index, "value": value}
+    metadata = {name: str(number) for name, number in where.items()}
+    return BadRequest(request.SerializeToString(), reason, metadata={"field": "indices"} | metadata)
+
+
+def bad_mark(draw: Draw, request: Request) -> BadRequest:
+    """A block that is not the row's to see, or a byte that is no bool."""
+    tensor = request.pattern.block_mask.mask
+    heads, num_rows, num_blocks = tensor.shape
+    head, row = draw(integers(0, heads - 1)), draw(integers(0, num_rows - 1))
+    in_sequence, own = _blocks_of(row)
+    allowed = own + 1 if request.causal else in_sequence
+    is_byte = allowed == num_blocks or draw(one_of(False, True))
+    block = draw(integers(0, num_blocks - 1) if is_byte else integers(allowed, num_blocks - 1))
+    payload = bytearray(tensor.inline)
+    payload[(head * num_rows + row) * num_blocks + block] = draw(integers(2, 255)) if is_byte else 1
+    tensor.inline = bytes(payload)
+    past = "INDEX_OUT_OF_RANGE" if block >= in_sequence else "INDEX_NOT_CAUSAL"
+    where = {"head": head, "row": row, "index": block}
+    metadata = {"field": "mask"} | {name: str(number) for name, number in where.items()}
+    return BadRequest(request.SerializeToString(), "INVALID_PATTERN" if is_byte else past, metadata=metadata)
+
+
+def bad_entry(draw: Draw, request: Request) -> BadRequest:
+    """A column or a diagonal that is no place, or a request that looks ahead."""
+    name = draw(one_of("vertical", "slash", "causal"))
+    if name == "causal":
+        request.causal = False
+        return BadRequest(request.SerializeToString(), "INVALID_PATTERN", metadata={"field": name})
+    tensor = getattr(request.pattern.vertical_slash, name)
+    values = tensor_of(tensor)
+    head, index = (draw(integers(0, size - 1)) for size in values.shape)
+    values[head, index] = value = draw(integers(-(2**31), -2))
+    tensor.CopyFrom(tensor_message(values))
+    where = {"head": head, "index": index, "value": value}
+    metadata = {"field": name} | {name: str(number) for name, number in where.items()}
+    return BadRequest(request.SerializeToString(), "INVALID_PATTERN", metadata=metadata)
+
+
+def wrong_pattern_shape(draw: Draw, request: Request) -> BadRequest:
+    """Heads that fit neither q nor k, rows of other tokens, or columns of other blocks."""
+    label, axis, sizes = {
+        "block_csr": draw(one_of(("offsets", 0, (3, 5)), ("offsets", 1, (2, 30, 32, 60)))),
+        "block_mask": draw(one_of(("mask", 0, (0, 3, 5)), ("mask", 1, (0, 29, 31)), ("mask", 2, (0, 3, 5)))),
+        "vertical_slash": draw(one_of(("vertical", 0, (0, 3, 5)), ("slash", 0, (0, 3, 5)))),
+    }[_kind(request)]
+    tensor = getattr(_variant(request), label)
+    values = _resized(tensor_of(tensor), axis, draw(one_of(*sizes)))
+    if label == "offsets":
+        # In order, and of as many ids as before.
+        values = torch.zeros_like(values)
+        values[-1, -1] = request.pattern.block_csr.indices.shape[0]
+    tensor.CopyFrom(tensor_message(values))
+    return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
+
+
 def unknown_field(draw: Draw, request: Request) -> BadRequest:
     """A field of a later version, in any of the messages."""
-    owner = draw(one_of("", "q", "k", "v", "pattern"))
+    owner = draw(one_of("", "q", "k", "v", "pattern", "variant"))
     number = draw(one_of(200, 1000, 18_999, 20_000, 2**29 - 1))
     extra = _varint(number << 3) + b"\x01"
-    if owner:
+    if owner == "variant":
+        # Merged into the variant that is there.
+        tag = pattern_pb2.SparsityPattern.DESCRIPTOR.fields_by_name[_kind(request)].number << 3 | 2
+        extra = _varint(tag) + _varint(len(extra)) + extra
+        extra = _varint(Request.PATTERN_FIELD_NUMBER << 3 | 2) + _varint(len(extra)) + extra
+    elif owner:
         part = getattr(request, owner)
         whole = part.SerializeToString() + extra
         request.ClearField(owner)
@@ -311,6 +437,7 @@ def over_a_limit(draw: Draw, request: Request) -> BadRequest:
 FAULTS = (
     missing,
     missing_payload,
+    missing_pattern_tensor,
     unknown_dtype,
     wrong_dtype,
     wrong_byte_count,
@@ -324,26 +451,56 @@ FAULTS = (
     wrong_scale,
     wrong_starts,
     wrong_index_shape,
+    wrong_pattern_shape,
     wrong_row_count,
+    wrong_offsets,
     bad_index,
     bad_index,
-    bad_index,
+    bad_ragged_index,
+    bad_ragged_index,
+    bad_mark,
+    bad_entry,
     unknown_field,
     cut_off,
     bad_request_id,
     over_a_limit,
 )
+# The patterns that a fault can be put into; those not named here can be put into any.
+SHARED_ROWS = ("block_indices", "block_csr", "block_mask")
+KINDS: Mapping[Fault, tuple[str, ...]] = {
+    wrong_query_block_size: SHARED_ROWS,
+    wrong_row_count: SHARED_ROWS,
+    wrong_index_shape: ("block_indices",),
+    wrong_pattern_shape: ("block_csr", "block_mask", "vertical_slash"),
+    wrong_offsets: ("block_csr",),
+    bad_index: ("block_indices",),
+    bad_ragged_index: ("block_csr",),
+    bad_mark: ("block_mask",),
+    bad_entry: ("vertical_slash",),
+    over_a_limit: ("block_indices",),
+}
 
 
 @st.composite
 def bad_requests(draw: Draw) -> BadRequest:
-    return draw(one_of(*FAULTS))(draw, _valid_request(draw))
+    fault = draw(one_of(*FAULTS))
+    return fault(draw, _valid_request(draw, *KINDS.get(fault, ())))
+
+
+def _kind(request: Request) -> str:
+    return str(request.pattern.WhichOneof("kind"))
+
+
+def _variant(request: Request) -> Any:
+    return getattr(request.pattern, _kind(request))
 
 
 def _any_tensor(draw: Draw, request: Request) -> tuple[str, tensor_pb2.Tensor]:
-    name = draw(one_of("q", "k", "v", "block_indices"))
-    tensor = request.pattern.block_indices.indices if name == "block_indices" else getattr(request, name)
-    return name, tensor
+    of_pattern = TENSORS[_kind(request)]
+    name = draw(one_of("q", "k", "v", *of_pattern))
+    return name, getattr(_variant(request), of_pattern[name]) if name in of_pattern else getattr(
+        request, name
+    )
 
 
 def _resized(values: torch.Tensor, axis: int, size: int) -> torch.Tensor:

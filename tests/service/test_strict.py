@@ -55,6 +55,21 @@ def test_a_payload_of_a_variant_that_was_replaced_does_not_count() -> None:
     assert message.pattern.WhichOneof("kind") == "dense"
 
 
+def test_a_variant_that_comes_twice_is_merged_unless_another_came_between() -> None:
+    def csr(**tensors: bytes) -> bytes:
+        fields = {name: tensor_pb2.Tensor(inline=payload) for name, payload in tensors.items()}
+        pattern = pattern_pb2.SparsityPattern(block_csr=pattern_pb2.BlockCsr(**fields))
+        return Request(pattern=pattern).SerializeToString()
+
+    dense = Request(pattern=pattern_pb2.SparsityPattern(dense=pattern_pb2.Dense())).SerializeToString()
+    first, second = csr(offsets=b"old", indices=b"ids"), csr(offsets=b"new")
+    for raw in (first + second, first + dense + second):
+        message, payloads = strict.parse(Request, raw)
+        whole = Request.FromString(raw).pattern.block_csr
+        assert message.pattern.block_csr.HasField("indices") == whole.HasField("indices")
+        assert payloads["pattern", "block_csr", "offsets", "inline"] == whole.offsets.inline == b"new"
+
+
 @pytest.mark.parametrize(
     ("raw", "message", "number"),
     [

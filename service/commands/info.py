@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.failures import client_failures
+from service.commands.failures import WrongUsage, client_failures
 from service.commands.options import DEFAULT_TARGET, Json, Target
 from service.commands.output import format_bytes, print_table
 from service.commands.paths import show_path
 from service.commands.shapes import SHAPE_METAVAR, CallShape, Tokens, parse_tokens
 
 if TYPE_CHECKING:
-    from service.client import Device, ServerInfo
+    from service.client import Device, PatternLimits, ServerInfo
 
 
 def info(
@@ -37,6 +37,8 @@ def info(
     if shape is not None:
         show_path(CallShape.parse(shape), parse_tokens(tokens), device, path, as_json)
         return
+    if device is not None or path != "auto":
+        raise WrongUsage("--device and --path say something about a --shape; there is none")
     from service.client import AttentionClient
 
     with client_failures(target), AttentionClient(target, timeout_seconds=10, max_attempts=1) as client:
@@ -48,21 +50,31 @@ def info(
 
 
 def _rows(server: "ServerInfo") -> list[tuple[str, str]]:
-    limits = dataclasses.asdict(server.limits)
+    server_limits = dataclasses.asdict(server.limits)
     return [
         ("version", f"{server.version} (protocol {server.protocol})"),
         *((f"device {device.index}", _device(device)) for device in server.devices),
         ("dtypes", ", ".join(server.dtypes)),
         ("patterns", ", ".join(server.patterns)),
+        *((f"pattern {limits.name}", _pattern(limits)) for limits in server.pattern_limits),
         ("kernels", ", ".join(server.kernels)),
         *((f"{name} version", version) for name, version in sorted(server.versions.items())),
-        *((name, _limit(name, value)) for name, value in limits.items()),
+        *((name, _limit(name, value)) for name, value in server_limits.items()),
     ]
 
 
 def _device(device: "Device") -> str:
     state = "up" if device.up else "down"
     return f"{device.name} ({device.kind}), {format_bytes(device.memory_bytes)}, {state}"
+
+
+def _pattern(limits: "PatternLimits") -> str:
+    facts = [f"at most {limits.max_slots} blocks a row" if limits.max_slots else "every block"]
+    if limits.shared_rows:
+        facts.append("a row a query or a block of queries")
+    if limits.causal_only:
+        facts.append("causal only")
+    return ", ".join(facts)
 
 
 def _limit(name: str, value: object) -> str:

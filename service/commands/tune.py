@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fsa_core.problem import Problem
     from fsa_core.timing import Timer
-    from fsa_core.tuning import Bench, Candidate, Grid
+    from fsa_core.tuning import Candidate, Grid
     from fsa_core.tuning_table import Entry, Table
 
 SHAPES = tuple(
@@ -98,32 +98,40 @@ def fill(
 
     Raises CommandFailed.
     """
-    from fsa_core.tuning import Bench, NothingRuns, tune
-
     table = _with_entries_of(destination, table)
     reports = []
-    with _progress(len(calls) * grid.num_candidates) as bar:
-        for number, problems in enumerate(calls):
-            bench = Bench(problems, device, timer)
-            done = count(number * grid.num_candidates + 1)
-
-            def measure(
-                candidate: "Candidate", bench: Bench = bench, done: Iterator[int] = done
-            ) -> float | None:
-                seconds = bench(candidate)
-                bar(next(done))
-                return seconds
-
-            try:
-                entry = tune(problems[0], measure, grid)
-            except NothingRuns as error:
-                raise CommandFailed(f"{error}: {bench.rejected[0][1]}") from error
+    with _progress(len(calls) * grid.num_candidates) as advance:
+        for problems in calls:
+            entry, rejected = _measured(problems, device, timer, grid, advance)
             others = (old for old in table.entries if old.shape != entry.shape)
             table = replace(table, entries=(*others, entry))
             _write(destination, table)
-            reports.append((entry, bench))
-    for entry, bench in reports:
-        _print(entry, bench)
+            reports.append((entry, rejected))
+    for entry, rejected in reports:
+        _print(entry, rejected)
+
+
+def _measured(
+    problems: Sequence["Problem"],
+    device: "torch.device",
+    timer: "Timer",
+    grid: "Grid",
+    advance: Callable[[], None],
+) -> "tuple[Entry, list[tuple[Candidate, str]]]":
+    """The entry of one shape, and the candidates that did not count. ``advance`` is called after each."""
+    from fsa_core.tuning import Bench, NothingRuns, tune
+
+    bench = Bench(problems, device, timer)
+
+    def measure(candidate: "Candidate") -> float | None:
+        seconds = bench(candidate)
+        advance()
+        return seconds
+
+    try:
+        return tune(problems[0], measure, grid), bench.rejected
+    except NothingRuns as error:
+        raise CommandFailed(f"{error}: {bench.rejected[0][1]}") from error
 
 
 def _with_entries_of(destination: Path, table: "Table") -> "Table":
@@ -155,16 +163,16 @@ def _write(destination: Path, table: "Table") -> None:
         raise CommandFailed(f"{destination} cannot be written: {error}") from error
 
 
-def _print(entry: "Entry", bench: "Bench") -> None:
+def _print(entry: "Entry", rejected: "list[tuple[Candidate, str]]") -> None:
     times = ", ".join(f"{path} {format_seconds(seconds)}" for path, seconds in entry.seconds.items())
     print(f"{entry.shape}: {entry.path} ({times})", flush=True)
-    for candidate, why in bench.rejected:
+    for candidate, why in rejected:
         print(f"  did not count: {candidate.path} {candidate.tuning}: {why}", file=sys.stderr)
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, and what moves it to a number; none where that is not a terminal."""
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error, and what moves it on by one; none where that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -172,4 +180,4 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
-        yield lambda completed: bar.update(task, completed=completed)
+        yield lambda: bar.advance(task)

@@ -43,8 +43,12 @@ TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 3, 8))
 
 
 @pytest.fixture(autouse=True)
-def _forgetful() -> Iterator[None]:
+def _no_tables_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tables are read once a process; a test has its own."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    for cached in (dispatch.choose, dispatch._nearest, tuning_table.table_for):
+        cached.cache_clear()
     yield
     for cached in (dispatch.choose, dispatch._nearest, tuning_table.table_for):
         cached.cache_clear()

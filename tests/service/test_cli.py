@@ -253,6 +253,7 @@ class TestInfoOfAShape:
     @pytest.mark.parametrize(
         ("words", "message", "code"),
         [
+            (["--path", "mixed"], "--device and --path say something about a --shape", 2),
             (["--shape", "q_heads=8"], "--shape has no kv_heads, head_dim, block_size, slots", 2),
             (["--shape", f"{SHAPE},heads=8"], "--shape has 'heads=8'; it takes q_heads, kv_heads", 2),
             (["--shape", f"{SHAPE},slots=many"], "--shape has slots=many; it must be a number", 2),

@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from fsa_core.compact import CompactPattern, check_count, check_heads, check_slots, check_tensor, refuse
+from fsa_core.compact import (
+    CompactPattern,
+    check_heads,
+    check_rows,
+    check_slots,
+    check_tensor,
+    fill_rows,
+    refuse,
+)
 from fsa_core.errors import InputError
 from fsa_core.index_checks import CPU_IDS_AT_ONCE, IndexRows, offence
-from fsa_core.packing import row_starts
 from fsa_core.problem import Problem
 
 # Cleared of its sign an unused slot, -1, is the largest id.
@@ -38,8 +45,7 @@ class BlockCsr(CompactPattern):
         self.check_offsets()
         heads, num_rows = self.offsets.shape[0], self.offsets.shape[1] - 1
         check_heads("offsets", heads, problem)
-        expected = int(row_starts(cu_seqlens_q, self.query_block_size)[-1])
-        check_count("offsets", "row count", num_rows, expected, f"one for {self.query_block_size} queries")
+        check_rows("offsets", num_rows, cu_seqlens_q, self.query_block_size)
         check_slots("offsets", self.num_slots)
         rows = IndexRows.of(
             cu_seqlens_q,
@@ -71,9 +77,8 @@ class BlockCsr(CompactPattern):
             value = int(self.offsets[head, index])
             expected = "at least the one before it" if index else "the end of the head before it, or 0"
             message = f"offsets[head {head}, {index}] is {value}: expected {expected}"
-            refuse(
-                "INVALID_OFFSETS", "offsets", message, value, expected, head=head, index=index, value=value
-            )
+            where = {"head": head, "index": index, "value": value}
+            refuse("INVALID_OFFSETS", "offsets", message, value, expected, **where)
         end = int(self.offsets[-1, -1])
         if end != len(self.indices):
             expected = f"{len(self.indices)}, the number of ids"
@@ -92,15 +97,11 @@ class BlockCsr(CompactPattern):
         cu_seqlens_k: torch.Tensor | None = None,
     ) -> None:
         counts = self.offsets.diff()
-        num_slots = ids.shape[2]
-        if bool((counts == num_slots).all()):
+        if bool((counts == ids.shape[2]).all()):
             ids.copy_(self.indices.view(ids.shape))
             return
-        slot = torch.arange(num_slots, device=ids.device)
-        for head, target in enumerate(ids):
-            start, end = (int(self.offsets[head, column]) for column in (0, -1))
-            target.fill_(-1)
-            target.masked_scatter_(slot < counts[head, :, None], self.indices[start:end])
+        for rows, num_ids, offsets in zip(ids, counts, self.offsets, strict=True):
+            fill_rows(rows, num_ids, self.indices[int(offsets[0]) : int(offsets[-1])])
 
     def _offence(self, head: int, position: int, rows: IndexRows) -> InputError:
         offsets = self.offsets[head]

@@ -4,10 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from fsa_core.compact import CompactPattern, check_count, check_heads, check_slots, check_tensor
+from fsa_core.compact import (
+    CompactPattern,
+    check_count,
+    check_heads,
+    check_rows,
+    check_slots,
+    check_tensor,
+    fill_rows,
+)
 from fsa_core.errors import InputError
 from fsa_core.index_checks import IndexRows, offence
-from fsa_core.packing import row_starts
 from fsa_core.problem import Problem
 
 # Entries that are looked at together; each costs some 30 bytes on the way.
@@ -32,13 +39,13 @@ class BlockMask(CompactPattern):
         self.check_mask()
         heads, num_rows, num_blocks = self.mask.shape
         check_heads("mask", heads, problem)
-        expected = int(row_starts(cu_seqlens_q, self.query_block_size)[-1])
-        check_count("mask", "row count", num_rows, expected, f"one for {self.query_block_size} queries")
+        check_rows("mask", num_rows, cu_seqlens_q, self.query_block_size)
         expected = -(-int(cu_seqlens_k.diff().amax()) // self.block_size)
         check_count("mask", "block count", num_blocks, expected, "the blocks of the longest sequence")
-        check_slots("mask", self.num_slots)
+        num_slots = self.num_slots
+        check_slots("mask", num_slots)
         self._check_marks(cu_seqlens_q, cu_seqlens_k, causal=problem.causal)
-        return heads, self.num_slots
+        return heads, num_slots
 
     def check_mask(self) -> None:
         check_tensor("mask", self.mask, torch.bool, 3, "[heads, rows, num_blocks]")
@@ -55,12 +62,10 @@ class BlockMask(CompactPattern):
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
     ) -> None:
-        ids.fill_(-1)
-        for mask, target in zip(self._parts(), ids.split(self._rows_at_once, dim=1), strict=True):
-            # In a row, the place of a marked column is how many are marked before it.
-            head, row, block = mask.nonzero(as_tuple=True)
-            place = (mask.cumsum(-1, dtype=torch.int32) - 1)[head, row, block].long()
-            target[head, row, place] = block.int()
+        num_blocks = max(self.mask.shape[2], 1)
+        for mask, rows in zip(self._parts(), ids.split(self._rows_at_once, dim=1), strict=True):
+            block = mask.reshape(-1).nonzero()[:, 0].remainder_(num_blocks).int()
+            fill_rows(rows, mask.sum(-1, dtype=torch.int32), block)
 
     @property
     def _rows_at_once(self) -> int:

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from fsa_core.errors import InputError
+from fsa_core.packing import row_starts
 from fsa_core.problem import MAX_SLOTS, Problem
 
 
@@ -34,6 +35,13 @@ class CompactPattern(ABC):
         """Fill int32 ``ids`` [index heads, rows, slots], a row for ``query_block_size`` queries."""
 
 
+def fill_rows(rows: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> None:
+    """Deal int32 ``ids``, in order, to ``rows`` [..., slots]: ``counts`` [...] to each, and -1 after them."""
+    slot = torch.arange(rows.shape[-1], device=rows.device)
+    rows.fill_(-1)
+    rows.masked_scatter_(slot < counts[..., None], ids)
+
+
 def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, rank: int, layout: str) -> None:
     if x.dtype != dtype:
         got, expected = (str(d).removeprefix("torch.") for d in (x.dtype, dtype))
@@ -56,6 +64,12 @@ def check_count(name: str, what: str, count: int, expected: int, why: str) -> No
     if count != expected:
         text = f"{expected}, {why}"
         refuse("INVALID_INDEX_SHAPE", name, f"{name} has {what} {count}: expected {text}", count, text)
+
+
+def check_rows(name: str, rows: int, cu_seqlens_q: torch.Tensor, query_block_size: int) -> None:
+    expected = int(row_starts(cu_seqlens_q, query_block_size)[-1])
+    shared = f"one for {query_block_size} queries of a sequence"
+    check_count(name, "row count", rows, expected, "one a query token" if query_block_size == 1 else shared)
 
 
 def check_slots(name: str, slots: int) -> None:

@@ -153,8 +153,8 @@ def _extreme(
     Where a block has none: _NEVER, or -1.
     """
     block = (keys // block_size).where((keys >= 0) & (keys < longest), width).long()
-    found = torch.full((len(keys), width + 1), _NEVER if reduce == "amin" else -1, dtype=torch.int32)
-    return found.to(keys.device).scatter_reduce_(1, block, values, reduce)[:, :-1]
+    found = keys.new_full((len(keys), width + 1), _NEVER if reduce == "amin" else -1)
+    return found.scatter_reduce_(1, block, values, reduce)[:, :-1]
 
 
 def _ascending(is_marked: torch.Tensor) -> torch.Tensor:

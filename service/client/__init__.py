@@ -12,8 +12,8 @@ from service.client.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from service.client.patterns import BlockIndices, Dense, Pattern
-from service.client.results import AttendResult, Device, Limits, ServerInfo, Timings
+from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, VerticalSlash
+from service.client.results import AttendResult, Device, Limits, PatternLimits, ServerInfo, Timings
 from service.client.sync_client import AttentionClient
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "AttendResult",
     "AttentionClient",
     "AttentionError",
+    "BlockCsr",
     "BlockIndices",
+    "BlockMask",
     "DeadlineExceeded",
     "Dense",
     "Device",
@@ -29,8 +31,10 @@ __all__ = [
     "InvalidRequest",
     "Limits",
     "Pattern",
+    "PatternLimits",
     "ResourceExhausted",
     "ServerInfo",
     "Timings",
     "Unavailable",
+    "VerticalSlash",
 ]

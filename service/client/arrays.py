@@ -19,18 +19,21 @@ ArrayT = TypeVar("ArrayT")
 
 FLOATING = ("float16", "bfloat16", "float32")
 INDEX = ("int32",)
+MASK = ("bool",)
 
 _NUMPY_DTYPES = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype("<f4"),
     "int32": np.dtype("<i4"),
+    "bool": np.dtype("?"),
 }
 _WIRE_DTYPES = {
     "float16": tensor_pb2.DTYPE_FLOAT16,
     "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
     "float32": tensor_pb2.DTYPE_FLOAT32,
     "int32": tensor_pb2.DTYPE_INT32,
+    "bool": tensor_pb2.DTYPE_BOOL,
 }
 _NAMES = {wire: name for name, wire in _WIRE_DTYPES.items()}
 

@@ -5,20 +5,22 @@ into the message and an answer's once on their way out.
 """
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypedDict
 
+from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from service import wire
-from service.client.arrays import FLOATING, INDEX, ArrayT, WireTensor, from_wire, to_wire
-from service.client.patterns import BlockIndices, Dense, Pattern
-from service.client.results import AttendResult, Device, Limits, ServerInfo, Timings
+from service.client.arrays import FLOATING, INDEX, MASK, ArrayT, WireTensor, from_wire, to_wire
+from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, VerticalSlash
+from service.client.results import AttendResult, Device, Limits, PatternLimits, ServerInfo, Timings
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 
 _REQUEST = attention_pb2.AttendRequest
 _RESPONSE = attention_pb2.AttendResponse
+_PATTERN = pattern_pb2.SparsityPattern
 
 
 class AttendOptions(TypedDict, total=False):
@@ -113,6 +115,10 @@ def parse_server_info(reply: bytes) -> ServerInfo:
         kernels=tuple(message.kernels),
         limits=Limits(**limits, block_sizes=tuple(message.limits.block_sizes)),
         versions=dict(message.versions),
+        pattern_limits=tuple(
+            PatternLimits(**{name: getattr(limits, name) for name in PatternLimits.__slots__})
+            for limits in message.pattern_limits
+        ),
     )
 
 
@@ -141,19 +147,41 @@ def _parse_tensor(message: memoryview) -> WireTensor:
 
 
 def _pattern(pattern: Pattern) -> list[wire.Buffer]:
-    if isinstance(pattern, Dense):
-        return [pattern_pb2.SparsityPattern(dense=pattern_pb2.Dense()).SerializeToString()]
-    if not isinstance(pattern, BlockIndices):
-        raise TypeError(f"pattern must be BlockIndices or Dense, not {type(pattern).__name__}")
-    indices = _tensor(to_wire("block_indices", pattern.indices, INDEX))
-    sizes = pattern_pb2.BlockIndices(block_size=pattern.block_size, query_block_size=pattern.query_block_size)
-    return wire.length_delimited(
-        pattern_pb2.SparsityPattern.BLOCK_INDICES_FIELD_NUMBER,
-        [
-            *wire.length_delimited(pattern_pb2.BlockIndices.INDICES_FIELD_NUMBER, indices),
-            sizes.SerializeToString(),
-        ],
-    )
+    match pattern:
+        case Dense():
+            return [_PATTERN(dense=pattern_pb2.Dense()).SerializeToString()]
+        case BlockIndices():
+            indices = pattern_pb2.BlockIndices(
+                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            )
+            tensors = {"indices": to_wire("block_indices", pattern.indices, INDEX)}
+            return _variant(_PATTERN.BLOCK_INDICES_FIELD_NUMBER, indices, tensors)
+        case BlockCsr():
+            csr = pattern_pb2.BlockCsr(
+                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            )
+            tensors = {name: to_wire(name, getattr(pattern, name), INDEX) for name in ("offsets", "indices")}
+            return _variant(_PATTERN.BLOCK_CSR_FIELD_NUMBER, csr, tensors)
+        case BlockMask():
+            mask = pattern_pb2.BlockMask(
+                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            )
+            tensors = {"mask": to_wire("mask", pattern.mask, MASK)}
+            return _variant(_PATTERN.BLOCK_MASK_FIELD_NUMBER, mask, tensors)
+        case VerticalSlash():
+            lines = pattern_pb2.VerticalSlash(block_size=pattern.block_size)
+            tensors = {name: to_wire(name, getattr(pattern, name), INDEX) for name in ("vertical", "slash")}
+            return _variant(_PATTERN.VERTICAL_SLASH_FIELD_NUMBER, lines, tensors)
+    kinds = "BlockIndices, BlockCsr, BlockMask, VerticalSlash or Dense"
+    raise TypeError(f"pattern must be {kinds}, not {type(pattern).__name__}")
+
+
+def _variant(number: int, sizes: Message, tensors: Mapping[str, WireTensor]) -> list[wire.Buffer]:
+    """Field ``number`` of SparsityPattern: ``sizes`` is the variant without its tensors."""
+    parts: list[wire.Buffer] = []
+    for name, tensor in tensors.items():
+        parts += wire.length_delimited(sizes.DESCRIPTOR.fields_by_name[name].number, _tensor(tensor))
+    return wire.length_delimited(number, [*parts, sizes.SerializeToString()])
 
 
 def _integers(name: str, values: Any) -> Iterable[int]:

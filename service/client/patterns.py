@@ -20,8 +20,50 @@ class BlockIndices:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCsr:
+    """Selected KV blocks, each row with a count of its own: dynamic budgets, FlashInfer's BSR.
+
+    ``indices``: int32 [ids], ids of blocks by the rules of ``BlockIndices``. ``offsets``: int32 [1 | kv heads
+    | q heads, rows + 1], where each row of each head starts in ``indices`` and where the head's last one
+    ends, which is where the next head's first starts; FlashInfer's indptr is ``offsets[0]``.
+    """
+
+    offsets: Any
+    indices: Any
+    block_size: int
+    query_block_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMask:
+    """Marked blocks, a row for ``query_block_size`` queries of a sequence: SeerAttention, XAttention.
+
+    ``mask``: bool [1 | kv heads | q heads, rows, blocks of the longest sequence's keys]. Columns are blocks
+    of the row's own sequence; none is marked past its end or, when causal, past the row's last query.
+    """
+
+    mask: Any
+    block_size: int
+    query_block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerticalSlash:
+    """Columns that all queries see, and diagonals: MInference. Needs causal.
+
+    ``vertical``: int32 [1 | kv heads | q heads, columns], positions of keys in their sequence; ``slash``:
+    int32 [heads of vertical, diagonals], distances from a query back to its key; -1 in unused places. Each
+    token attends the whole blocks, up to itself, that hold one of its keys.
+    """
+
+    vertical: Any
+    slash: Any
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dense:
     """Every key: full attention."""
 
 
-Pattern = BlockIndices | Dense
+Pattern = BlockIndices | BlockCsr | BlockMask | VerticalSlash | Dense

@@ -72,11 +72,26 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class PatternLimits:
+    """What a pattern can be.
+
+    ``max_slots``: blocks that a row may select, 0 for no limit. ``shared_rows``: whether it takes a
+    query_block_size. ``causal_only``: whether the request has to be causal.
+    """
+
+    name: str
+    max_slots: int
+    shared_rows: bool
+    causal_only: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What the server is and what it takes.
 
     ``dtypes`` and ``patterns`` are the names it serves, ``kernels`` the implementations in use,
-    ``versions`` those of what the answers depend on (python, torch, triton, cuda, grpc).
+    ``versions`` those of what the answers depend on (python, torch, triton, cuda, grpc), ``pattern_limits``
+    what each of the patterns can be; empty from a server that does not say.
     """
 
     version: str
@@ -87,3 +102,4 @@ class ServerInfo:
     kernels: tuple[str, ...]
     limits: Limits
     versions: dict[str, str]
+    pattern_limits: tuple[PatternLimits, ...]

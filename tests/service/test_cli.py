@@ -214,6 +214,15 @@ class TestInfo:
         assert info["health"] == "SERVING"
         assert info["limits"]["max_message_bytes"] == 512 << 20
         assert info["devices"][0]["up"] is True
+        assert [limits["name"] for limits in info["pattern_limits"]] == info["patterns"]
+
+    def test_says_what_each_pattern_can_be(self, fsa: Fsa, server: ServerProcess) -> None:
+        lines = fsa("info", "--target", server.target).out.splitlines()
+        values = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+        shared = "at most 1024 blocks a row, a row a query or a block of queries"
+        assert values["pattern block_csr"] == values["pattern block_mask"] == shared
+        assert values["pattern vertical_slash"] == "at most 1024 blocks a row, causal only"
+        assert values["pattern dense"] == "every block"
 
 
 class TestInfoOfAShape:

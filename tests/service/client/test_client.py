@@ -18,12 +18,15 @@ from fsa_core.api import dense_attention, selected_attention
 from service.client import (
     AsyncAttentionClient,
     AttentionClient,
+    BlockCsr,
     BlockIndices,
+    BlockMask,
     DeadlineExceeded,
     Dense,
     InvalidRequest,
     ResourceExhausted,
     Unavailable,
+    VerticalSlash,
 )
 from tests.serving import ServerProcess, eventually
 
@@ -121,6 +124,19 @@ def test_selected_attention_takes_the_arguments_of_fsa_core(client: Any) -> None
     torch.testing.assert_close(answer.out, out.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_patterns_of_other_systems_get_the_answer_of_their_block_indices(client: Any) -> None:
+    q, k, v, block_indices = torch_tensors()
+    rows = block_indices[:1].contiguous()
+    expected = client.attend(q, k, v, BlockIndices(rows, BLOCK_SIZE)).out
+    counts = (rows >= 0).sum(-1)
+    offsets = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).int()
+    mask = (rows[..., None] == torch.arange(3)).any(2)
+    # A token's own key, and the keys that lie a block back.
+    lines = VerticalSlash(torch.tensor([[-1]]).int(), torch.tensor([[0, BLOCK_SIZE]]).int(), BLOCK_SIZE)
+    for pattern in (BlockCsr(offsets, rows[rows >= 0], BLOCK_SIZE), BlockMask(mask, BLOCK_SIZE, 1), lines):
+        assert torch.equal(client.attend(q, k, v, pattern).out, expected), type(pattern).__name__
+
+
 def test_dense_attention_and_an_empty_request(client: Any) -> None:
     q, k, v, _ = torch_tensors()
     out, _ = dense_attention(q, k, v, backend="reference")
@@ -176,6 +192,7 @@ def test_the_server_says_what_it_is(client: Any, device: torch.device) -> None:
     assert set(info.dtypes) >= {"float16", "bfloat16", "float32"}
     assert info.limits.block_sizes == (16, 32, 64, 128, 256)
     assert info.versions["torch"]
+    assert [limits.name for limits in info.pattern_limits] == list(info.patterns)
     assert client.health() == "SERVING"
 
 

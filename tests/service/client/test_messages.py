@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.client import BlockIndices, Dense
+from service.client import BlockCsr, BlockIndices, BlockMask, Dense, VerticalSlash
 from service.client.messages import AttendCall
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 
@@ -85,6 +85,63 @@ def test_a_request_is_byte_for_byte_what_protobuf_writes(tokens: int, softmax_sc
         priority=7,
     )
     assert call.payload == expected.SerializeToString()
+
+
+CSR = (np.array([[0, 2, 3], [3, 3, 4]], np.int32), np.array([0, 1, 0, 5], np.int32))
+LINES = (np.array([[0, 3]], np.int32), np.array([[1]], np.int32))
+MASK = np.array([[[True, False], [True, True]]])
+INT32, BOOL = tensor_pb2.DTYPE_INT32, tensor_pb2.DTYPE_BOOL
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("kind", "arrays", "sizes", "message"),
+    [
+        (
+            BlockCsr,
+            CSR,
+            (64, 2),
+            pattern_pb2.SparsityPattern(
+                block_csr=pattern_pb2.BlockCsr(
+                    offsets=wire_tensor(INT32, (2, 3), CSR[0].tobytes()),
+                    indices=wire_tensor(INT32, (4,), CSR[1].tobytes()),
+                    block_size=64,
+                    query_block_size=2,
+                )
+            ),
+        ),
+        (
+            BlockMask,
+            (MASK,),
+            (32, 8),
+            pattern_pb2.SparsityPattern(
+                block_mask=pattern_pb2.BlockMask(
+                    mask=wire_tensor(BOOL, (1, 2, 2), b"\1\0\1\1"), block_size=32, query_block_size=8
+                )
+            ),
+        ),
+        (
+            VerticalSlash,
+            LINES,
+            (128,),
+            pattern_pb2.SparsityPattern(
+                vertical_slash=pattern_pb2.VerticalSlash(
+                    vertical=wire_tensor(INT32, (1, 2), LINES[0].tobytes()),
+                    slash=wire_tensor(INT32, (1, 1), LINES[1].tobytes()),
+                    block_size=128,
+                )
+            ),
+        ),
+    ],
+    ids=["csr", "mask", "vertical-slash"],
+)
+def test_each_pattern_is_what_protobuf_would_have_written(
+    convert: Any, kind: Any, arrays: Any, sizes: Any, message: pattern_pb2.SparsityPattern
+) -> None:
+    q = np.ones((2, 1, 16), np.float32)
+    call = encode(q, q, q, kind(*map(convert, arrays), *sizes))
+    assert decoded(call).pattern == message
+    assert message.SerializeToString() in call.payload
 
 
 def test_dense_and_non_causal_arrive() -> None:
@@ -170,7 +227,13 @@ def test_lse_and_timings_come_with_the_answer() -> None:
         ({"k": np.ones((1, 1, 16))}, "k is float64; the service takes float16 or bfloat16 or float32"),
         ({"v": torch.ones(1, 1, 16, dtype=torch.int32)}, "v is int32"),
         ({"pattern": BlockIndices(np.zeros((1, 1, 1), np.int64), 16)}, "block_indices is int64"),
-        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "pattern must be BlockIndices or Dense, not ndarray"),
+        (
+            {"pattern": BlockMask(np.zeros((1, 1, 1), np.int32), 16, 1)},
+            "mask is int32; the service takes bool",
+        ),
+        ({"pattern": BlockCsr(np.zeros((1, 1), np.int64), CSR[1], 16)}, "offsets is int64"),
+        ({"pattern": VerticalSlash(LINES[0], [0], 16)}, "slash must be a numpy array or a torch tensor"),
+        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "VerticalSlash or Dense, not ndarray"),
         ({"cu_seqlens_q": 4}, "cu_seqlens_q must be a sequence of integers, not int"),
     ],
 )

@@ -8,6 +8,7 @@ from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     MAX_CHUNK_NUMBERS,
     MAX_CHUNK_TOKENS,
+    MAX_WORKSPACE_BYTES,
     MIN_CHUNK_TOKENS,
     equal_parts,
     num_segments,
@@ -81,6 +82,7 @@ def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) 
     At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit.
     """
     p = problem
+    limit_bytes = min(limit_bytes, MAX_WORKSPACE_BYTES)
     sizes = _Sizes.of(p)
     room = max(limit_bytes - sizes.delta_bytes, limit_bytes // 2)
     range_segments = min(max(room * 3 // 8 // sizes.block_bytes, 1), sizes.segments)

@@ -8,6 +8,8 @@ import torch
 from fsa_core.problem import MAX_SLOTS, Problem
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+# More is not used: kernels count the pairs and the counters of a group in 32 bits.
+MAX_WORKSPACE_BYTES = 2**31
 
 # KV blocks outside and the tokens that chose them inside; or tiles of neighbouring tokens outside and the
 # blocks that any of them chose inside; or tiles with the blocks that many of them chose, and KV blocks with
@@ -32,6 +34,9 @@ PARTIAL_BYTES = 128 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
 MAX_TILE_TOKENS = 64
+# A thread has no more; accumulators of a product that take so many leave a lower limit no room.
+MAX_REGISTERS = 255
+MANY_REGISTERS = 128
 # The fewest rows that a matrix product takes, and so of any tile.
 MIN_ROWS = 16
 
@@ -165,6 +170,7 @@ def plan_forward(
         ValueError: the path cannot take the problem (see ``takes``).
     """
     p = problem
+    limit_bytes = min(limit_bytes, MAX_WORKSPACE_BYTES)
     tuning = tuning or default_tuning(p)
     if not takes(p, path):
         raise ValueError(
@@ -184,7 +190,8 @@ def plan_forward(
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
     partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
     chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
-    most_tokens = MAX_CHUNK_NUMBERS // (p.num_q_heads * max(p.head_dim, p.value_dim))
+    partials = 0 if path == QUERY_TILE else p.num_slots * heads_per_pair * p.value_dim
+    most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
     chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS, most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
     chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
@@ -334,7 +341,7 @@ def default_tuning(problem: Problem) -> Tuning:
             rows=64,
             tiles_per_item=8 if problem.group_size == 1 else 4,
             num_warps=num_warps,
-            max_registers=255 if is_float32 else 128,
+            max_registers=MAX_REGISTERS if is_float32 else 128,
         ),
         SharedTuning(rows=64, num_warps=num_warps, num_stages=1 if is_float32 else 2, shared_by=4),
     )
@@ -342,13 +349,14 @@ def default_tuning(problem: Problem) -> Tuning:
 
 def _partial_tile(problem: Problem, tuning: PartialTuning) -> TileShape:
     rows = max(tuning.rows, power_of_two(problem.heads_per_pair))
+    accumulators = rows * padded_dim(problem.value_dim) // (32 * tuning.num_warps)
     return TileShape(
         rows=rows,
         pairs=rows // problem.heads_per_pair,
         keys=_tile_keys(problem),
         tiles_per_item=tuning.tiles_per_item,
         num_warps=tuning.num_warps,
-        max_registers=tuning.max_registers,
+        max_registers=tuning.max_registers if accumulators < MANY_REGISTERS else MAX_REGISTERS,
     )
 
 

@@ -45,8 +45,8 @@ def _delta(
     ROWS: tl.constexpr,
 ):
     """delta float32 [KV heads, tokens, GROUP_SIZE], of the KV heads from ``first_kv_head`` on."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tokens = (rows // GROUP_SIZE).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tokens = rows // GROUP_SIZE
     row_mask = tokens < num_tokens
     places = tokens * NUM_Q_HEADS + (first_kv_head + tl.program_id(1)) * GROUP_SIZE + rows % GROUP_SIZE
     dims = tl.arange(0, VALUE_DIM_PADDED)

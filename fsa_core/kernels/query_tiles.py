@@ -131,7 +131,7 @@ def _agree(
     tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(is_last.to(tl.int32), 0))
     if WITH_LEFTOVER:
         # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
-        leftover_ptr += head * leftover_stride - first_token * num_slots
+        leftover_ptr += head * leftover_stride - tl.cast(first_token, tl.int64) * num_slots
         here = (first + token >= first_token) & (first + token < first_token + num_tokens)
         tl.store(leftover_ptr + id_place, tl.full((size,), -1, tl.int32), mask=inside & here & ~valid)
         packed = first + token_of

@@ -1,0 +1,175 @@
+"""Every kernel compiled for Hopper, on a machine without a GPU: ``python -m tests.hopper_grid``.
+
+The launches of real calls, forward and backward, are caught and compiled instead of run, so what is compiled
+is what the plans choose. A line a kernel: registers, bytes a thread spills, shared memory; exits 1 if one
+does not compile or needs more shared memory than there is. TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.errors import PTXASError
+from triton.runtime.jit import JITFunction
+
+from fsa_core import backward_plan
+from fsa_core.kernels.backward import selected_attention_backward
+from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.plan import MIXED, PATHS
+from tests.fsa_core.conftest import _make_case as make_case
+
+HOPPER = GPUTarget("cuda", 90, 32)
+# Of one program, on compute capability 9.0 (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_BYTES = 227 * 1024
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+# The widest heads in every dtype, whole and odd ones; the largest groups and blocks, the smallest of both.
+EXTREMES: tuple[dict[str, Any], ...] = (
+    {"head_dim": 256, "dtype": torch.float32, "block_size": 64, "group_size": 4},
+    {"head_dim": 256, "dtype": torch.bfloat16, "block_size": 256, "group_size": 96, "num_slots": 16},
+    {"head_dim": 80, "value_dim": 16, "dtype": torch.float16, "block_size": 16, "group_size": 1},
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs of a multiprocessor; registers and spilled bytes are a thread's."""
+
+    name: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.error and self.shared_bytes <= SHARED_BYTES
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.name}: {self.error}"
+        return (
+            f"{self.name}: {self.registers} registers, {self.spilled_bytes} bytes spilled, "
+            f"{self.shared_bytes} bytes shared"
+        )
+
+
+class Launches:
+    """Compiles, once for each set of constants and types, what would be launched."""
+
+    def __init__(self) -> None:
+        self.compiled: dict[Any, Compiled] = {}
+
+    def catch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if 0 in (grid if isinstance(grid, tuple) else (grid,)):
+            raise ValueError(f"{kernel.fn.__name__}: CUDA launches no empty grid, {grid}")
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {name: "constexpr" if name in constants else _type(values[name]) for name in values}
+        key = (kernel.fn.__name__, *constants.items(), *signature.items(), *options.items())
+        if key not in self.compiled:
+            self.compiled[key] = _compile(kernel, signature, constants, options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _compile(
+    kernel: JITFunction, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+) -> Compiled:
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs={places[name]: value for name, value in constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name, x in signature.items() if x[0] == "*"},
+    )
+    try:
+        compiled = triton.compile(source, target=HOPPER, options=options)
+    except PTXASError as error:
+        return Compiled(kernel.fn.__name__, error=next(x for x in str(error).splitlines() if "fatal" in x))
+    registers, spilled_bytes = _resources(compiled.asm["cubin"])
+    return Compiled(kernel.fn.__name__, registers, spilled_bytes, compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return int(numbers["REG"]), int(numbers["STACK"])
+
+
+def compile_shape(
+    shape: dict[str, Any], paths: tuple[str, ...], flops_per_byte: tuple[int, ...]
+) -> Iterator[Compiled]:
+    """The kernels of one shape, forward on ``paths``, backward in one pass and, at 10**9, in two."""
+    case = make_case(torch.device("cpu"), q_lens=(40, 5), num_kv_heads=2, **shape)
+    launches, run, chosen = Launches(), JITFunction.run, backward_plan.FLOPS_PER_BYTE
+    JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
+    try:
+        for path in paths:
+            answer = selected_attention_forward(case.problem, *case.tensors, path=path)
+        for backward_plan.FLOPS_PER_BYTE in flops_per_byte:
+            selected_attention_backward(case.problem, *case.tensors, *answer, *case.output_gradients())
+    finally:
+        JITFunction.run, backward_plan.FLOPS_PER_BYTE = run, chosen
+    yield from launches.compiled.values()
+
+
+def every_shape() -> Iterator[dict[str, Any]]:
+    for dtype, head_dim in product(
+        (torch.bfloat16, torch.float16, torch.float32), (16, 32, 64, 80, 128, 256)
+    ):
+        for block_size in (16, 32, 64, 128, 256):
+            yield {"dtype": dtype, "head_dim": head_dim, "block_size": block_size, "group_size": 4}
+    for group_size, index_heads in ((1, 2), (3, 6), (16, 1), (32, 2), (128, 2)):
+        yield {
+            "dtype": torch.bfloat16, "head_dim": 128, "block_size": 64,
+            "group_size": group_size, "index_heads": index_heads,
+        }  # fmt: skip
+    for head_dim, value_dim in ((192, 128), (16, 256), (256, 16)):
+        yield {"dtype": torch.bfloat16, "head_dim": head_dim, "value_dim": value_dim, "block_size": 64}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every dtype, head dim, block size and path")
+    fit = True
+    # The mixed path has the kernels of both others, and one pass the larger ones of the gradients.
+    shapes: Iterable[dict[str, Any]] = EXTREMES
+    paths, flops_per_byte = (MIXED,), (0,)
+    if parser.parse_args().all:
+        shapes, paths, flops_per_byte = every_shape(), PATHS, (0, 10**9)
+    for shape in shapes:
+        for kernel in compile_shape(shape, paths, flops_per_byte):
+            fit &= kernel.fits
+            named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
+            print(named, kernel, flush=True)
+    return 0 if fit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SHAPES ?= 1000
 IMAGE ?= fsa-serve
 
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu sanitize lint format protos protos-released image image-check clean
+.PHONY: help demo test test-shapes test-gpu sanitize lint format protos protos-released image image-check clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,6 +28,11 @@ demo: $(INSTALLED) ## Start a server and let a language model compute its attent
 
 test: $(INSTALLED) ## Run the test suite; needs no GPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Numpy multiplies for Triton's interpreter: tiles too small to share between threads.
+test-shapes: $(INSTALLED) ## Give the kernels SHAPES random problems, in Triton's interpreter
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/fsa_core/kernels/test_random_shapes.py \
+	  --shapes $(SHAPES) --timeout 0 $(PYTEST_ARGS)
 
 test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
 	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from hypothesis import settings
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where numerical tests run")
+    parser.addoption("--shapes", type=int, default=12, help="how many random problems the kernels are given")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shared machine makes single examples slow; pytest-timeout bounds the whole test.
     settings.register_profile("fsa", deadline=None)
     settings.load_profile("fsa")
+    # Other shapes on every run, also in CI: what they find is printed so that it can be run again.
+    settings.register_profile(
+        "shapes", max_examples=config.getoption("--shapes"), derandomize=False, print_blob=True
+    )
     # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

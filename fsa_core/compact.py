@@ -27,7 +27,7 @@ class CompactPattern(ABC):
         """Index heads, and slots that no row of the normal form exceeds. On the CPU.
 
         ``problem`` is the call without its pattern. Raises InputError, naming field and place. Takes memory
-        and time that grow with the pattern's own bytes.
+        and time that grow with the pattern's own bytes and its sequences, not with what it stands for.
         """
 
     @abstractmethod

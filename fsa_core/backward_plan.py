@@ -1,6 +1,7 @@
 """How the gradients of one call are cut into passes, chunks and tiles, and the workspace they take."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -76,6 +77,7 @@ class BackwardPlan:
     workspace_bytes: int
 
 
+@lru_cache(maxsize=1024)
 def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> BackwardPlan:
     """The largest chunks and ranges that ``limit_bytes`` of workspace allows, one KV head before the next.
 

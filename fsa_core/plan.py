@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -57,6 +58,7 @@ class SharedTuning:
 
     rows: int
     num_warps: int
+    max_registers: int
     num_stages: int
     shared_by: int
 
@@ -102,6 +104,7 @@ class QueryTile:
     min_tokens: int
     max_shared: int
     num_warps: int
+    max_registers: int
     num_stages: int
 
     @property
@@ -154,6 +157,8 @@ class ForwardPlan:
         return -(-self.group_tokens // self.query_tile.tokens) + self.extra_tiles
 
 
+# A training loop asks for the same plan again and again, and making it costs the host 20 microseconds.
+@lru_cache(maxsize=1024)
 def plan_forward(
     problem: Problem,
     limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
@@ -343,7 +348,13 @@ def default_tuning(problem: Problem) -> Tuning:
             num_warps=num_warps,
             max_registers=MAX_REGISTERS if is_float32 else 128,
         ),
-        SharedTuning(rows=64, num_warps=num_warps, num_stages=1 if is_float32 else 2, shared_by=4),
+        SharedTuning(
+            rows=64,
+            num_warps=num_warps,
+            max_registers=MAX_REGISTERS,
+            num_stages=1 if is_float32 else 2,
+            shared_by=4,
+        ),
     )
 
 
@@ -373,6 +384,7 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
         min_tokens=min_tokens,
         max_shared=tokens * problem.num_slots // min_tokens,
         num_warps=tuning.num_warps,
+        max_registers=tuning.max_registers,
         num_stages=tuning.num_stages,
     )
 

@@ -45,7 +45,7 @@ class Grid:
         return len(self.partial) + 2 * len(self.shared) + len(self.shared_by)
 
 
-# Rows, warps and registers, or stages, that belong together: what lies far off lost whenever it was tried.
+# Rows, warps, registers and stages that belong together: what lies far off lost whenever it was tried.
 GRID = Grid(
     partial=[
         PartialTuning(rows, tiles_per_item, num_warps, max_registers)
@@ -53,9 +53,17 @@ GRID = Grid(
         for tiles_per_item in (4, 8)
     ],
     shared=[
-        SharedTuning(rows, num_warps, num_stages, shared_by=4)
-        for rows, num_warps in ((64, 4), (128, 4), (128, 8))
-        for num_stages in (2, 3)
+        SharedTuning(rows, num_warps, max_registers, num_stages, shared_by=4)
+        for rows, num_warps, max_registers, num_stages in (
+            (64, 4, 255, 2),
+            (64, 4, 255, 3),
+            (64, 4, 168, 1),
+            (64, 4, 168, 2),
+            (128, 8, 255, 2),
+            (128, 8, 255, 3),
+            (128, 8, 128, 1),
+            (128, 8, 128, 2),
+        )
     ],
     shared_by=(2, 8),
 )

@@ -332,5 +332,6 @@ def attend_shared(
         HEADS_PER_PAIR=plan.heads_per_pair, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
         INDEX_PER_HEAD=plan.index_per_head, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
         HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal,
-        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps, **shared,
+        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        maxnreg=tile.max_registers, **shared,
     )  # fmt: skip

@@ -39,7 +39,7 @@ PROBLEM = Problem(
     softmax_scale=0.1,
 )
 SHAPE = Shape.of(PROBLEM)
-TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 3, 8))
+TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 160, 3, 8))
 
 
 @pytest.fixture(autouse=True)

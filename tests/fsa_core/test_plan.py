@@ -52,7 +52,14 @@ WARPS, SMALL = st.just(4), st.integers(1, 64)
 TUNINGS = st.builds(
     Tuning,
     st.builds(PartialTuning, rows=ROWS, tiles_per_item=SMALL, num_warps=WARPS, max_registers=st.just(144)),
-    st.builds(SharedTuning, rows=ROWS, num_warps=WARPS, num_stages=st.just(2), shared_by=SMALL),
+    st.builds(
+        SharedTuning,
+        rows=ROWS,
+        num_warps=WARPS,
+        max_registers=st.just(255),
+        num_stages=st.just(2),
+        shared_by=SMALL,
+    ),
 )
 
 

@@ -38,7 +38,7 @@ PROBLEM = Problem(
     softmax_scale=0.25,
 )
 WIDE, NARROW = PartialTuning(64, 4, 4, 128), PartialTuning(32, 2, 4, 128)
-STAGED, PLAIN = SharedTuning(64, 4, 2, 4), SharedTuning(32, 4, 1, 4)
+STAGED, PLAIN = SharedTuning(64, 4, 255, 2, 4), SharedTuning(32, 4, 255, 1, 4)
 SMALL = Grid(partial=(WIDE, NARROW), shared=(STAGED, PLAIN), shared_by=(2, 8))
 
 

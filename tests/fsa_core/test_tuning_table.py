@@ -21,7 +21,7 @@ from fsa_core.tuning_table import (
     user_table_path,
 )
 
-TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 3, 8))
+TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 160, 3, 8))
 ENTRY = Entry(Shape(4, 128, 64, 2, 64, 16), MIXED, TUNING, {"mixed": 0.5, "kv_major": 1.0})
 TABLE = Table("nvidia-h200", (ENTRY,), {"torch": "2.11"})
 

@@ -19,7 +19,7 @@ GROUP_OF_1, GROUP_OF_2 = (
     CallShape(q_heads=heads, kv_heads=1, head_dim=16, block_size=16, slots=2, dtype="float16").problem(20)
     for heads in (1, 2)
 )
-SMALL = Grid(partial=(PartialTuning(32, 2, 4, 128),), shared=(SharedTuning(32, 4, 1, 4),), shared_by=())
+SMALL = Grid(partial=(PartialTuning(32, 2, 4, 128),), shared=(SharedTuning(32, 4, 255, 1, 4),), shared_by=())
 
 
 @pytest.fixture

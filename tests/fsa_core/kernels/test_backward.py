@@ -1,6 +1,6 @@
 """The gradient kernels against the oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -84,12 +84,22 @@ def test_float32(check: Callable, head_dim: int) -> None:
     check(q_lens=(33,), num_kv_heads=1, dtype=torch.float32, head_dim=head_dim, block_size=64)
 
 
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """Plans are remembered; those made with other constants must not be."""
+    backward_plan.plan_backward.cache_clear()
+    yield
+    backward_plan.plan_backward.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_plans")
 def test_a_popular_block_is_many_items(check: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TILES_PER_ITEM", "LONG_TILES_PER_ITEM"):
         monkeypatch.setattr(backward_plan, name, 1)
     check(q_lens=(60, 40), distribution="same", dtype=torch.float16, head_dim=32, group_size=4)
 
 
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize(("flops_per_byte", "num_passes"), [(0, 1), (10**9, 2)])
 def test_one_pass_and_two_in_several_chunks(
     make_case: Callable,

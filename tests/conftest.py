@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,9 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shared machine makes single examples slow; pytest-timeout bounds the whole test.
     settings.register_profile("fsa", deadline=None)
     settings.load_profile("fsa")
-    # Other shapes on every run, also in CI: what they find is printed so that it can be run again.
+    # Other shapes on every run, also in CI: what they find is printed so that it can be run again. To explain
+    # it, hypothesis would trace every line, also of all that passes.
     settings.register_profile(
-        "shapes", max_examples=config.getoption("--shapes"), derandomize=False, print_blob=True
+        "shapes",
+        max_examples=config.getoption("--shapes"),
+        derandomize=False,
+        print_blob=True,
+        phases=set(Phase) - {Phase.explain},
     )
     # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
     if config.getoption("--device") == "cpu":

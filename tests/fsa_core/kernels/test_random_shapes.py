@@ -100,14 +100,15 @@ def num_programs(problem: Problem, path: str, limit_bytes: int) -> int:
 def progress(request: pytest.FixtureRequest) -> Callable[[], None]:
     """Says now and then how many problems were drawn, where they are many."""
     total, count = request.config.getoption("--shapes"), 0
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = request.config.pluginmanager
+    terminal, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
     def one_more() -> None:
         nonlocal count
         count += 1
         if count % PROGRESS_EVERY == 0 and total > PROGRESS_EVERY:
-            terminal.ensure_newline()
-            terminal.write(f"{count} of {total} problems\n", flush=True)
+            with capture.global_and_fixture_disabled():
+                terminal.write(f"\n{count} of {total} problems", flush=True)
 
     return one_more
 

@@ -1,9 +1,9 @@
 """Every kernel on a small grid of shapes and selections, to be run under a checker: ``make sanitize``.
 
-Forward and backward, with ids that nobody validated, blocks that everybody chooses, rows that choose nothing,
-packed sequences without keys or queries, and a workspace that must be cut. Shapes are few, since each is
-compiled; so are tokens, since compute-sanitizer makes every access slow. Answers are compared on the CPU, so
-that hardly any kernel but ours runs. Exits 1 when an answer is wrong.
+Forward on every path and backward, with ids that nobody validated, blocks that everybody chooses, rows that
+choose nothing, packed sequences without keys or queries, and a workspace that must be cut. Shapes are few,
+since each is compiled; so are tokens, since a checker makes every access slow. Answers are compared on
+the CPU, so that hardly any kernel but ours runs. Exits 1 when an answer is wrong.
 
 ``python -m tests.sanitizer_grid --device cpu`` with TRITON_INTERPRET=1 runs it in Triton's interpreter.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fsa_core.api import attend
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, PATHS
 from tests.fsa_core.conftest import Case, assert_close_to_oracle, assert_gradients_close_to_oracle
 from tests.fsa_core.conftest import _make_case as make_case
 
@@ -26,6 +26,8 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"group_size": 3, "head_dim": 80, "value_dim": 48, "block_size": 64, "dtype": torch.bfloat16},
     {"group_size": 2, "head_dim": 64, "index_heads": 4, "dtype": torch.float16},
     {"group_size": 16, "head_dim": 128, "index_heads": 1, "block_size": 128, "dtype": torch.bfloat16},
+    # A query tile of one token and one id, rows that fill no tile, and the smallest matrix products.
+    {"group_size": 33, "head_dim": 16, "num_slots": 1, "num_kv_heads": 1, "dtype": torch.float16},
 )
 SELECTIONS = ("random", "local", "same", "ragged", "empty_rows", "wild")
 # A sequence of one token, one without queries, one without keys, a chunk at the end of a longer one.
@@ -41,9 +43,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = torch.device(parser.parse_args().device)
     failed = 0
-    for name, case, ids, workspace_bytes in grid(device):
+    for name, case, ids, options in grid(device):
         try:
-            check(case, ids, workspace_bytes, device)
+            check(case, ids, device, **options)
         except AssertionError as error:
             failed += 1
             print(f"{name}: {error}")
@@ -52,8 +54,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def grid(device: torch.device) -> Iterator[tuple[str, Case, torch.Tensor, int]]:
-    """Names, cases on the CPU, the ids that the kernels are given for them, and their workspace in bytes."""
+def grid(device: torch.device) -> Iterator[tuple[str, Case, torch.Tensor, dict[str, Any]]]:
+    """Names, cases on the CPU, the ids that the kernels are given for them, and path and workspace."""
     for shape, selection in product(SHAPES, SELECTIONS):
         # The interpreter's tl.dot is wrong for bfloat16.
         dtype = torch.float16 if device.type == "cpu" and shape["dtype"] == torch.bfloat16 else shape["dtype"]
@@ -71,19 +73,27 @@ def grid(device: torch.device) -> Iterator[tuple[str, Case, torch.Tensor, int]]:
         if selection == "wild":
             wild = torch.tensor(WILD_IDS, dtype=torch.int32)[torch.arange(ids.numel()) % len(WILD_IDS)]
             ids = torch.where(ids == -1, wild.view_as(ids), ids)
-        yield name, case, ids, DEFAULT_WORKSPACE_BYTES
-        if selection == "random":
-            yield f"{name}, small workspace", case, ids, SMALL_WORKSPACE_BYTES
+        for path in PATHS:
+            options = {"path": path, "workspace_limit_bytes": DEFAULT_WORKSPACE_BYTES}
+            yield f"{name} {path}", case, ids, options
+            if selection == "random":
+                options = {"path": path, "workspace_limit_bytes": SMALL_WORKSPACE_BYTES}
+                yield f"{name} {path}, small workspace", case, ids, options
 
 
-def check(case: Case, ids: torch.Tensor, workspace_bytes: int, device: torch.device) -> None:
-    """Raises AssertionError when outputs or gradients are further from the oracle than a test allows."""
+def check(case: Case, ids: torch.Tensor, device: torch.device, **options: Any) -> None:
+    """Raises AssertionError when outputs or gradients are further from the oracle than a test allows.
+
+    Gradients are computed the same way on every path: they are checked on one.
+    """
     grad_out, grad_lse = case.output_gradients()
     operands = [x.to(device).requires_grad_() for x in (case.q, case.k, case.v)]
     rest = (x.to(device) for x in (ids, case.cu_seqlens_q, case.cu_seqlens_k))
-    answer = attend(case.problem, *operands, *rest, backend="triton", workspace_limit_bytes=workspace_bytes)
-    grads = torch.autograd.grad(answer, operands, [x.to(device) for x in (grad_out, grad_lse)])
+    answer = attend(case.problem, *operands, *rest, backend="triton", **options)
     assert_close_to_oracle(*(x.detach().cpu() for x in answer), case)
+    if options["path"] != KV_MAJOR:
+        return
+    grads = torch.autograd.grad(answer, operands, [x.to(device) for x in (grad_out, grad_lse)])
     assert_gradients_close_to_oracle([x.cpu() for x in grads], case, grad_out, grad_lse)
 
 

@@ -13,9 +13,9 @@ def test_ids_that_nobody_validated_give_right_answers_and_gradients(
 ) -> None:
     monkeypatch.setattr(sanitizer_grid, "SHAPES", sanitizer_grid.SHAPES[:1])
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("wild",))
-    ((_, case, ids, workspace_bytes),) = sanitizer_grid.grid(device)
-    assert (ids < -1).any()
-    sanitizer_grid.check(case, ids, workspace_bytes, device)
+    for _, case, ids, options in sanitizer_grid.grid(device):
+        assert (ids < -1).any()
+        sanitizer_grid.check(case, ids, device, **options)
 
 
 def test_a_wrong_answer_gives_a_bad_exit_code(

@@ -131,6 +131,7 @@ def compile_shape(
         for path in paths:
             answer = selected_attention_forward(case.problem, *case.tensors, path=path)
         for backward_plan.FLOPS_PER_BYTE in flops_per_byte:
+            backward_plan.plan_backward.cache_clear()
             selected_attention_backward(case.problem, *case.tensors, *answer, *case.output_gradients())
     finally:
         JITFunction.run, backward_plan.FLOPS_PER_BYTE = run, chosen

@@ -134,6 +134,8 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         patch.setattr(backward_plan, "TILES_PER_ITEM", drawn.tiles_per_item)
         patch.setattr(backward_plan, "LONG_TILES_PER_ITEM", 2 * drawn.tiles_per_item)
         patch.setattr(backward_plan, "FLOPS_PER_BYTE", drawn.flops_per_byte)
+        # Plans are remembered; those made with other constants must not be.
+        plan_backward.cache_clear()
         limit_bytes = drawn.workspace_limit_bytes
         while limit_bytes < DEFAULT_WORKSPACE_BYTES:
             if num_programs(case.problem, drawn.path, limit_bytes) <= MAX_PROGRAMS:
@@ -144,4 +146,5 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         answer = selected_attention_forward(case.problem, *case.tensors, path=drawn.path, **limit)
         assert_close_to_oracle(*answer, case, factor=FACTOR)
         grads = selected_attention_backward(case.problem, *case.tensors, *answer, *given_gradients, **limit)
+    plan_backward.cache_clear()
     assert_gradients_close_to_oracle(grads, case, *given_gradients, factor=FACTOR)

@@ -119,7 +119,7 @@ def _gradients(
     """One work item under KEYS keys of its block.
 
     WITH_QUERIES writes partial [KV heads, tokens, slots, parts, HEADS_PER_PAIR, HEAD_DIM] at the rows' own
-    (token, slot), not scaled. WITH_KEYS adds to sum [KV heads, range segments, BLOCK_SIZE, HEAD_DIM +
+    (token, slot). WITH_KEYS adds to sum [KV heads, range segments, BLOCK_SIZE, HEAD_DIM +
     VALUE_DIM], which holds grad_k (not scaled) beside grad_v, if it is the only item of its segment, and
     otherwise writes split [KV heads, max_splits, BLOCK_SIZE, HEAD_DIM + VALUE_DIM].
     """
@@ -211,7 +211,8 @@ def _gradients(
             place = (group_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
             place = (place * (BLOCK_SIZE // KEYS) + part) * HEADS_PER_PAIR
             partial_ptrs = partial_ptr + ((place * HEAD_DIM)[:, None] + q_offsets)
-            tl.store(partial_ptrs, grad_q.to(partial_ptr.dtype.element_ty), mask=q_mask)
+            # Scaled here: a share that was not might overflow float16.
+            tl.store(partial_ptrs, (grad_q * scale).to(partial_ptr.dtype.element_ty), mask=q_mask)
 
     if WITH_KEYS:
         width = HEAD_DIM + VALUE_DIM
@@ -304,7 +305,6 @@ def _sum_slots(
     partial_ptr,
     keys_ptr,
     grad_q_ptr,
-    scale,
     first_token,
     num_tokens,
     chunk_tokens,
@@ -347,7 +347,7 @@ def _sum_slots(
     places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
     tl.store(
         grad_q_ptr + places[:, None] * HEAD_DIM + dims[None, :],
-        (acc * scale).to(grad_q_ptr.dtype.element_ty),
+        acc.to(grad_q_ptr.dtype.element_ty),
         mask=row_mask[:, None] & dim_mask[None, :],
     )
 
@@ -505,7 +505,7 @@ def _launch(
         )  # fmt: skip
     if one.with_queries:
         _sum_slots[-(-num_tokens * plan.heads_per_pair // SUM_ROWS), at.num_kv_heads](
-            workspace.partial, index.keys, call.grads[0], p.softmax_scale, first_token, num_tokens,
+            workspace.partial, index.keys, call.grads[0], first_token, num_tokens,
             one.chunk_tokens, p.num_slots, at.group_tokens, at.first_kv_head, at.rank, at.chunk, **shared,
             **q_heads, HEAD_DIM_PADDED=padded_dim(p.head_dim), PARTS=parts, ROWS=SUM_ROWS, num_warps=1,
         )  # fmt: skip

@@ -20,8 +20,8 @@ DTYPES: Mapping[tensor_pb2.Dtype, torch.dtype] = {
 }
 
 MAX_RANK = 8
-# What torch's 64-bit sizes and strides can take.
-MAX_TENSOR_BYTES = 2**62
+# Well within what torch's 64-bit sizes and strides can take.
+MAX_TENSOR_BYTES = 2**61
 
 # Views of received bytes are read-only; torch says so at the first one, and nothing here writes to them.
 warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)

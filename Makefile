@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## Start a server and let a language model compute its attent
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(INSTALLED) ## Run the test suite; needs no GPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
 
 # Numpy multiplies for Triton's interpreter: tiles too small to share between threads.
 test-shapes: $(INSTALLED) ## Give the kernels SHAPES random problems, in Triton's interpreter

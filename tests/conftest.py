@@ -33,6 +33,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+# What starts servers, kills workers or measures: one after the other, beside the numerical tests.
+SERIAL_FOLDERS = ("deploy", "examples", "fault", "fuzz", "service")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist and --dist loadgroup, keep the tests of these folders in one process."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    root = config.rootpath / "tests"
+    for item in items:
+        if item.path.relative_to(root).parts[0] in SERIAL_FOLDERS:
+            item.add_marker(pytest.mark.xdist_group("serial"))
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     name = request.config.getoption("--device")

@@ -49,10 +49,6 @@ class Pass:
     max_splits: int
     workspace_bytes: int
 
-    @property
-    def group_chunks(self) -> int:
-        return -(-self.group_tokens // self.chunk_tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class BackwardPlan:
@@ -105,8 +101,8 @@ def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) 
         passes=passes,
         kv_heads=kv_heads,
         range_segments=range_segments,
-        heads_per_pair=sizes.heads_per_pair,
-        tile_heads_per_kv_head=p.group_size // sizes.heads_per_pair,
+        heads_per_pair=p.heads_per_pair,
+        tile_heads_per_kv_head=p.group_size // p.heads_per_pair,
         index_per_head=p.index_heads > 1,
         segments=sizes.segments,
         tile_rows=sizes.tile_rows,
@@ -125,7 +121,6 @@ class _Sizes:
     """
 
     problem: Problem
-    heads_per_pair: int
     segments: int
     widest: int
     tile_rows: int
@@ -144,7 +139,6 @@ class _Sizes:
         tile_rows = max(32 if p.dtype == torch.float32 else 64, power_of_two(p.heads_per_pair))
         return cls(
             problem=p,
-            heads_per_pair=p.heads_per_pair,
             segments=num_segments(p),
             widest=widest,
             tile_rows=tile_rows,
@@ -161,7 +155,7 @@ def _is_cheaper_in_two(sizes: _Sizes, one_pass: Pass) -> bool:
     num_chunks = -(-p.num_q_tokens // one_pass.chunk_tokens)
     traffic_bytes = 2 * num_chunks * sizes.segments * sizes.block_bytes
     # Scores once more, and their gradients: 2 * block_size * dim operations a row each.
-    rows = p.num_q_tokens * p.num_slots * sizes.heads_per_pair
+    rows = p.num_q_tokens * p.num_slots * p.heads_per_pair
     more_flops = 2 * rows * p.block_size * (p.head_dim + p.value_dim)
     return traffic_bytes * FLOPS_PER_BYTE > more_flops
 

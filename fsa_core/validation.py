@@ -15,12 +15,13 @@ tokens; more queries than keys under causal (the first queries then see nothing,
 
 import math
 from dataclasses import replace
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from fsa_core.compact import CompactPattern
 from fsa_core.errors import InputError as InputError
+from fsa_core.errors import refuse, refuse_bad_starts
 from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
 from fsa_core.packing import row_starts, single_sequence
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM, Problem
@@ -94,8 +95,8 @@ def validate_dense(
     if check_values:
         valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
         if not valid:
-            _refuse_bad_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-            _refuse_bad_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+            refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
+            refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
     return _problem(
         q, k, v, cu_seqlens_q, block_size=0, index_heads=0, num_slots=0, causal=causal, softmax_scale=scale
     )
@@ -152,24 +153,24 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "[tokens, heads, dim]", 3)
         if x.dtype not in DTYPES:
-            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "float16, bfloat16 or float32")
+            refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "float16, bfloat16 or float32")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), f"{_name(q.dtype)}, that of q")
+            refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), f"{_name(q.dtype)}, that of q")
         _check_device(name, x, q.device)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not MIN_HEAD_DIM <= x.shape[2] <= MAX_HEAD_DIM:
-            _refuse("INVALID_HEAD_DIM", name, "head dim", x.shape[2], f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+            refuse("INVALID_HEAD_DIM", name, "head dim", x.shape[2], f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
         if x.shape[1] == 0:
-            _refuse("INVALID_HEADS", name, "head count", 0, "at least 1")
+            refuse("INVALID_HEADS", name, "head count", 0, "at least 1")
         if x.shape[0] > MAX_TOKENS:
-            _refuse("INVALID_TOKENS", name, "token count", x.shape[0], f"at most {MAX_TOKENS}")
+            refuse("INVALID_TOKENS", name, "token count", x.shape[0], f"at most {MAX_TOKENS}")
     if k.shape[2] != q.shape[2]:
-        _refuse("INVALID_HEAD_DIM", "k", "head dim", k.shape[2], f"{q.shape[2]}, that of q")
+        refuse("INVALID_HEAD_DIM", "k", "head dim", k.shape[2], f"{q.shape[2]}, that of q")
     if v.shape[0] != k.shape[0]:
-        _refuse("INVALID_TOKENS", "v", "token count", v.shape[0], f"{k.shape[0]}, that of k")
+        refuse("INVALID_TOKENS", "v", "token count", v.shape[0], f"{k.shape[0]}, that of k")
     if v.shape[1] != k.shape[1]:
-        _refuse("INVALID_HEADS", "v", "head count", v.shape[1], f"{k.shape[1]}, that of k")
+        refuse("INVALID_HEADS", "v", "head count", v.shape[1], f"{k.shape[1]}, that of k")
     if q.shape[1] % k.shape[1]:
         raise InputError(
             "INVALID_HEADS",
@@ -182,15 +183,15 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def _check_tensor(name: str, x: object, layout: str, rank: int) -> None:
     if not isinstance(x, torch.Tensor):
-        _refuse("INVALID_TYPE", name, "type", type(x).__name__, "torch.Tensor")
+        refuse("INVALID_TYPE", name, "type", type(x).__name__, "torch.Tensor")
     if x.dim() != rank:
         shape = f"{x.dim()} (shape {list(x.shape)})"
-        _refuse("INVALID_RANK", name, "rank", shape, f"{rank}, {layout}")
+        refuse("INVALID_RANK", name, "rank", shape, f"{rank}, {layout}")
 
 
 def _check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
     if x.device != device:
-        _refuse("INVALID_DEVICE", name, "device", x.device, f"{device}, that of q")
+        refuse("INVALID_DEVICE", name, "device", x.device, f"{device}, that of q")
 
 
 def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
@@ -244,34 +245,34 @@ def _checked_starts(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_tensor(name, x, "[num_sequences + 1]", 1)
         if x.dtype != torch.int32:
-            _refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
+            refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
         _check_device(name, x, q.device)
         if x.numel() < 2:
-            _refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")
+            refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")
     if cu_seqlens_k.numel() != cu_seqlens_q.numel():
         expected = f"{cu_seqlens_q.numel()}, that of cu_seqlens_q"
-        _refuse("INVALID_CU_SEQLENS", "cu_seqlens_k", "length", cu_seqlens_k.numel(), expected)
+        refuse("INVALID_CU_SEQLENS", "cu_seqlens_k", "length", cu_seqlens_k.numel(), expected)
     return cu_seqlens_q, cu_seqlens_k
 
 
 def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:
     _check_tensor("block_indices", block_indices, "[heads, rows, slots]", 3)
     if block_indices.dtype != torch.int32:
-        _refuse("INVALID_DTYPE", "block_indices", "dtype", _name(block_indices.dtype), "int32")
+        refuse("INVALID_DTYPE", "block_indices", "dtype", _name(block_indices.dtype), "int32")
     _check_device("block_indices", block_indices, q.device)
     heads, _, slots = block_indices.shape
     allowed = sorted({1, k.shape[1], q.shape[1]})
     if heads not in allowed:
         expected = f"{' or '.join(map(str, allowed))} (1, the heads of k, or those of q)"
-        _refuse("INVALID_INDEX_SHAPE", "block_indices", "head count", heads, expected)
+        refuse("INVALID_INDEX_SHAPE", "block_indices", "head count", heads, expected)
     if not 1 <= slots <= MAX_SLOTS:
-        _refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", slots, f"1 to {MAX_SLOTS}")
+        refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", slots, f"1 to {MAX_SLOTS}")
 
 
 def _check_row_count(block_indices: torch.Tensor, expected: int, why: str) -> None:
     rows = block_indices.shape[1]
     if rows != expected:
-        _refuse("INVALID_INDEX_SHAPE", "block_indices", "row count", rows, f"{expected}, {why}")
+        refuse("INVALID_INDEX_SHAPE", "block_indices", "row count", rows, f"{expected}, {why}")
 
 
 def _check_values(
@@ -299,8 +300,8 @@ def _check_values(
     # On CUDA the verdicts meet on the device and are read once; on the CPU the costly one is last.
     if (q.is_cuda or valid) and valid & ids_are_valid(block_indices, index_rows):
         return
-    _refuse_bad_starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    _refuse_bad_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
+    refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
     expected_rows = int(row_starts(cu_seqlens_q, query_block_size)[-1])
     _check_row_count(block_indices, expected_rows, f"one for {query_block_size} queries of a sequence")
     raise first_offender(block_indices, index_rows, block_size=block_size, per_token=query_block_size == 1)
@@ -308,34 +309,6 @@ def _check_values(
 
 def _starts_are_valid(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-
-
-def _refuse_bad_starts(name: str, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
-    starts = cu_seqlens.tolist()
-    if starts[0] != 0:
-        _refuse_start(name, 0, starts[0], "0")
-    for i in range(1, len(starts)):
-        if starts[i] < starts[i - 1]:
-            _refuse_start(name, i, starts[i], f"at least {starts[i - 1]}, the one before it")
-    if starts[-1] != num_tokens:
-        _refuse_start(name, len(starts) - 1, starts[-1], f"{num_tokens}, the token count")
-
-
-def _refuse_start(name: str, index: int, value: int, expected: str) -> NoReturn:
-    raise InputError(
-        "INVALID_CU_SEQLENS",
-        name,
-        f"{name}[{index}] is {value}: expected {expected}",
-        index=index,
-        value=value,
-        expected=expected,
-    )
-
-
-def _refuse(reason: str, field: str, what: str, got: object, expected: str) -> NoReturn:
-    raise InputError(
-        reason, field, f"{field} has {what} {got}: expected {expected}", got=got, expected=expected
-    )
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -3,13 +3,11 @@
 Reasons are those of fsa_core.validation, INVALID_GATES and INVALID_COMPRESSION.
 """
 
-import itertools
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
-from fsa_core.errors import InputError
+from fsa_core.errors import refuse, refuse_bad_starts
 from fsa_core.nsa.compression import Compression, compressed_cu_seqlens, count_windows
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.packing import Placement, place_queries, single_sequence
@@ -88,7 +86,7 @@ def validate_over_windows(
     starts = compressed_cu_seqlens(cu_seqlens_k, config.kernel_size, config.stride)
     if k_cmp.shape[0] != int(starts[-1]):
         expected = f"{int(starts[-1])}, the windows in {int(cu_seqlens_k[-1])} keys"
-        _refuse("INVALID_TOKENS", "k_cmp", "token count", k_cmp.shape[0], expected)
+        refuse("INVALID_TOKENS", "k_cmp", "token count", k_cmp.shape[0], expected)
     problem = validate_dense(
         q,
         k_cmp,
@@ -106,17 +104,10 @@ def validate_over_windows(
 def check_starts(name: str, cu_seqlens: torch.Tensor, *, num_tokens: int | None = None) -> None:
     """Refuse cu_seqlens that are not int32, from 0, never decreasing, to ``num_tokens`` if that is given."""
     if cu_seqlens.dtype != torch.int32:
-        _refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
+        refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        _refuse("INVALID_CU_SEQLENS", name, "shape", list(cu_seqlens.shape), "[num_sequences + 1]")
-    starts = cu_seqlens.tolist()
-    if starts[0] != 0:
-        _refuse_start(name, 0, starts[0], "0")
-    for index, (before, value) in enumerate(itertools.pairwise(starts), start=1):
-        if value < before:
-            _refuse_start(name, index, value, f"at least {before}, the one before it")
-    if num_tokens is not None and starts[-1] != num_tokens:
-        _refuse_start(name, len(starts) - 1, starts[-1], f"{num_tokens}, the token count")
+        refuse("INVALID_CU_SEQLENS", name, "shape", list(cu_seqlens.shape), "[num_sequences + 1]")
+    refuse_bad_starts(name, cu_seqlens.tolist(), num_tokens)
 
 
 def check_compression(name: str, compression: Compression, config: NSAConfig) -> None:
@@ -124,7 +115,7 @@ def check_compression(name: str, compression: Compression, config: NSAConfig) ->
     got = (compression.kernel_size, compression.stride)
     if got != (config.kernel_size, config.stride):
         expected = f"{(config.kernel_size, config.stride)}, those of config"
-        _refuse("INVALID_COMPRESSION", name, "kernel size and stride", got, expected)
+        refuse("INVALID_COMPRESSION", name, "kernel size and stride", got, expected)
 
 
 def check_compressed(k_cmp: torch.Tensor, v_cmp: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -132,32 +123,15 @@ def check_compressed(k_cmp: torch.Tensor, v_cmp: torch.Tensor, k: torch.Tensor, 
     for name, compressed, x in (("k_cmp", k_cmp, k), ("v_cmp", v_cmp, v)):
         got, expected = list(compressed.shape[1:]), list(x.shape[1:])
         if got != expected:
-            _refuse("INVALID_HEADS", name, "heads and dim", got, f"{expected}, those of {name[0]}")
+            refuse("INVALID_HEADS", name, "heads and dim", got, f"{expected}, those of {name[0]}")
 
 
 def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
     """Refuse gates that are not [num_q_tokens, num_q_heads, 3], of floating point, beside q."""
     expected = [*q.shape[:2], 3]
     if list(gates.shape) != expected:
-        _refuse("INVALID_GATES", "gates", "shape", list(gates.shape), f"{expected}, a gate for each branch")
+        refuse("INVALID_GATES", "gates", "shape", list(gates.shape), f"{expected}, a gate for each branch")
     if not gates.is_floating_point():
-        _refuse("INVALID_DTYPE", "gates", "dtype", gates.dtype, "floating point")
+        refuse("INVALID_DTYPE", "gates", "dtype", gates.dtype, "floating point")
     if gates.device != q.device:
-        _refuse("INVALID_DEVICE", "gates", "device", gates.device, f"{q.device}, that of q")
-
-
-def _refuse_start(name: str, index: int, value: int, expected: str) -> NoReturn:
-    raise InputError(
-        "INVALID_CU_SEQLENS",
-        name,
-        f"{name}[{index}] is {value}: expected {expected}",
-        index=index,
-        value=value,
-        expected=expected,
-    )
-
-
-def _refuse(reason: str, field: str, what: str, got: object, expected: str) -> NoReturn:
-    raise InputError(
-        reason, field, f"{field} has {what} {got}: expected {expected}", got=got, expected=expected
-    )
+        refuse("INVALID_DEVICE", "gates", "device", gates.device, f"{q.device}, that of q")

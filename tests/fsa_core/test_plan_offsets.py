@@ -69,7 +69,7 @@ def test_backward(problem: Problem, limit_bytes: int) -> None:
     parts = p.block_size // plan.tile_keys
     index_heads = plan.kv_heads if plan.index_per_head else 1
     for one in plan.passes:
-        rows = index_heads * one.group_chunks
+        rows = index_heads * -(-one.group_tokens // one.chunk_tokens)
         numbers = {
             "keys": rows * plan.segments,
             "offsets": rows * (plan.segments + 1),

@@ -3,16 +3,16 @@
 The interpreter's tl.dot is wrong for bfloat16, and it is slow: there float16 and float32 run, on few shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-GROUP_SIZES = (1, 2, 3, 4, 6, 7, 8, 12, 16, 32)
-HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
-BLOCK_SIZES = (16, 32, 64, 128, 256)
+from tests.fsa_core.conftest import Case
+
+# Kernels are imported where they are used: a conftest.py is read before the suite has chosen the interpreter.
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +20,43 @@ def _poisoned(poisoned_memory: None) -> None:
     """Every kernel test runs in poisoned memory."""
 
 
+def gradients(
+    case: Case, **options: int
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients, and those of out and lse that they come from."""
+    from fsa_core.kernels.backward import selected_attention_backward
+    from fsa_core.kernels.forward import selected_attention_forward
+
+    answer = selected_attention_forward(case.problem, *case.tensors)
+    given = case.output_gradients()
+    return selected_attention_backward(case.problem, *case.tensors, *answer, *given, **options), given
+
+
+@pytest.fixture
+def check_forward(make_case: Callable, assert_close_to_oracle: Callable) -> Callable:
+    from fsa_core.kernels.forward import selected_attention_forward
+
+    def run(**options: object) -> None:
+        case = make_case(**options)
+        assert_close_to_oracle(*selected_attention_forward(case.problem, *case.tensors), case)
+
+    return run
+
+
+@pytest.fixture
+def check_gradients(make_case: Callable, assert_gradients_close_to_oracle: Callable) -> Callable:
+    def run(**options: object) -> None:
+        case = make_case(**options)
+        grads, given = gradients(case)
+        assert_gradients_close_to_oracle(grads, case, *given)
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def tiles_for_the_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each program and each element of a tile, not for what the GPU pays for."""
     if device.type == "cpu":
-        # Not above: a conftest.py is read before the suite has chosen the interpreter.
         from fsa_core.kernels import backward, forward, index, sorted_index
 
         monkeypatch.setattr(forward, "MERGE_ROWS", 64)

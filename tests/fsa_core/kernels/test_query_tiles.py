@@ -8,8 +8,8 @@ import torch
 
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import MIXED, QUERY_TILE, plan_forward
+from fsa_core.problem import BLOCK_SIZES
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
-from tests.fsa_core.kernels.conftest import BLOCK_SIZES
 
 
 @pytest.fixture(params=[QUERY_TILE, MIXED])

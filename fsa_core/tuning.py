@@ -137,7 +137,9 @@ class Bench:
             return None
         # Whatever a compiler or a launch raises says that these sizes are not for this device.
         except Exception as error:
-            self.rejected.append((candidate, f"{type(error).__name__}: {error}"))
+            # A compiler quotes the whole kernel before it says what is wrong with it.
+            reason = (str(error).splitlines() or [""])[-1]
+            self.rejected.append((candidate, f"{type(error).__name__}: {reason}"))
             return None
         return statistics.geometric_mean(seconds)
 

@@ -23,9 +23,6 @@ FLOAT32_BYTES = 4
 # A pair in the index: itself and its key, both before and after the sort, its place in 64 bits, and what the
 # sort reads from in between.
 INDEX_PAIR_BYTES = 36
-# Whether gradients of keys are worth reading and writing once a chunk, or all scores worth computing twice:
-# the operations and the bytes that an H200 gets through in the same time.
-FLOPS_PER_BYTE = 100
 # Tiles of a work item: few where partial gradients of q bound a chunk anyway, many where a chunk can be long.
 TILES_PER_ITEM = 16
 LONG_TILES_PER_ITEM = 128
@@ -54,9 +51,10 @@ class Pass:
 class BackwardPlan:
     """Gradients of ``kv_heads`` KV heads at a time, those of keys for ``range_segments`` KV blocks at a time.
 
-    One pass of five matrix products, or two of seven in all where the gradients of the keys would be read and
-    written too often, or do not fit. A program has ``tile_keys`` keys of a block and walks its pairs
-    ``tile_pairs`` at a time, in ``tile_rows`` rows. Other names as in ``ForwardPlan``.
+    One pass of five matrix products if a single chunk holds all shares of grad_q; else two of seven in all,
+    so that no chunk reads and writes the gradients of all keys again. A program has ``tile_keys`` keys of a
+    block and walks its pairs ``tile_pairs`` at a time, in ``tile_rows`` rows. Other names as in
+    ``ForwardPlan``.
     """
 
     passes: tuple[Pass, ...]
@@ -86,7 +84,9 @@ def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) 
     range_segments = min(max(room * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
     one_pass = _pass(sizes, room, with_keys=True, with_queries=True)
     passes: tuple[Pass, ...] = (one_pass,)
-    if range_segments < sizes.segments or _is_cheaper_in_two(sizes, one_pass):
+    # Measured on an H200: in one chunk, five products are a third faster; in 3, they take the same time; in
+    # 4 and more, seven are.
+    if range_segments < sizes.segments or one_pass.chunk_tokens < p.num_q_tokens:
         passes = (
             _pass(sizes, room, with_keys=True, with_queries=False),
             _pass(sizes, room, with_keys=False, with_queries=True),
@@ -108,7 +108,7 @@ def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) 
         tile_rows=sizes.tile_rows,
         tile_pairs=sizes.tile_pairs,
         tile_keys=sizes.tile_keys,
-        num_warps=4 if sizes.widest <= 64 else 8,
+        num_warps=sizes.num_warps,
         workspace_bytes=kv_heads * head_bytes,
     )
 
@@ -126,6 +126,7 @@ class _Sizes:
     tile_rows: int
     tile_pairs: int
     tile_keys: int
+    num_warps: int
     block_bytes: int
     partials: int
     delta_bytes: int
@@ -144,20 +145,13 @@ class _Sizes:
             tile_rows=tile_rows,
             tile_pairs=tile_rows // p.heads_per_pair,
             tile_keys=tile_keys,
+            # Measured at D = 128: 4 warps take two thirds of the time of 8, though their programs begin and
+            # end with spills; wider heads spill in the loop.
+            num_warps=4 if widest <= (64 if p.dtype == torch.float32 else 128) else 8,
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
             partials=p.num_slots * p.heads_per_pair * (p.block_size // tile_keys) * p.head_dim,
             delta_bytes=FLOAT32_BYTES * p.num_q_tokens * p.group_size,
         )
-
-
-def _is_cheaper_in_two(sizes: _Sizes, one_pass: Pass) -> bool:
-    p = sizes.problem
-    num_chunks = -(-p.num_q_tokens // one_pass.chunk_tokens)
-    traffic_bytes = 2 * num_chunks * sizes.segments * sizes.block_bytes
-    # Scores once more, and their gradients: 2 * block_size * dim operations a row each.
-    rows = p.num_q_tokens * p.num_slots * p.heads_per_pair
-    more_flops = 2 * rows * p.block_size * (p.head_dim + p.value_dim)
-    return traffic_bytes * FLOPS_PER_BYTE > more_flops
 
 
 def _pass(sizes: _Sizes, room_bytes: int, *, with_keys: bool, with_queries: bool) -> Pass:

@@ -23,10 +23,9 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
-from fsa_core import backward_plan
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import MIXED, PATHS
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
 from tests.fsa_core.conftest import _make_case as make_case
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -121,20 +120,22 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_shape(
-    shape: dict[str, Any], paths: tuple[str, ...], flops_per_byte: tuple[int, ...]
+    shape: dict[str, Any], paths: tuple[str, ...], limits_bytes: tuple[int, ...]
 ) -> Iterator[Compiled]:
-    """The kernels of one shape, forward on ``paths``, backward in one pass and, at 10**9, in two."""
+    """The kernels of one shape: forward on ``paths``, backward in one pass or, within 1 byte, in two."""
     case = make_case(torch.device("cpu"), q_lens=(40, 5), num_kv_heads=2, **shape)
-    launches, run, chosen = Launches(), JITFunction.run, backward_plan.FLOPS_PER_BYTE
+    launches, run = Launches(), JITFunction.run
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
         for path in paths:
             answer = selected_attention_forward(case.problem, *case.tensors, path=path)
-        for backward_plan.FLOPS_PER_BYTE in flops_per_byte:
-            backward_plan.plan_backward.cache_clear()
-            selected_attention_backward(case.problem, *case.tensors, *answer, *case.output_gradients())
+        for limit_bytes in limits_bytes:
+            selected_attention_backward(
+                case.problem, *case.tensors, *answer, *case.output_gradients(),
+                workspace_limit_bytes=limit_bytes,
+            )  # fmt: skip
     finally:
-        JITFunction.run, backward_plan.FLOPS_PER_BYTE = run, chosen
+        JITFunction.run = run
     yield from launches.compiled.values()
 
 
@@ -161,11 +162,11 @@ def main() -> int:
     fit = True
     # The mixed path has the kernels of both others, and one pass the larger ones of the gradients.
     shapes: Iterable[dict[str, Any]] = EXTREMES
-    paths, flops_per_byte = (MIXED,), (0,)
+    paths, limits_bytes = (MIXED,), (DEFAULT_WORKSPACE_BYTES,)
     if parser.parse_args().all:
-        shapes, paths, flops_per_byte = every_shape(), PATHS, (0, 10**9)
+        shapes, paths, limits_bytes = every_shape(), PATHS, (DEFAULT_WORKSPACE_BYTES, 1)
     for shape in shapes:
-        for kernel in compile_shape(shape, paths, flops_per_byte):
+        for kernel in compile_shape(shape, paths, limits_bytes):
             fit &= kernel.fits
             named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
             print(named, kernel, flush=True)

@@ -12,4 +12,4 @@ def test_the_largest_and_the_oddest_shapes_compile_for_hopper_within_its_shared_
     told = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout + told.stderr
     for kernel in ("_partial", "_merge", "_attend", "_gradients"):
-        assert told.stdout.count(f"{kernel}: ") == 3
+        assert told.stdout.count(f"{kernel}: ") >= 3

@@ -37,7 +37,7 @@ def test_the_workspace_is_bounded_at_any_length(problem: Problem) -> None:
 
 
 def test_short_calls_compute_scores_once_and_long_ones_do_not_rewrite_all_keys_each_chunk() -> None:
-    short, long = plan_backward(problem(8192)), plan_backward(problem(65536))
+    short, long = plan_backward(problem(8192, 1)), plan_backward(problem(65536))
     assert [(one.with_keys, one.with_queries) for one in short.passes] == [(True, True)]
     assert [(one.with_keys, one.with_queries) for one in long.passes] == [(True, False), (False, True)]
     assert long.passes[0].chunk_tokens > long.passes[1].chunk_tokens

@@ -35,7 +35,6 @@ class Draw:
     path: str
     workspace_limit_bytes: int
     tiles_per_item: int
-    flops_per_byte: int
 
 
 @st.composite
@@ -77,7 +76,6 @@ def draws(draw: st.DrawFn) -> Draw:
             st.sampled_from((DEFAULT_WORKSPACE_BYTES, 1)) | st.integers(1 << 10, 1 << 20)
         ),
         tiles_per_item=draw(st.sampled_from((backward_plan.TILES_PER_ITEM, 1))),
-        flops_per_byte=draw(st.sampled_from((backward_plan.FLOPS_PER_BYTE, 0, 10**9))),
     )
 
 
@@ -133,7 +131,6 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward_plan, "TILES_PER_ITEM", drawn.tiles_per_item)
         patch.setattr(backward_plan, "LONG_TILES_PER_ITEM", 2 * drawn.tiles_per_item)
-        patch.setattr(backward_plan, "FLOPS_PER_BYTE", drawn.flops_per_byte)
         # Plans are remembered; those made with other constants must not be.
         plan_backward.cache_clear()
         limit_bytes = drawn.workspace_limit_bytes

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
-from fsa_core.kernels.query_tiles import attend_shared, new_agreement
+from fsa_core.kernels.query_tiles import agree, attend_shared, new_agreement
 from fsa_core.plan import (
     COUNTER_INTS,
     DEFAULT_WORKSPACE_BYTES,
@@ -329,9 +329,8 @@ def selected_attention_forward(
     for group in groups(p, plan):
         ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
         if tile is not None and agreement is not None:
-            attend_shared(
-                agreement, p, plan, tile, group, q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, out, lse
-            )
+            agree(agreement, p, plan, tile, group, block_indices, cu_seqlens_q, cu_seqlens_k)
+            attend_shared(agreement, p, plan, tile, group, *tensors)
             ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
         if workspace is not None:
             invert(

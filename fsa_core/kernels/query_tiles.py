@@ -57,7 +57,7 @@ def _spread(block_a, count_a, block_b, count_b):
 
 
 @triton.jit
-def _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.constexpr):
+def tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.constexpr):
     """A tile's sequence, its first packed token (not before the end if there is no tile), and that end."""
     sequence = find_segment_sequence(cu_seqlens_q_ptr, tile, num_sequences, search_steps, TOKENS)
     q_start = tl.load(cu_seqlens_q_ptr + sequence)
@@ -96,7 +96,7 @@ def _agree(
     """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run."""
     tile = first_tile + tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    sequence, first, q_end = _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
     tile_place = head * num_tiles + tl.program_id(0)
     if first >= q_end:
         tl.store(counts_ptr + tile_place * 2, 0)
@@ -141,7 +141,7 @@ def _agree(
 
 
 @triton.jit
-def _load_block(ptrs, key_mask, dim_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
+def load_block(ptrs, key_mask, dim_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
     """A K or V block; the masks, broadcastable to ``ptrs``, are applied only where they hide something."""
     if MASK_KEYS:
         return tl.load(ptrs, mask=key_mask & dim_mask, other=0.0)
@@ -206,7 +206,7 @@ def _attend(
     head = first_head + group_head
     index_head = group_head if INDEX_PER_HEAD else 0
     tile = first_tile + tl.program_id(0)
-    sequence, first, q_end = _tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
     if (first >= tl.minimum(q_end, first_token + num_tokens)) | (first + TOKENS <= first_token):
         return
     k_start = tl.load(cu_seqlens_k_ptr + sequence)
@@ -252,10 +252,10 @@ def _attend(
         first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
         chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
-        k = _load_block(k_ptrs, True, dim_mask[:, None], False, mask_dims)
+        k = load_block(k_ptrs, True, dim_mask[:, None], False, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
         v_ptrs = v_ptr + first_key * NUM_KV_HEADS * VALUE_DIM + v_offsets
-        v = _load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
+        v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, False)
     # The blocks at the end of the list, which some tokens do not see whole, or which are short.
     for step in tl.range(num_whole * parts, num_shared * parts, num_stages=1):
@@ -264,11 +264,11 @@ def _attend(
         keys = first_key + key
         exists = keys < k_length
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
-        k = _load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
+        k = load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
         scores = tl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
         v_ptrs = v_ptr + first_key * NUM_KV_HEADS * VALUE_DIM + v_offsets
-        v = _load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
+        v = load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, True)
     acc *= reciprocal(row_sum)[:, None]
     tl.store(
@@ -292,6 +292,36 @@ def new_agreement(problem: Problem, plan: ForwardPlan, tile: QueryTile, like: to
     )
 
 
+def agree(
+    agreement: Agreement,
+    problem: Problem,
+    plan: ForwardPlan,
+    tile: QueryTile,
+    group: Group,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> None:
+    """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``."""
+    p, steps = problem, search_steps(problem.num_sequences)
+    first_tile, num_tiles = tiles_of(p, tile, group)
+    _agree[num_tiles, group.num_index_heads](
+        block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
+        agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
+        agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
+        agreement.counts.shape[1], group.first_index_head, BLOCK_SIZE=p.block_size, TOKENS=tile.tokens,
+        LOG_TOKENS=(tile.tokens - 1).bit_length(), LOG_SLOTS=(p.num_slots - 1).bit_length(), CAUSAL=p.causal,
+        MIN_TOKENS=tile.min_tokens, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=plan.has_partials,
+    )  # fmt: skip
+
+
+def tiles_of(problem: Problem, tile: QueryTile, group: Group) -> tuple[int, int]:
+    """The first tile that may meet a group's tokens, and how many may: known without reading cu_seqlens."""
+    first_tile = max(group.first_token // tile.tokens - 1, 0)
+    last_tile = (group.first_token + group.num_tokens - 1) // tile.tokens + problem.num_sequences
+    return first_tile, last_tile - first_tile
+
+
 def attend_shared(
     agreement: Agreement,
     problem: Problem,
@@ -301,37 +331,25 @@ def attend_shared(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_indices: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Writes out and lse of a group's tokens over the blocks they share, and fills ``agreement``.
+    """Writes out and lse of a group's tokens over the blocks they share, as ``agreement`` has them.
 
-    Tensors as in ``selected_attention_forward``; blocks that are not shared are in ``agreement.leftover``.
+    Tensors as in ``selected_attention_forward``.
     """
     p, steps = problem, search_steps(problem.num_sequences)
-    first_tile = max(group.first_token // tile.tokens - 1, 0)
-    last_tile = (group.first_token + group.num_tokens - 1) // tile.tokens + p.num_sequences
-    num_tiles = last_tile - first_tile
-    shared = {"BLOCK_SIZE": p.block_size, "TOKENS": tile.tokens, "MAX_SHARED": tile.max_shared}
-    list_tiles = agreement.counts.shape[1]
-    _agree[num_tiles, group.num_index_heads](
-        block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
-        agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
-        agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile, list_tiles,
-        group.first_index_head, LOG_TOKENS=(tile.tokens - 1).bit_length(),
-        LOG_SLOTS=(p.num_slots - 1).bit_length(), CAUSAL=p.causal, MIN_TOKENS=tile.min_tokens,
-        WITH_LEFTOVER=plan.has_partials, **shared,
-    )  # fmt: skip
+    first_tile, num_tiles = tiles_of(p, tile, group)
     _attend[num_tiles, group.num_heads](
         q, k, v, out, lse, agreement.blocks, agreement.masks, agreement.counts, cu_seqlens_q, cu_seqlens_k,
         p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
-        first_tile, list_tiles, group.first_head, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
-        HEADS_PER_PAIR=plan.heads_per_pair, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
-        INDEX_PER_HEAD=plan.index_per_head, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
+        first_tile, agreement.counts.shape[1], group.first_head, NUM_Q_HEADS=p.num_q_heads,
+        NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
+        TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
         HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal,
-        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        maxnreg=tile.max_registers, **shared,
+        BLOCK_SIZE=p.block_size, TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
+        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
@@ -65,7 +66,7 @@ def tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.
     return sequence, first, tl.load(cu_seqlens_q_ptr + sequence + 1)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _agree(
     indices_ptr,
     cu_seqlens_q_ptr,
@@ -164,7 +165,7 @@ def _add_block(row_max, row_sum, acc, scores, chose, v, scale, CUT: tl.constexpr
     return new_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _attend(
     q_ptr,
     k_ptr,
@@ -347,9 +348,9 @@ def attend_shared(
         p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
         first_tile, agreement.counts.shape[1], group.first_head, NUM_Q_HEADS=p.num_q_heads,
         NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
-        TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
-        HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal,
-        BLOCK_SIZE=p.block_size, TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
-        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        maxnreg=tile.max_registers,
+        TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head,
+        HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim),
+        VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, BLOCK_SIZE=p.block_size,
+        TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
     )  # fmt: skip

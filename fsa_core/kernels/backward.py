@@ -16,11 +16,11 @@ the call; those of k and v add the same terms, grouped by chunks of the packed t
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from fsa_core.backward_plan import BackwardPlan, Pass, plan_backward
-from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.sorted_index import NO_SEGMENT, SortedIndex, sorted_index
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim, search_steps
@@ -30,7 +30,7 @@ DELTA_ROWS = 16
 SUM_ROWS = 8
 
 
-@triton.jit(do_not_specialize=("num_tokens", "first_kv_head"))
+@kernel
 def _delta(
     out_ptr,
     grad_out_ptr,
@@ -59,12 +59,7 @@ def _delta(
     tl.store(delta_ptr + first_row + rows, delta, mask=row_mask)
 
 
-@triton.jit(
-    do_not_specialize=(
-        *LENGTHS, "total_q", "max_splits", "first_kv_head", "rank", "chunk",
-        "first_range_segment", "range_segments",
-    )
-)  # fmt: skip
+@kernel
 def _gradients(
     q_ptr,
     k_ptr,
@@ -232,11 +227,7 @@ def _gradients(
         tl.store(v_ptrs, grad_v, mask=v_mask)
 
 
-@triton.jit(
-    do_not_specialize=(
-        *LENGTHS, "max_splits", "first_kv_head", "chunk", "first_range_segment", "range_segments", "is_last",
-    )
-)  # fmt: skip
+@kernel
 def _sum_items(
     sum_ptr,
     split_ptr,
@@ -300,7 +291,7 @@ def _sum_items(
         tl.store(sum_ptrs, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "rank", "first_kv_head", "chunk", "group_tokens"))
+@kernel
 def _sum_slots(
     partial_ptr,
     keys_ptr,

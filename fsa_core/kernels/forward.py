@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import LENGTHS, SLOT_BITS, SLOT_MASK, Inversion, invert
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, new_agreement
 from fsa_core.plan import (
@@ -50,7 +51,7 @@ def _scores(q, k, q_positions, k_positions, k_length, CAUSAL: tl.constexpr):
     return tl.where((k_positions < k_length)[None, :], scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
+@kernel
 def _partial(
     q_ptr,
     k_ptr,
@@ -211,7 +212,7 @@ def _add_partial(row_max, row_sum, acc, lse, out):
     return new_max, row_sum * shrink + weight, acc * shrink[:, None] + weight[:, None] * out.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "first_index_head", "chunk"))
+@kernel
 def _merge(
     partial_out_ptr,
     partial_lse_ptr,

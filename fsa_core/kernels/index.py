@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fsa_core import plan
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import load_segments
 
 MAX_SLOTS_IN_TILE = 128
@@ -68,7 +69,7 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _count(
     indices_ptr,
     cu_seqlens_q_ptr,
@@ -111,7 +112,7 @@ def _count(
     tl.store(ranks, tl.where(counters >= 0, rank, -1), mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _scan(
     counts_ptr,
     offsets_ptr,
@@ -140,7 +141,7 @@ def _scan(
     tl.store(item_offsets_ptr + num_segments, item_offset)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _scatter(
     indices_ptr,
     cu_seqlens_q_ptr,

@@ -7,10 +7,10 @@ keys are sums over a block's pairs, so here the order is part of the answer, and
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import LENGTHS, MAX_SLOTS_IN_TILE, PAIRS_IN_TILE, SLOT_BITS
+from fsa_core.kernels.index import MAX_SLOTS_IN_TILE, PAIRS_IN_TILE, SLOT_BITS
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import load_segments
 from fsa_core.plan import search_steps
 
@@ -40,7 +40,7 @@ class SortedIndex:
     item_segment: torch.Tensor
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@kernel
 def _keys(
     indices_ptr,
     cu_seqlens_q_ptr,

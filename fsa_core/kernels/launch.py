@@ -1,0 +1,167 @@
+"""Kernels that are launched in a few microseconds of host time.
+
+Each launch of a ``triton.jit`` function binds the arguments, works out what to specialise on and writes that
+out as the key of the compiled kernel: 40 to 50 microseconds for 20 to 45 arguments (Triton 3.6), more than a
+short kernel runs. Here the compiled kernel is remembered, under all that Triton's own key is made of:
+
+- constants, compile options and their types: one table for each set of them;
+- types of the arguments, dtypes of the tensors, the current device: looked up in that table;
+- whether an address is divisible by 16: only launches where every one is are remembered;
+- whether an integer fits 32 bits: only launches where every one does, and none is negative, are remembered;
+- whether an integer is 1 or divisible by 16: not specialised on in these kernels.
+
+Whatever else is launched takes Triton's way, and so does every launch while somebody debugs, instruments or
+watches them (Proton, hooks), on other GPUs than NVIDIA's (where Triton's key has more in it), and under a
+Triton of which it is not known how it launches a compiled kernel. All that is lost is Triton's refusal to
+launch a kernel after a global that it was compiled with has changed.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+# In these, CompiledKernel.run takes the grid, the stream, the function, its metadata, three things for hooks
+# and every argument, constants too, which it skips; a pointer may be given as an address.
+KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
+POINTER_TYPES = (torch.Tensor, torch.nn.Parameter)
+SCALAR_TYPES = (int, float)
+
+Launch = Callable[..., None]
+
+
+def kernel(function: Callable[..., None]) -> "Kernel":
+    """``triton.jit`` for what is launched; functions that kernels call stay ``triton.jit``.
+
+    The parameters of ``function`` are pointers, named ``..._ptr``, then scalars, then constants
+    (``tl.constexpr``). It is launched as any kernel, ``function[grid](*pointers, *scalars, CONSTANT=...,
+    num_warps=...)``: constants and options by name, and hashable. No scalar is specialised on: sizes change
+    from call to call, and each divisibility would be compiled anew.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    arguments = [x.name for x in parameters if x.annotation is not tl.constexpr]
+    scalars = [name for name in arguments if not name.endswith("_ptr")]
+    jitted = triton.jit(function, do_not_specialize=scalars)
+    return Kernel(jitted, num_pointers=len(arguments) - len(scalars))
+
+
+class Kernel:
+    """A kernel before its constants are known; ``jitted`` is what Triton made of it, or its interpreter."""
+
+    def __init__(self, jitted: Any, num_pointers: int) -> None:
+        self.jitted = jitted
+        self.num_pointers = num_pointers
+        self._bound: dict[tuple[Any, ...], BoundKernel] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Launch:
+        return partial(self._launch, grid)
+
+    def bind(self, **constants: Any) -> "BoundKernel":
+        """The kernel with its constants and options, launched as ``bound[grid](*pointers, *scalars)``.
+
+        Worth while where it is kept: to find it again is half of what a launch costs.
+        """
+        return self._with(constants)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        self._with(constants)[grid](*args)
+
+    def _with(self, constants: dict[str, Any]) -> "BoundKernel":
+        values = constants.values()
+        # The types tell True from 1.
+        key = (*constants, *values, *map(type, values))
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound.setdefault(key, BoundKernel(self, constants))
+        return bound
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A kernel on a device, as Triton launches it; it wants the values of the constants as well."""
+
+    run: Launch
+    function: int
+    metadata: Any
+    constants: tuple[Any, ...]
+
+
+class BoundKernel:
+    """A kernel with its constants and options, and what was compiled of it."""
+
+    def __init__(self, of: Kernel, constants: dict[str, Any]) -> None:
+        self._kernel = of
+        self._constants = constants
+        # By the types of the arguments, and then by device and dtypes.
+        self._compiled: dict[tuple[type, ...], dict[tuple[Any, ...], _Compiled]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Launch:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any) -> None:
+        of_types = self._compiled.get(tuple(map(type, args)))
+        if of_types is None or _is_watched(self._kernel.jitted):
+            return self._launch_through_triton(grid, args)
+        num_pointers = self._kernel.num_pointers
+        tensors, scalars = args[:num_pointers], args[num_pointers:]
+        addresses = [x.data_ptr() for x in tensors]
+        active = driver.active
+        device = active.get_current_device()
+        compiled = of_types.get((device, *[x.dtype for x in tensors]))
+        if compiled is None or not _are_common(addresses, scalars):
+            return self._launch_through_triton(grid, args)
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled.run(
+            x, y, z, active.get_current_stream(device), compiled.function, compiled.metadata, None, None,
+            None, *addresses, *scalars, *compiled.constants,
+        )  # fmt: skip
+
+    def _launch_through_triton(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """Launches as ``triton.jit`` does, and remembers what was compiled if it may be launched again."""
+        jitted, num_pointers = self._kernel.jitted, self._kernel.num_pointers
+        compiled = jitted[grid](*args, **self._constants)
+        if not _can_be_launched_again(compiled) or _is_watched(jitted):
+            return
+        tensors, scalars, rest = args[:num_pointers], args[num_pointers:], jitted.params[len(args) :]
+        if (
+            all(type(x) in POINTER_TYPES for x in tensors)
+            and all(type(x) in SCALAR_TYPES for x in scalars)
+            and all(x.is_constexpr for x in rest)
+            and not any(x.is_constexpr for x in jitted.params[: len(args)])
+            and _are_common([x.data_ptr() for x in tensors], scalars)
+        ):
+            constants = tuple(self._constants.get(x.name, x.default) for x in rest)
+            of_types = self._compiled.setdefault(tuple(map(type, args)), {})
+            of_types[(driver.active.get_current_device(), *[x.dtype for x in tensors])] = _Compiled(
+                compiled.run, compiled.function, compiled.packed_metadata, constants
+            )
+
+
+def _are_common(addresses: list[int], scalars: tuple[float, ...]) -> bool:
+    """Whether all are of the one kind that is remembered."""
+    bits = 0
+    for address in addresses:
+        bits |= address
+    return not bits & 15 and (not scalars or (min(scalars) >= 0 and max(scalars) < 2**31))
+
+
+def _is_watched(jitted: Any) -> bool:
+    """Whether a launch has to go through Triton for what it calls, or compiles in, besides."""
+    # Chains of hooks, or in 3.4 a hook or None.
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or jitted.pre_run_hooks
+    return bool(hooks or knobs.runtime.debug)
+
+
+def _can_be_launched_again(compiled: Any) -> bool:
+    version = ".".join(triton.__version__.split(".")[:2])
+    known = version in KNOWN_VERSIONS and isinstance(compiled, CompiledKernel)
+    return known and compiled.metadata.target.backend == "cuda"

@@ -127,18 +127,20 @@ class Ready:
     """The device works; segments and batches are taken from now on. From the worker."""
 
     device: DeviceInfo
-    _FORMAT = struct.Struct("<IQ")
+    memory: Memory
+    _FORMAT = struct.Struct("<IQQQ")
 
     def encode(self) -> bytes:
         d = self.device
         texts = (d.kind, d.name, d.torch_version, d.triton_version, d.cuda_version)
-        return self._FORMAT.pack(d.index, d.memory_bytes) + b"".join(map(_encode_text, texts))
+        sizes = (d.memory_bytes, self.memory.used_bytes, self.memory.total_bytes)
+        return self._FORMAT.pack(d.index, *sizes) + b"".join(map(_encode_text, texts))
 
     @classmethod
     def decode(cls, data: memoryview) -> Self:
-        index, memory_bytes = cls._FORMAT.unpack_from(data)
+        index, memory_bytes, *memory = cls._FORMAT.unpack_from(data)
         kind, name, *versions = _decode_texts(data[cls._FORMAT.size :], 5)
-        return cls(DeviceInfo(kind, index, name, memory_bytes, *versions))
+        return cls(DeviceInfo(kind, index, name, memory_bytes, *versions), Memory(*memory))
 
 
 @dataclass(frozen=True, slots=True)

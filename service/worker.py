@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     channel = Channel(socket.socket(fileno=options.control_fd))
     executor = _make_executor(options, channel)
     try:
-        channel.send(Ready(executor.describe()))
+        channel.send(Ready(executor.describe(), executor.memory()))
         serve(channel, executor)
     except ProtocolError:
         log.critical("the front end sent what is no record; the worker ends", exc_info=True)

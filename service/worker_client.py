@@ -93,7 +93,7 @@ class WorkerClient:
 
     @property
     def memory_used_bytes(self) -> int:
-        """Of the device, as last reported; 0 when no worker did."""
+        """Of the device, as last reported; 0 until a worker is ready."""
         return self._process.memory.used_bytes if self._process is not None else 0
 
     @property

@@ -225,7 +225,7 @@ class WorkerProcess:
             case Memory():
                 self.memory = record
             case Ready() if self.device is None:
-                self.device, self.ready_at = record.device, self._loop.time()
+                self.device, self.memory, self.ready_at = record.device, record.memory, self._loop.time()
                 self._watch(None, "hang")
                 self._on_change()
             case _:

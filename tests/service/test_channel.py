@@ -75,7 +75,9 @@ records = st.one_of(
     st.builds(DropSegment, u32),
     submits(),
     st.builds(Stop),
-    st.builds(Ready, st.builds(DeviceInfo, texts, u32, texts, u64, texts, texts, texts)),
+    st.builds(
+        Ready, st.builds(DeviceInfo, texts, u32, texts, u64, texts, texts, texts), st.builds(Memory, u64, u64)
+    ),
     st.builds(Done, u64, seconds, seconds, seconds),
     st.builds(Failed, u64, st.sampled_from(FailureKind), texts),
     st.builds(Memory, u64, u64),

@@ -16,13 +16,13 @@ import pytest
 
 from service import channel
 from service.arena import ArenaPool
-from service.channel import AddSegment, Channel, Done, DropSegment, Ready, Record, Stop, Submit
+from service.channel import AddSegment, Channel, Done, DropSegment, Memory, Ready, Record, Stop, Submit
 from service.devices import DeviceInfo
 from service.executor import CpuExecutor
 from service.worker import ORPHANED_EXIT_CODE, PROTOCOL_EXIT_CODE, serve
 from tests.jobs import SELECTED, Request
 
-READY = channel.encode(Ready(DeviceInfo("cpu", 0, "", 0, "", "", "")))
+READY = channel.encode(Ready(DeviceInfo("cpu", 0, "", 0, "", "", ""), Memory(0, 0)))
 
 
 @pytest.fixture

@@ -74,6 +74,10 @@ def test_a_ready_worker_says_what_it_is(worker: WorkerClient, spec: DeviceSpec) 
     assert worker.device.memory_bytes > 1 << 28
 
 
+def test_a_ready_worker_has_said_how_much_memory_is_in_use_before_any_batch(worker: WorkerClient) -> None:
+    assert 0 < worker.memory_used_bytes <= worker.memory_total_bytes
+
+
 def test_a_worker_goes_by_the_table_that_the_settings_name(worker: WorkerClient, tuning_file: Path) -> None:
     environment = Path(f"/proc/{worker.pid}/environ").read_text().split("\0")
     assert f"FSA_TUNING_FILE={tuning_file}" in environment
@@ -98,10 +102,6 @@ def test_batched_answers_are_bitwise_those_of_each_request_alone(
     for request in requests:
         assert request.is_answered(str(device))
         request.lease.release()
-
-
-def test_the_worker_reports_the_memory_of_its_device(worker: WorkerClient) -> None:
-    assert 0 < worker.memory_used_bytes <= worker.memory_total_bytes
 
 
 def test_one_batch_computes_and_one_is_prefetched(

@@ -7,5 +7,5 @@ from service.client import AttentionClient
 
 TARGET = f"127.0.0.1:{os.environ.get('FSA_PORT', '50051')}"
 
-with AttentionClient(TARGET, timeout_seconds=4, max_attempts=1) as client:
+with AttentionClient(TARGET, timeout_seconds=4, retry=False) as client:
     sys.exit(client.health() != "SERVING")

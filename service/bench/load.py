@@ -167,7 +167,7 @@ class _Process:
     async def run(self, lanes: int) -> None:
         # Without retries: a benchmark counts what a client would have had to send again.
         timeout = self._load.timeout_seconds
-        async with AsyncAttentionClient(self._load.target, timeout_seconds=timeout, max_attempts=1) as client:
+        async with AsyncAttentionClient(self._load.target, timeout_seconds=timeout, retry=False) as client:
             try:
                 for request in self._requests:
                     answer = await client.attend(request.q, request.k, request.v, request.pattern)

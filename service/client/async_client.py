@@ -15,6 +15,7 @@ from service.client.errors import DeadlineExceeded, Unavailable, error_from_rpc
 from service.client.messages import AttendCall, AttendOptions, parse_health, parse_server_info
 from service.client.patterns import BlockIndices, Pattern
 from service.client.results import AttendResult, ServerInfo
+from service.client.retry import Attempts
 
 _Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
@@ -30,12 +31,13 @@ class AsyncAttentionClient:
         target: str,
         *,
         timeout_seconds: float = connection.DEFAULT_TIMEOUT_SECONDS,
-        max_attempts: int = connection.MAX_ATTEMPTS,
+        retry: bool = True,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target
         self._timeout_seconds = timeout_seconds
-        options = connection.channel_options(max_attempts)
+        self._retry = retry
+        options = connection.CHANNEL_OPTIONS
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:
@@ -74,7 +76,7 @@ class AsyncAttentionClient:
             request_id=request_id,
             priority=priority,
         )
-        return call.result(await self._call(self._attend, call.payload, timeout_seconds, call.request_id))
+        return call.result(await self._persist(self._attend, call.payload, timeout_seconds, call.request_id))
 
     async def selected_attention(
         self,
@@ -93,11 +95,11 @@ class AsyncAttentionClient:
 
     async def server_info(self, *, timeout_seconds: float | None = None) -> ServerInfo:
         """What the server is, what it takes, and its limits. Raises AttentionError."""
-        return parse_server_info(await self._call(self._server_info, b"", timeout_seconds))
+        return parse_server_info(await self._persist(self._server_info, b"", timeout_seconds))
 
     async def health(self, *, timeout_seconds: float | None = None) -> str:
         """The server's status by gRPC's health protocol: SERVING or NOT_SERVING. Raises AttentionError."""
-        return parse_health(await self._call(self._health, b"", timeout_seconds))
+        return parse_health(await self._call(self._health, b"", self._timeout(timeout_seconds)))
 
     async def wait_ready(self, timeout_seconds: float = connection.DEFAULT_TIMEOUT_SECONDS) -> None:
         """Returns once the server is SERVING; raises Unavailable when it is not within the time."""
@@ -123,16 +125,32 @@ class AsyncAttentionClient:
     ) -> None:
         await self.close()
 
+    async def _persist(
+        self, method: _Method, payload: bytes, timeout_seconds: float | None, request_id: str = ""
+    ) -> bytes:
+        """``_call``, again and again while the server is unavailable and there is time."""
+        attempts = Attempts(self._timeout(timeout_seconds), retry=self._retry)
+        while True:
+            try:
+                return await self._call(method, payload, attempts.left_seconds, request_id)
+            except Unavailable as error:
+                pause_seconds = attempts.pause_after(error)
+                if pause_seconds is None:
+                    raise
+            await asyncio.sleep(pause_seconds)
+
     async def _call(
         self,
         method: _Method,
         payload: bytes,
-        timeout_seconds: float | None,
+        timeout_seconds: float,
         request_id: str = "",
         wait_for_ready: bool = False,
     ) -> bytes:
-        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            return await method(payload, timeout=timeout, wait_for_ready=wait_for_ready)
+            return await method(payload, timeout=timeout_seconds, wait_for_ready=wait_for_ready)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, request_id) from error
+
+    def _timeout(self, timeout_seconds: float | None) -> float:
+        return self._timeout_seconds if timeout_seconds is None else timeout_seconds

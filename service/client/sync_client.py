@@ -13,6 +13,7 @@ from service.client.errors import DeadlineExceeded, Unavailable, error_from_rpc
 from service.client.messages import AttendCall, AttendOptions, parse_health, parse_server_info
 from service.client.patterns import BlockIndices, Pattern
 from service.client.results import AttendResult, ServerInfo
+from service.client.retry import Attempts
 
 _Method: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 
@@ -21,8 +22,8 @@ class AttentionClient:
     """Attention computed by a server; safe to share between threads.
 
     ``target``: "host:port" or any gRPC target. ``timeout_seconds``: the deadline of a call that names
-    none, retries included. ``max_attempts``: how often a call is sent while the server is UNAVAILABLE,
-    1 to 5, with growing waits between. ``credentials``: of a TLS channel; None connects in the clear.
+    none, retries included. ``retry``: whether a call that gets UNAVAILABLE is sent again, with growing
+    waits between, until its deadline. ``credentials``: of a TLS channel; None connects in the clear.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class AttentionClient:
         target: str,
         *,
         timeout_seconds: float = connection.DEFAULT_TIMEOUT_SECONDS,
-        max_attempts: int = connection.MAX_ATTEMPTS,
+        retry: bool = True,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target
         self._timeout_seconds = timeout_seconds
-        options = connection.channel_options(max_attempts)
+        self._retry = retry
+        options = connection.CHANNEL_OPTIONS
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
         else:
@@ -84,7 +86,7 @@ class AttentionClient:
             request_id=request_id,
             priority=priority,
         )
-        return call.result(self._call(self._attend, call.payload, timeout_seconds, call.request_id))
+        return call.result(self._persist(self._attend, call.payload, timeout_seconds, call.request_id))
 
     def selected_attention(
         self,
@@ -102,11 +104,11 @@ class AttentionClient:
 
     def server_info(self, *, timeout_seconds: float | None = None) -> ServerInfo:
         """What the server is, what it takes, and its limits. Raises AttentionError."""
-        return parse_server_info(self._call(self._server_info, b"", timeout_seconds))
+        return parse_server_info(self._persist(self._server_info, b"", timeout_seconds))
 
     def health(self, *, timeout_seconds: float | None = None) -> str:
         """The server's status by gRPC's health protocol: SERVING or NOT_SERVING. Raises AttentionError."""
-        return parse_health(self._call(self._health, b"", timeout_seconds))
+        return parse_health(self._call(self._health, b"", self._timeout(timeout_seconds)))
 
     def wait_ready(self, timeout_seconds: float = connection.DEFAULT_TIMEOUT_SECONDS) -> None:
         """Returns once the server is SERVING; raises Unavailable when it is not within the time."""
@@ -132,16 +134,32 @@ class AttentionClient:
     ) -> None:
         self.close()
 
+    def _persist(
+        self, method: _Method, payload: bytes, timeout_seconds: float | None, request_id: str = ""
+    ) -> bytes:
+        """``_call``, again and again while the server is unavailable and there is time."""
+        attempts = Attempts(self._timeout(timeout_seconds), retry=self._retry)
+        while True:
+            try:
+                return self._call(method, payload, attempts.left_seconds, request_id)
+            except Unavailable as error:
+                pause_seconds = attempts.pause_after(error)
+                if pause_seconds is None:
+                    raise
+            time.sleep(pause_seconds)
+
     def _call(
         self,
         method: _Method,
         payload: bytes,
-        timeout_seconds: float | None,
+        timeout_seconds: float,
         request_id: str = "",
         wait_for_ready: bool = False,
     ) -> bytes:
-        timeout = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
-            return method(payload, timeout=timeout, wait_for_ready=wait_for_ready)
+            return method(payload, timeout=timeout_seconds, wait_for_ready=wait_for_ready)
         except grpc.RpcError as error:
             raise error_from_rpc(error, request_id) from error
+
+    def _timeout(self, timeout_seconds: float | None) -> float:
+        return self._timeout_seconds if timeout_seconds is None else timeout_seconds

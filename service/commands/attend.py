@@ -49,6 +49,7 @@ def attend(
     q, k, v = (_tensor(source, tensors, name) for name in ("q", "k", "v"))
     pattern = _pattern(source, tensors, parameters, dense)
     with client_failures(target), AttentionClient(target, timeout_seconds=timeout_seconds) as client:
+        client.health(timeout_seconds=10)  # a server that is not there is said at once, not at the deadline
         try:
             answer = client.attend(
                 q,

@@ -86,7 +86,7 @@ def _check(target: str, shape: "Shape", timeout_seconds: float) -> tuple["Server
 
     with (
         client_failures(target),
-        AttentionClient(target, timeout_seconds=timeout_seconds, max_attempts=1) as client,
+        AttentionClient(target, timeout_seconds=timeout_seconds, retry=False) as client,
     ):
         server = client.server_info()
         request = make_request(shape, seed=0)

@@ -41,7 +41,7 @@ def info(
         raise WrongUsage("--device and --path say something about a --shape; there is none")
     from service.client import AttentionClient
 
-    with client_failures(target), AttentionClient(target, timeout_seconds=10, max_attempts=1) as client:
+    with client_failures(target), AttentionClient(target, timeout_seconds=10, retry=False) as client:
         health, server = client.health(), client.server_info()
     if as_json:
         print(json.dumps({"health": health, **dataclasses.asdict(server)}, indent=2))

@@ -398,6 +398,14 @@ class TestAttend:
         assert message in outcome.err
         assert outcome.err.count("\n") == 1
 
+    def test_a_server_that_is_not_there_is_said_long_before_the_deadline(
+        self, fsa_attend: Callable[..., Outcome], tensors: dict[str, np.ndarray]
+    ) -> None:
+        start = time.monotonic()
+        outcome = fsa_attend(tensors, "--target", NOBODY, "--block-size", "16")
+        assert time.monotonic() - start < 20
+        assert outcome.err.startswith(f"fsa: no server answers at {NOBODY}; start one with `fsa serve`")
+
     def test_a_file_that_is_no_safetensors_is_said_in_one_line(self, fsa: Fsa, tmp_path: Path) -> None:
         file = tmp_path / "text"
         file.write_text("nothing of the kind")

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -28,6 +30,7 @@ from service.client import (
     Unavailable,
     VerticalSlash,
 )
+from service.client.retry import FIRST_PAUSE_SECONDS
 from tests.serving import ServerProcess, eventually
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, BLOCK_SIZE = 40, 4, 2, 32, 16
@@ -203,9 +206,14 @@ def test_waiting_for_a_server_that_is_not_there_ends_in_time(client_type: Any) -
     assert time.monotonic() - start < 3
 
 
-def test_the_number_of_attempts_is_checked() -> None:
-    with pytest.raises(ValueError, match="max_attempts is 6; it must be between 1 and 5"):
-        AttentionClient("127.0.0.1:1", max_attempts=6)
+def test_a_server_that_is_not_there_is_asked_until_the_deadline(client_type: Any) -> None:
+    q, k, v, _ = torch_tensors()
+    start = time.monotonic()
+    with client_type("127.0.0.1:1", timeout_seconds=1.5) as client, pytest.raises(Unavailable) as caught:
+        client.attend(q, k, v, Dense())
+    # Two attempts take longer than the first pause; no pause ends after the deadline.
+    assert FIRST_PAUSE_SECONDS < time.monotonic() - start < 1.5
+    assert caught.value.reason == ""
 
 
 def test_cancelling_the_task_cancels_the_call_on_the_server(server: ServerProcess) -> None:
@@ -230,31 +238,54 @@ def test_cancelling_the_task_cancels_the_call_on_the_server(server: ServerProces
 
 class TestLostWorker:
     @pytest.fixture(autouse=True)
-    def worker_dies_in_half_a_second(self, server: ServerProcess) -> Iterator[None]:
-        """Frozen first, so that it dies with the request in it."""
+    def worker_dies_in_half_a_second(self, server: ServerProcess) -> Iterator[int]:
+        """Frozen first, so that it dies with the requests in it."""
         (pid,) = server.worker_pids()
         os.kill(pid, signal.SIGSTOP)
         timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
         timer.start()
-        yield
+        yield pid
         timer.join()
         server.wait_for_health()
 
-    def test_its_request_is_retried_until_it_is_answered(
-        self, client_type: Any, server: ServerProcess
+    def test_its_requests_are_retried_for_as_long_as_no_other_worker_is_there(
+        self, worker_dies_in_half_a_second: int, server: ServerProcess
     ) -> None:
-        q = np.ones((2048, 2, 64), np.float32)  # larger than gRPC's own limit on what it retries
-        with client_type(server.target, timeout_seconds=60) as client:
-            answer = client.attend(q, q, q, BlockIndices(np.zeros((1, 2048, 1), np.int32), 64))
-        np.testing.assert_allclose(answer.out, q, rtol=1e-3)
+        def refused() -> float:
+            return server.metrics().get(("fsa_requests_total", "UNAVAILABLE", "Attend"), 0)
+
+        q = np.ones((2048, 2, 64), np.float32)  # more than the 256 KiB that gRPC's own retries would take
+        pattern = BlockIndices(np.zeros((1, 2048, 1), np.int32), 64)
+
+        def attend(client_type: Any) -> np.ndarray:
+            with client_type(server.target, timeout_seconds=120) as client:
+                return client.attend(q, q, q, pattern).out
+
+        before = refused()
+        with ThreadPoolExecutor(2) as threads:
+            answers = [threads.submit(attend, client_type) for client_type in (AttentionClient, Awaited)]
+            with next_worker_held_back(server, worker_dies_in_half_a_second):
+                # gRPC's own retries end after five attempts of each.
+                eventually(lambda: refused() > before + 2 * 5, seconds=60, what="more attempts than gRPC's")
+                assert not any(answer.done() for answer in answers)
+            for answer in answers:
+                np.testing.assert_allclose(answer.result(), q, rtol=1e-3)
 
     def test_its_request_is_unavailable_when_retries_are_off(
         self, client_type: Any, server: ServerProcess
     ) -> None:
         q, k, v, _ = torch_tensors()
         with (
-            client_type(server.target, timeout_seconds=60, max_attempts=1) as client,
+            client_type(server.target, timeout_seconds=60, retry=False) as client,
             pytest.raises(Unavailable) as caught,
         ):
             client.attend(q, k, v, Dense())
         assert caught.value.reason == "WORKER_LOST"
+
+
+@contextmanager
+def next_worker_held_back(server: ServerProcess, pid: int) -> Iterator[None]:
+    """Waits until another worker than ``pid`` is started; while inside, it does not get any further."""
+    eventually(lambda: server.worker_pids() not in ([], [pid]), what="another worker")
+    with server.frozen_worker():
+        yield

@@ -28,9 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
         print_blob=True,
         phases=set(Phase) - {Phase.explain},
     )
-    # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
+    # Triton reads this when it is imported: without a GPU its kernels run in the interpreter. A process for
+    # tests that only compile has it set to 0.
     if config.getoption("--device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 # What starts servers, kills workers or measures: one after the other, beside the numerical tests.

@@ -35,6 +35,8 @@ PARTIAL_BYTES = 128 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
 MAX_TILE_TOKENS = 64
+# On the mixed path a tile attends all its blocks by itself if it would leave less than one choice in so many.
+FEW_LEFT = 4
 # A thread has no more; accumulators of a product that take so many leave a lower limit no room.
 MAX_REGISTERS = 255
 MANY_REGISTERS = 128
@@ -54,7 +56,10 @@ class PartialTuning:
 
 @dataclass(frozen=True, slots=True)
 class SharedTuning:
-    """Sizes of query tiles. On the mixed path a block is shared if 1 in ``shared_by`` tokens chose it."""
+    """Sizes of query tiles. On the mixed path a block is shared if 1 in ``shared_by`` tokens chose it.
+
+    And all blocks of a tile are, if less than 1 in FEW_LEFT choices of its tokens would be left.
+    """
 
     rows: int
     num_warps: int
@@ -95,7 +100,7 @@ class QueryTile:
     """Tiles of consecutive tokens that attend what they share; shaped by heads, dims and slots alone.
 
     A tile is ``tokens`` tokens with the query heads of one tile head, in ``rows`` rows. The blocks that at
-    least ``min_tokens`` of them chose are shared: at most ``max_shared``.
+    least ``min_tokens`` of them chose are shared, or all where few choices are left: at most ``max_shared``.
     """
 
     tokens: int
@@ -332,29 +337,27 @@ def takes(problem: Problem, path: str) -> bool:
 def default_tuning(problem: Problem) -> Tuning:
     """What is taken where nothing was measured; as measured on an H200 at D = 128, see docs/kernels.md.
 
-    64 rows beat 32 and 128, 4 tiles an item (8 at one head a group) beat fewer and more, and 4 warps beat 8
-    until the accumulator outgrows their registers. The limit on registers lets four programs share a
-    multiprocessor instead of three; pipelined loads of the partial kernel cost more room than they won.
+    Partials: 64 rows beat 32 and 128, 4 tiles an item beat fewer and more, and 4 warps beat 8 until the
+    accumulator outgrows their registers. The limit on registers lets four programs share a multiprocessor
+    instead of three; pipelined loads cost more room than they won. Query tiles: 128 rows win from 8 heads a
+    token on.
 
-    Products of float32 in three parts take the registers and the shared memory of three.
+    Products of float32 in three parts take the registers and the shared memory of three. Query tiles of
+    float32 have 4 warps: Triton 3.6 gives wrong products of 64 rows and 16 keys to 8.
     """
     is_float32 = problem.dtype == torch.float32
-    widest = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim))
-    num_warps = 4 if widest <= 128 and not is_float32 else 8
+    is_narrow = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim)) <= 128
+    num_warps = 4 if is_narrow and not is_float32 else 8
+    if is_float32:
+        shared = SharedTuning(64, num_warps=4, max_registers=MAX_REGISTERS, num_stages=1, shared_by=4)
+    elif is_narrow and problem.heads_per_pair >= 8:
+        shared = SharedTuning(128, num_warps=8, max_registers=128, num_stages=2, shared_by=4)
+    else:
+        stages = 3 if is_narrow else 2
+        shared = SharedTuning(64, num_warps, max_registers=MAX_REGISTERS, num_stages=stages, shared_by=4)
+    max_registers = MAX_REGISTERS if is_float32 else 128
     return Tuning(
-        PartialTuning(
-            rows=64,
-            tiles_per_item=8 if problem.group_size == 1 else 4,
-            num_warps=num_warps,
-            max_registers=MAX_REGISTERS if is_float32 else 128,
-        ),
-        SharedTuning(
-            rows=64,
-            num_warps=num_warps,
-            max_registers=MAX_REGISTERS,
-            num_stages=1 if is_float32 else 2,
-            shared_by=4,
-        ),
+        PartialTuning(64, tiles_per_item=4, num_warps=num_warps, max_registers=max_registers), shared
     )
 
 
@@ -377,12 +380,13 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
     while tokens > 1 and power_of_two(tokens) * slot_class(problem.num_slots) > MAX_SORTED:
         tokens //= 2
     min_tokens = 1 if path == QUERY_TILE else -(-tokens // tuning.shared_by)
+    pairs = tokens * problem.num_slots
     return QueryTile(
         tokens=tokens,
         rows=max(tuning.rows, power_of_two(problem.heads_per_pair)),
         keys=_tile_keys(problem),
         min_tokens=min_tokens,
-        max_shared=tokens * problem.num_slots // min_tokens,
+        max_shared=min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
         num_warps=tuning.num_warps,
         max_registers=tuning.max_registers,
         num_stages=tuning.num_stages,

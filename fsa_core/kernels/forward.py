@@ -11,16 +11,17 @@ Three stages a chunk of tokens, no host synchronisation:
 3. merge: per token and head, the slots by their log-sum-exp, in slot order, without atomics.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, new_agreement
 from fsa_core.plan import (
-    COUNTER_INTS,
     DEFAULT_WORKSPACE_BYTES,
     KV_MAJOR,
     ForwardPlan,
@@ -37,6 +38,8 @@ from fsa_core.problem import Problem
 # Measured: one warp with eight rows reads the partials fastest.
 MERGE_ROWS = 8
 MERGE_WARPS = 1
+# What tiles leave to partials may be nothing, and a program that finds no work item takes its time, too.
+MIXED_PROGRAMS_PER_MULTIPROCESSOR = 16
 
 
 @triton.jit
@@ -51,8 +54,8 @@ def _scores(q, k, q_positions, k_positions, k_length, CAUSAL: tl.constexpr):
     return tl.where((k_positions < k_length)[None, :], scores, float("-inf"))
 
 
-@kernel
-def _partial(
+@triton.jit
+def _attend_item(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -61,28 +64,22 @@ def _partial(
     pairs_ptr,
     offsets_ptr,
     item_offsets_ptr,
-    item_segment_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    segment,
+    item,
     scale,
     first_token,
     num_tokens,
-    chunk_tokens,
     num_slots,
     num_sequences,
     search_steps,
-    num_segments,
-    num_chunks,
-    group_pairs,
-    max_items,
-    first_head,
-    first_index_head,
-    chunk,
+    head,
+    chunk_head,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEADS_PER_PAIR: tl.constexpr,
     TILE_HEADS_PER_KV_HEAD: tl.constexpr,
-    INDEX_PER_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
@@ -93,21 +90,7 @@ def _partial(
     KEYS: tl.constexpr,
     TILES_PER_ITEM: tl.constexpr,
 ):
-    """Attends one work item: the rows of up to TILES_PER_ITEM tiles against one KV block.
-
-    Writes partial_out [heads, tokens, slots, HEADS_PER_PAIR, VALUE_DIM], normalised, and partial_lse (log2
-    units) [heads, tokens, slots, HEADS_PER_PAIR] at the rows' own (token, slot).
-    """
-    item = tl.program_id(0)
-    chunk_head = tl.program_id(1)
-    head = first_head + chunk_head
-    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
-    row = index_head * num_chunks + chunk
-    offsets_ptr += row * (num_segments + 1)
-    item_offsets_ptr += row * (num_segments + 1)
-    if item >= tl.load(item_offsets_ptr + num_segments):
-        return
-    segment = tl.load(item_segment_ptr + tl.cast(row, tl.int64) * max_items + item)
+    """The rows of up to TILES_PER_ITEM tiles against one KV block; what it writes as ``_partial`` says."""
     sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
     block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
     q_start = tl.load(cu_seqlens_q_ptr + sequence)
@@ -119,7 +102,6 @@ def _partial(
     first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
     segment_start = tl.load(offsets_ptr + segment)
     num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
-    pairs_ptr += tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots
     pairs_ptr += segment_start + first_pair
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
@@ -191,6 +173,84 @@ def _partial(
         tl.store(partial_lse_ptr + place + head_in_pair, lse, mask=row_mask)
 
 
+@kernel
+def _partial(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    item_segment_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    max_items,
+    first_head,
+    first_index_head,
+    chunk,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: tl.constexpr,
+    INDEX_PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES_PER_ITEM: tl.constexpr,
+    ITEM_A_PROGRAM: tl.constexpr,
+):
+    """Attends the work items of a chunk: a program one, or every so many-th of them.
+
+    Writes partial_out [heads, tokens, slots, HEADS_PER_PAIR, VALUE_DIM], normalised, and partial_lse (log2
+    units) [heads, tokens, slots, HEADS_PER_PAIR] at the rows' own (token, slot).
+    """
+    chunk_head = tl.program_id(1)
+    head = first_head + chunk_head
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
+    row = index_head * num_chunks + chunk
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    item_segment_ptr += tl.cast(row, tl.int64) * max_items
+    pairs_ptr += tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots
+    num_items = tl.load(item_offsets_ptr + num_segments)
+    if ITEM_A_PROGRAM:
+        item = tl.program_id(0)
+        if item < num_items:
+            _attend_item(
+                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr, item_offsets_ptr,
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item, scale, first_token,
+                num_tokens, num_slots, num_sequences, search_steps, head, chunk_head, NUM_Q_HEADS, NUM_KV_HEADS,
+                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
+                BLOCK_SIZE, CAUSAL, ROWS, KEYS, TILES_PER_ITEM,
+            )  # fmt: skip
+    else:
+        for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+            _attend_item(
+                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr, item_offsets_ptr,
+                cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item, scale, first_token,
+                num_tokens, num_slots, num_sequences, search_steps, head, chunk_head, NUM_Q_HEADS, NUM_KV_HEADS,
+                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
+                BLOCK_SIZE, CAUSAL, ROWS, KEYS, TILES_PER_ITEM,
+            )  # fmt: skip
+
+
 @triton.jit
 def _load_partial(
     lse_ptrs, out_ptrs, slot, used, value_mask, HEADS_PER_PAIR: tl.constexpr, VALUE_DIM: tl.constexpr
@@ -217,12 +277,15 @@ def _merge(
     partial_out_ptr,
     partial_lse_ptr,
     ranks_ptr,
+    item_offsets_ptr,
     out_ptr,
     lse_ptr,
     first_token,
     num_tokens,
     chunk_tokens,
     num_slots,
+    num_segments,
+    num_chunks,
     group_pairs,
     first_head,
     first_index_head,
@@ -240,14 +303,18 @@ def _merge(
     The slots are added one after another, so that unused slots at the end change no bit. WITH_SHARED adds
     them to what out and lse hold, and leaves rows without slots as they are.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk_head = tl.program_id(1)
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
+    if WITH_SHARED:
+        row = index_head * num_chunks + chunk
+        if tl.load(item_offsets_ptr + row * (num_segments + 1) + num_segments) == 0:
+            return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = rows // HEADS_PER_PAIR
     row_mask = tokens < num_tokens
     heads = rows % HEADS_PER_PAIR
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
     value_mask = value_dims < VALUE_DIM
-    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
     rank_ptrs = (
         ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
     )
@@ -372,40 +439,36 @@ def _attend_group(
     }  # fmt: skip
     compiling = {"num_warps": plan.tile.num_warps, "num_stages": 1, "maxnreg": plan.tile.max_registers}
     group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
+    item_a_program = plan.query_tile is None
+    programs = plan.max_items if item_a_program else min(plan.max_items, _mixed_programs(q.device))
     for c in chunks(plan, group):
-        _partial[(plan.max_items, c.num_heads)](
+        _partial[(programs, c.num_heads)](
             q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
             inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value, c.first_token,
             c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments,
             plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
-            **heads, **shapes, **compiling,
+            **heads, **shapes, ITEM_A_PROGRAM=item_a_program, **compiling,
         )  # fmt: skip
         _merge[(-(-c.num_tokens * plan.heads_per_pair // MERGE_ROWS), c.num_heads)](
-            partial_out, partial_lse, inversion.ranks, out, lse, c.first_token, c.num_tokens,
-            plan.chunk_tokens, p.num_slots, group_pairs, c.first_head, c.first_index_head, c.number,
-            **heads, WITH_SHARED=plan.query_tile is not None, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS,
-            num_stages=1,
+            partial_out, partial_lse, inversion.ranks, inversion.item_offsets, out, lse, c.first_token,
+            c.num_tokens, plan.chunk_tokens, p.num_slots, plan.segments, plan.group_chunks, group_pairs,
+            c.first_head, c.first_index_head, c.number, **heads,
+            WITH_SHARED=plan.query_tile is not None, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS, num_stages=1,
         )  # fmt: skip
+
+
+@lru_cache
+def _mixed_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MIXED_PROGRAMS_PER_MULTIPROCESSOR
+    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
 
 
 def _workspace(
     problem: Problem, plan: ForwardPlan, like: torch.Tensor
 ) -> tuple[Inversion, torch.Tensor, torch.Tensor]:
     """Index buffers of one group and partials of one chunk; every group and every chunk reuses them."""
-    p = problem
-
-    def int32(*shape: int) -> torch.Tensor:
-        return like.new_empty(shape, dtype=torch.int32)
-
-    index_heads = plan.group_heads if plan.index_per_head else 1
-    rows = index_heads * plan.group_chunks
-    inversion = Inversion(
-        counts=like.new_zeros(rows, plan.segments, COUNTER_INTS, dtype=torch.int32),
-        ranks=int32(index_heads, plan.group_tokens, p.num_slots),
-        pairs=int32(index_heads, plan.group_tokens * p.num_slots),
-        offsets=int32(rows, plan.segments + 1),
-        item_offsets=int32(rows, plan.segments + 1),
-        item_segment=int32(rows, plan.max_items),
-    )
-    pairs = (plan.chunk_heads, plan.chunk_tokens, p.num_slots, plan.heads_per_pair)
-    return inversion, like.new_empty(*pairs, p.value_dim), like.new_empty(pairs, dtype=torch.float32)
+    pairs = (plan.chunk_heads, plan.chunk_tokens, problem.num_slots, plan.heads_per_pair)
+    inversion = new_inversion(plan, problem.num_slots, like)
+    return inversion, like.new_empty(*pairs, problem.value_dim), like.new_empty(pairs, dtype=torch.float32)

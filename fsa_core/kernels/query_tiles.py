@@ -18,7 +18,7 @@ import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
-from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
+from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
 # Sizes that change from call to call; specialising on their divisibility would recompile.
@@ -91,6 +91,7 @@ def _agree(
     LOG_SLOTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
+    FEW_LEFT: tl.constexpr,
     MAX_SHARED: tl.constexpr,
     WITH_LEFTOVER: tl.constexpr,
 ):
@@ -121,6 +122,9 @@ def _agree(
     _, mask, count = tl.associative_scan((block, bit, exists.to(tl.int32)), 0, _join)
     _, total = tl.associative_scan((block, count), 0, _spread, reverse=True)
     is_shared = exists & (total >= MIN_TOKENS)
+    # A few partials cost more than a few blocks that hardly any of the tokens chose.
+    num_left = tl.sum((exists & ~is_shared).to(tl.int32), 0)
+    is_shared |= exists & (num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0))
     is_last = is_shared & (count == total)
     list_place = tile_place * MAX_SHARED + tl.cumsum(is_last.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + list_place, block, mask=is_last)
@@ -312,7 +316,8 @@ def agree(
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
         agreement.counts.shape[1], group.first_index_head, BLOCK_SIZE=p.block_size, TOKENS=tile.tokens,
         LOG_TOKENS=(tile.tokens - 1).bit_length(), LOG_SLOTS=(p.num_slots - 1).bit_length(), CAUSAL=p.causal,
-        MIN_TOKENS=tile.min_tokens, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=plan.has_partials,
+        MIN_TOKENS=tile.min_tokens, FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared,
+        WITH_LEFTOVER=plan.has_partials,
     )  # fmt: skip
 
 

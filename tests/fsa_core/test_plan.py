@@ -142,5 +142,5 @@ def test_a_query_tile_holds_its_rows_its_masks_and_its_keys(
     slots = 1 << (problem.num_slots - 1).bit_length()
     tokens = 1 << (tile.tokens - 1).bit_length()
     assert tokens * slots * (problem.num_k_tokens // problem.block_size + 1) <= 2**31
-    # Every pair that is not alone in its tile could be shared.
-    assert tile.max_shared * tile.min_tokens <= tile.tokens * problem.num_slots
+    pairs = tile.tokens * problem.num_slots
+    assert pairs // tile.min_tokens <= tile.max_shared <= pairs

@@ -234,20 +234,22 @@ def _partial(
         item = tl.program_id(0)
         if item < num_items:
             _attend_item(
-                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr, item_offsets_ptr,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item, scale, first_token,
-                num_tokens, num_slots, num_sequences, search_steps, head, chunk_head, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
-                BLOCK_SIZE, CAUSAL, ROWS, KEYS, TILES_PER_ITEM,
+                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr,
+                item_offsets_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item),
+                item, scale, first_token, num_tokens, num_slots, num_sequences, search_steps, head,
+                chunk_head, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM,
+                VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_SIZE, CAUSAL, ROWS, KEYS,
+                TILES_PER_ITEM,
             )  # fmt: skip
     else:
         for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
             _attend_item(
-                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr, item_offsets_ptr,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item, scale, first_token,
-                num_tokens, num_slots, num_sequences, search_steps, head, chunk_head, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED,
-                BLOCK_SIZE, CAUSAL, ROWS, KEYS, TILES_PER_ITEM,
+                q_ptr, k_ptr, v_ptr, partial_out_ptr, partial_lse_ptr, pairs_ptr, offsets_ptr,
+                item_offsets_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item),
+                item, scale, first_token, num_tokens, num_slots, num_sequences, search_steps, head,
+                chunk_head, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, HEAD_DIM,
+                VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_SIZE, CAUSAL, ROWS, KEYS,
+                TILES_PER_ITEM,
             )  # fmt: skip
 
 

@@ -59,6 +59,24 @@ class Inversion:
     item_segment: torch.Tensor
 
 
+def new_inversion(sizes: plan.ForwardPlan, num_slots: int, like: torch.Tensor) -> Inversion:
+    """Buffers of one group of tokens, on the device of ``like``; every group reuses them."""
+
+    def int32(*shape: int) -> torch.Tensor:
+        return like.new_empty(shape, dtype=torch.int32)
+
+    index_heads = sizes.group_heads if sizes.index_per_head else 1
+    rows = index_heads * sizes.group_chunks
+    return Inversion(
+        counts=like.new_zeros(rows, sizes.segments, COUNTER_STRIDE.value, dtype=torch.int32),
+        ranks=int32(index_heads, sizes.group_tokens, num_slots),
+        pairs=int32(index_heads, sizes.group_tokens * num_slots),
+        offsets=int32(rows, sizes.segments + 1),
+        item_offsets=int32(rows, sizes.segments + 1),
+        item_segment=int32(rows, sizes.max_items),
+    )
+
+
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b)

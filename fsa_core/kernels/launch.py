@@ -7,7 +7,7 @@ short kernel runs. Here the compiled kernel is remembered, under all that Triton
 - constants, compile options and their types: one table for each set of them;
 - types of the arguments, dtypes of the tensors, the current device: looked up in that table;
 - whether an address is divisible by 16: only launches where every one is are remembered;
-- whether an integer fits 32 bits: only launches where every one does, and none is negative, are remembered;
+- whether an integer fits 32 bits: only launches where every one does are remembered;
 - whether an integer is 1 or divisible by 16: not specialised on in these kernels.
 
 Whatever else is launched takes Triton's way, and so does every launch while somebody debugs, instruments or
@@ -17,8 +17,9 @@ launch a kernel after a global that it was compiled with has changed.
 """
 
 import inspect
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,8 @@ from triton.runtime import driver
 # and every argument, constants too, which it skips; a pointer may be given as an address.
 KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
 POINTER_TYPES = (torch.Tensor, torch.nn.Parameter)
-SCALAR_TYPES = (int, float)
+# And what packs them, or raises where an integer does not fit.
+SCALAR_TYPES = {int: "i", float: "d"}
 
 Launch = Callable[..., None]
 
@@ -58,30 +60,21 @@ class Kernel:
 
     def __init__(self, jitted: Any, num_pointers: int) -> None:
         self.jitted = jitted
-        self.num_pointers = num_pointers
-        self._bound: dict[tuple[Any, ...], BoundKernel] = {}
+        self._num_pointers = num_pointers
+        self._bound: dict[tuple[Any, ...], _BoundKernel] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Launch:
         return partial(self._launch, grid)
 
-    def bind(self, **constants: Any) -> "BoundKernel":
-        """The kernel with its constants and options, launched as ``bound[grid](*pointers, *scalars)``.
-
-        Worth while where it is kept: to find it again is half of what a launch costs.
-        """
-        return self._with(constants)
-
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        self._with(constants)[grid](*args)
-
-    def _with(self, constants: dict[str, Any]) -> "BoundKernel":
         values = constants.values()
         # The types tell True from 1.
         key = (*constants, *values, *map(type, values))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound.setdefault(key, BoundKernel(self, constants))
-        return bound
+            bound = _BoundKernel(self.jitted, self._num_pointers, constants)
+            bound = self._bound.setdefault(key, bound)
+        bound.launch(grid, args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,29 +87,36 @@ class _Compiled:
     constants: tuple[Any, ...]
 
 
-class BoundKernel:
-    """A kernel with its constants and options, and what was compiled of it."""
+@dataclass(frozen=True, slots=True)
+class _OfTypes:
+    """What was compiled for arguments of some types, by device and dtypes.
 
-    def __init__(self, of: Kernel, constants: dict[str, Any]) -> None:
-        self._kernel = of
+    ``pack`` takes the scalars and raises struct.error where one does not fit.
+    """
+
+    pack: Callable[..., bytes]
+    compiled: dict[tuple[Any, ...], _Compiled] = field(default_factory=dict)
+
+
+class _BoundKernel:
+    """A kernel with its constants and options, and what was compiled of it, by the types of the arguments."""
+
+    def __init__(self, jitted: Any, num_pointers: int, constants: dict[str, Any]) -> None:
+        self._jitted = jitted
+        self._num_pointers = num_pointers
         self._constants = constants
-        # By the types of the arguments, and then by device and dtypes.
-        self._compiled: dict[tuple[type, ...], dict[tuple[Any, ...], _Compiled]] = {}
+        self._remembered: dict[tuple[type, ...], _OfTypes] = {}
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Launch:
-        return partial(self._launch, grid)
-
-    def _launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        of_types = self._compiled.get(tuple(map(type, args)))
-        if of_types is None or _is_watched(self._kernel.jitted):
+    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        of_types = self._remembered.get(tuple(map(type, args)))
+        if of_types is None or _is_watched(self._jitted):
             return self._launch_through_triton(grid, args)
-        num_pointers = self._kernel.num_pointers
-        tensors, scalars = args[:num_pointers], args[num_pointers:]
+        tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
         addresses = [x.data_ptr() for x in tensors]
         active = driver.active
         device = active.get_current_device()
-        compiled = of_types.get((device, *[x.dtype for x in tensors]))
-        if compiled is None or not _are_common(addresses, scalars):
+        compiled = of_types.compiled.get((device, *[x.dtype for x in tensors]))
+        if compiled is None or not _are_common(addresses, scalars, of_types.pack):
             return self._launch_through_triton(grid, args)
         x, y, z = (*grid, 1, 1)[:3]
         compiled.run(
@@ -126,39 +126,43 @@ class BoundKernel:
 
     def _launch_through_triton(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launches as ``triton.jit`` does, and remembers what was compiled if it may be launched again."""
-        jitted, num_pointers = self._kernel.jitted, self._kernel.num_pointers
-        compiled = jitted[grid](*args, **self._constants)
-        if not _can_be_launched_again(compiled) or _is_watched(jitted):
+        compiled = self._jitted[grid](*args, **self._constants)
+        if not _can_be_launched_again(compiled) or _is_watched(self._jitted):
             return
-        tensors, scalars, rest = args[:num_pointers], args[num_pointers:], jitted.params[len(args) :]
-        if (
-            all(type(x) in POINTER_TYPES for x in tensors)
-            and all(type(x) in SCALAR_TYPES for x in scalars)
-            and all(x.is_constexpr for x in rest)
-            and not any(x.is_constexpr for x in jitted.params[: len(args)])
-            and _are_common([x.data_ptr() for x in tensors], scalars)
-        ):
+        tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
+        arguments, rest = self._jitted.params[: len(args)], self._jitted.params[len(args) :]
+        is_complete = all(x.is_constexpr for x in rest) and not any(x.is_constexpr for x in arguments)
+        are_tensors = all(type(x) in POINTER_TYPES for x in tensors)
+        if not (is_complete and are_tensors and all(type(x) in SCALAR_TYPES for x in scalars)):
+            return
+        pack = struct.Struct("".join(SCALAR_TYPES[type(x)] for x in scalars)).pack
+        if _are_common([x.data_ptr() for x in tensors], scalars, pack):
+            of_types = self._remembered.setdefault(tuple(map(type, args)), _OfTypes(pack))
             constants = tuple(self._constants.get(x.name, x.default) for x in rest)
-            of_types = self._compiled.setdefault(tuple(map(type, args)), {})
-            of_types[(driver.active.get_current_device(), *[x.dtype for x in tensors])] = _Compiled(
+            of_types.compiled[(driver.active.get_current_device(), *[x.dtype for x in tensors])] = _Compiled(
                 compiled.run, compiled.function, compiled.packed_metadata, constants
             )
 
 
-def _are_common(addresses: list[int], scalars: tuple[float, ...]) -> bool:
-    """Whether all are of the one kind that is remembered."""
+def _are_common(addresses: list[int], scalars: tuple[float, ...], pack: Callable[..., bytes]) -> bool:
+    """Whether addresses and integers are of the one kind that is remembered."""
     bits = 0
     for address in addresses:
         bits |= address
-    return not bits & 15 and (not scalars or (min(scalars) >= 0 and max(scalars) < 2**31))
+    try:
+        pack(*scalars)
+    except struct.error:
+        return False
+    return bits % 16 == 0
 
 
 def _is_watched(jitted: Any) -> bool:
     """Whether a launch has to go through Triton for what it calls, or compiles in, besides."""
+    runtime = knobs.runtime
     # Chains of hooks, or in 3.4 a hook or None.
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or jitted.pre_run_hooks
-    return bool(hooks or knobs.runtime.debug)
+    return bool(hooks or runtime.debug)
 
 
 def _can_be_launched_again(compiled: Any) -> bool:

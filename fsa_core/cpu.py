@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from fsa_core.cpu_parts import CPU_WORKSPACE_BYTES, Layout, parts
 from fsa_core.cpu_tiles import (
     Chunk,
+    Scratch,
     Segments,
+    Tiles,
     chunk_of,
     key_and_value_blocks,
+    places,
     segment_runs,
     tile_batches,
 )
@@ -40,9 +43,15 @@ class _Partials:
     row_sum: torch.Tensor
 
     @classmethod
-    def empty(cls, num_pairs: int, heads_per_unit: int, value_dim: int) -> "_Partials":
+    def of(
+        cls, scratch: Scratch, name: str, num_pairs: int, heads_per_unit: int, value_dim: int
+    ) -> "_Partials":
         rows = (num_pairs, heads_per_unit)
-        return cls(torch.empty(*rows, value_dim), torch.empty(rows), torch.empty(rows))
+        return cls(
+            scratch.take(f"{name} out", *rows, value_dim),
+            scratch.take(f"{name} max", *rows),
+            scratch.take(f"{name} sum", *rows),
+        )
 
     def __getitem__(self, part: slice) -> "_Partials":
         return _Partials(self.out[part], self.row_max[part], self.row_sum[part])
@@ -85,55 +94,62 @@ def selected_attention_cpu(
         limit_bytes=workspace_limit_bytes,
     )
     most_pairs = max((part.num_pairs for part in cut), default=0)
-    workspace = _Partials.empty(most_pairs, heads_per_unit, p.value_dim)
+    scratch = Scratch()
+    workspace = _Partials.of(scratch, "partial", most_pairs, heads_per_unit, p.value_dim)
     for part in cut:
-        chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k)
+        chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
         partials = workspace[: part.num_pairs]
-        place = _attend_chunk(chunk, partials)
+        place = _attend_chunk(chunk, partials, scratch)
         out[part.tokens, part.q_heads], lse[part.tokens, part.q_heads] = _merge(chunk, partials, place)
     return out, lse
 
 
-def _attend_chunk(chunk: Chunk, partials: _Partials) -> torch.Tensor:
+def _attend_chunk(chunk: Chunk, partials: _Partials, scratch: Scratch) -> torch.Tensor:
     """Fill ``partials`` with every pair's own; returns where each pair lies in them, int64 [num_pairs]."""
-    place = torch.empty(chunk.pairs.token.numel(), dtype=torch.int64)
+    entries: list[torch.Tensor] = []
     done = 0
     for segments, masked in segment_runs(chunk):
         blocks = key_and_value_blocks(chunk, segments, masked)
         for tiles in tile_batches(chunk, segments):
-            entry, is_used = tiles.entries()
-            used = is_used.flatten().nonzero()[:, 0]
-            here = partials[done : done + used.numel()]
-            is_full = used.numel() == entry.numel()
-            results = here if is_full else _Partials.empty(entry.numel(), *partials.out.shape[1:])
-            _attend_tiles(chunk, segments, entry, blocks.index_select(0, tiles.segment), masked, results)
-            if not is_full:
-                here.take(results, used)
-            place[segments.order[entry.flatten()[used]]] = torch.arange(done, done + used.numel())
-            done += used.numel()
-    return place
+            entry = tiles.entry.flatten()
+            if tiles.is_used is None:
+                results = partials[done : done + entry.numel()]
+                _attend_tiles(chunk, segments, tiles, blocks, masked, results, scratch)
+            else:
+                used = tiles.is_used.flatten().nonzero()[:, 0]
+                results = _Partials.of(scratch, "tile", entry.numel(), *partials.out.shape[1:])
+                _attend_tiles(chunk, segments, tiles, blocks, masked, results, scratch)
+                partials[done : done + used.numel()].take(results, used)
+                entry = entry[used]
+            entries.append(entry)
+            done += entry.numel()
+    return places(segments, entries)
 
 
 def _attend_tiles(
     chunk: Chunk,
     segments: Segments,
-    entry: torch.Tensor,
+    tiles: Tiles,
     blocks: torch.Tensor,
     masked: bool,
     results: _Partials,
+    scratch: Scratch,
 ) -> None:
-    """Each tile's queries over its block, into ``results``.
+    """Each tile's queries over its block, into ``results``; what unused places give is to be dropped.
 
-    entry: int64 [num_tiles, pairs_per_tile], sorted pairs; what unused places give is dropped.
-    blocks: float32 [num_tiles, block_size * (head_dim + value_dim)].
+    blocks: float32 [num_segments, block_size * (head_dim + value_dim)].
     """
-    p, rows = chunk.problem, (len(entry), -1)
-    k, v = blocks.view(len(entry), p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
-    q_row = segments.q_row.index_select(0, entry.flatten())
-    q = chunk.q.index_select(0, q_row).view(*rows, p.head_dim)
-    scores = torch.bmm(q, k.transpose(1, 2))
+    p, (size, pairs_per_tile) = chunk.problem, tiles.entry.shape
+    rows = (size, pairs_per_tile * chunk.layout.heads_per_unit)
+    of_tile = scratch.take("blocks", size, blocks.shape[1])
+    torch.index_select(blocks, 0, tiles.segment, out=of_tile)
+    k, v = of_tile.view(size, p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
+    q = scratch.take("q", size * pairs_per_tile, chunk.q.shape[1])
+    torch.index_select(chunk.q, 0, segments.q_row.index_select(0, tiles.entry.flatten()), out=q)
+    scores = scratch.take("scores", *rows, p.block_size)
+    scores.baddbmm_(q.view(*rows, p.head_dim), k.transpose(1, 2), beta=0, alpha=p.softmax_scale)
     if masked:
-        num_visible = segments.num_visible[entry].repeat_interleave(chunk.layout.heads_per_unit, dim=1)
+        num_visible = segments.num_visible[tiles.entry].repeat_interleave(chunk.layout.heads_per_unit, dim=1)
         scores.masked_fill_(torch.arange(p.block_size) >= num_visible[..., None], -torch.inf)
     row_max = torch.amax(scores, -1, out=results.row_max.view(rows))
     torch.sum(scores.sub_(row_max[..., None]).exp_(), -1, out=results.row_sum.view(rows))
@@ -147,29 +163,27 @@ def _merge(chunk: Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torc
     added one after the other.
     """
     p, heads, count = chunk.problem, chunk.layout.heads_per_unit, chunk.pairs.count
+    num_rows, num_pairs = count.numel(), place.numel()
     first = count.cumsum(0) - count
-    row = torch.arange(count.numel()).repeat_interleave(count)
-    partial_max = partials.row_max.index_select(0, place)
-    row_max = torch.full((count.numel(), heads), -torch.inf)
-    row_max.scatter_reduce_(0, row[:, None].expand_as(partial_max), partial_max, "amax")
-    weight = partial_max.sub_(row_max.index_select(0, row)).exp_()
+    row = torch.arange(num_rows).repeat_interleave(count)
+    weight = partials.row_max.index_select(0, place)
+    row_max = torch.full((num_rows, heads), -torch.inf)
+    row_max.scatter_reduce_(0, row[:, None].expand_as(weight), weight, "amax")
+    weight.sub_(row_max.index_select(0, row)).exp_()
     partial_sum = partials.row_sum.index_select(0, place).mul_(weight)
-    row_sum = F.embedding_bag(torch.arange(len(row)), partial_sum, first, mode="sum")
+    row_sum = F.embedding_bag(torch.arange(num_pairs), partial_sum, first, mode="sum")
     weight /= row_sum.index_select(0, row)
-    # The bag of (row, head) holds that head of each of the row's pairs.
-    head = torch.arange(heads)
-    row_first = first.index_select(0, row)
-    rank = torch.arange(len(row)) - row_first
-    bag_entry = (row_first * heads + rank)[:, None] + head * count.index_select(0, row)[:, None]
-    source = torch.empty(bag_entry.numel(), dtype=torch.int64)
-    source[bag_entry.flatten()] = (place[:, None] * heads + head).flatten()
-    bag_weight = torch.empty(bag_entry.numel())
-    bag_weight[bag_entry.flatten()] = weight.flatten()
-    bag_first = (first * heads)[:, None] + head * count[:, None]
-    partial_out = partials.out.view(-1, p.value_dim)
-    out = F.embedding_bag(source, partial_out, bag_first.flatten(), mode="sum", per_sample_weights=bag_weight)
+    # A bag is a row under a head, all rows of a head before the next.
+    head = torch.arange(heads)[:, None]
+    out = F.embedding_bag(
+        (place * heads + head).flatten(),
+        partials.out.view(-1, p.value_dim),
+        (first + head * num_pairs).flatten(),
+        mode="sum",
+        per_sample_weights=weight.t().flatten(),
+    )
     lse = (row_max + row_sum.log()).view(chunk.num_units, -1, heads)
     return (
-        out.view(chunk.num_units, -1, heads, p.value_dim).transpose(0, 1).flatten(1, 2),
+        out.view(heads, chunk.num_units, -1, p.value_dim).permute(2, 1, 0, 3).flatten(1, 2),
         lse.transpose(0, 1).flatten(1, 2),
     )

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from fsa_core.cpu_parts import CPU_WORKSPACE_BYTES, Layout, parts
 from fsa_core.cpu_tiles import (
     Chunk,
+    Scratch,
     Segments,
+    Tiles,
     chunk_of,
     key_and_value_blocks,
+    places,
     segment_runs,
     tile_batches,
 )
@@ -77,8 +80,9 @@ def selected_attention_cpu_backward(
     )
     most_pairs = max((part.num_pairs for part in cut), default=0)
     workspace = torch.empty(most_pairs, heads_per_unit, p.head_dim)
+    scratch = Scratch()
     for part in cut:
-        chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k)
+        chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
         rows = _rows(chunk, *(x[part.tokens, part.q_heads] for x in (out, lse, grad_out, grad_lse)))
         partial_grad_q = workspace[: part.num_pairs]
         place = _fill(chunk, rows, partial_grad_q, grad_k, grad_v)
@@ -92,7 +96,8 @@ def _rows(
     heads = chunk.layout.heads_per_unit
     grad_out = grad_out.float()
     delta = (out * grad_out).sum(-1) - grad_lse
-    rows = (chunk.q, grad_out.reshape(chunk.q.shape[0], -1), lse.reshape(-1, heads), delta.view(-1, heads))
+    scaled_q = chunk.q * chunk.problem.softmax_scale
+    rows = (scaled_q, grad_out.reshape(len(scaled_q), -1), lse.reshape(-1, heads), delta.view(-1, heads))
     return _Rows(*(F.pad(x, (0, 0, 0, 1)) for x in rows))
 
 
@@ -103,39 +108,39 @@ def _fill(
 
     Returns where each pair lies in ``partial_grad_q``, int64 [num_pairs].
     """
-    p, place = chunk.problem, torch.empty(chunk.pairs.token.numel(), dtype=torch.int64)
-    done = 0
+    p, done = chunk.problem, 0
+    entries: list[torch.Tensor] = []
     for segments, masked in segment_runs(chunk):
         blocks = key_and_value_blocks(chunk, segments, masked)
         of_keys, of_values = (torch.zeros(len(blocks), p.block_size, x) for x in (p.head_dim, p.value_dim))
         for tiles in tile_batches(chunk, segments):
-            entry, is_used = tiles.entries()
-            used = is_used.flatten().nonzero()[:, 0]
-            here = partial_grad_q[done : done + used.numel()]
-            is_full = used.numel() == entry.numel()
-            of_queries = here if is_full else torch.empty(entry.numel(), *here.shape[1:])
+            entry = tiles.entry.flatten()
+            used = None if tiles.is_used is None else tiles.is_used.flatten().nonzero()[:, 0]
+            num_used = entry.numel() if used is None else used.numel()
+            here = partial_grad_q[done : done + num_used]
+            of_queries = here if used is None else torch.empty(entry.numel(), *here.shape[1:])
             tile_blocks = blocks.index_select(0, tiles.segment)
             of_tile_keys, of_tile_values = _differentiate(
-                chunk, segments, rows, entry, is_used, tile_blocks, masked, of_queries
+                chunk, segments, rows, tiles, tile_blocks, masked, of_queries
             )
-            if not is_full:
+            if used is not None:
                 torch.index_select(of_queries, 0, used, out=here)
+                entry = entry[used]
             # One tile after the other: how they fall into batches must leave no trace.
             of_keys.index_add_(0, tiles.segment, of_tile_keys)
             of_values.index_add_(0, tiles.segment, of_tile_values)
-            place[segments.order[entry.flatten()[used]]] = torch.arange(done, done + used.numel())
-            done += used.numel()
+            entries.append(entry)
+            done += num_used
         _add_blocks(p, segments, of_keys, grad_k)
         _add_blocks(p, segments, of_values, grad_v)
-    return place
+    return places(segments, entries)
 
 
 def _differentiate(
     chunk: Chunk,
     segments: Segments,
     rows: _Rows,
-    entry: torch.Tensor,
-    is_used: torch.Tensor,
+    tiles: Tiles,
     blocks: torch.Tensor,
     masked: bool,
     of_queries: torch.Tensor,
@@ -143,12 +148,15 @@ def _differentiate(
     """What each tile gives the gradients of its keys [num_tiles, block_size, head_dim] and of its values.
 
     What it gives those of its queries, but for the softmax scale, goes into ``of_queries`` [num_tiles *
-    pairs_per_tile, heads_per_unit, head_dim]. entry, is_used: [num_tiles, pairs_per_tile], sorted pairs and
-    which are used; blocks: float32 [num_tiles, block_size * (head_dim + value_dim)].
+    pairs_per_tile, heads_per_unit, head_dim]. blocks: float32 [num_tiles, block_size * (head_dim +
+    value_dim)].
     """
-    p, size, heads = chunk.problem, len(entry), chunk.layout.heads_per_unit
+    p, entry, heads = chunk.problem, tiles.entry, chunk.layout.heads_per_unit
+    size = len(entry)
     k, v = blocks.view(size, p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
-    row = segments.q_row[entry].where(is_used, len(rows.lse) - 1).flatten()
+    row = segments.q_row[entry].flatten()
+    if tiles.is_used is not None:
+        row = row.where(tiles.is_used.flatten(), len(rows.lse) - 1)
     q, grad_out, lse, delta = (
         x.index_select(0, row).view(size, entry.shape[1] * heads, -1)
         for x in (rows.q, rows.grad_out, rows.lse, rows.delta)

@@ -6,12 +6,12 @@ from outside it: they are cut from the start of each segment, and a tile is comp
 products of its own.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fsa_core.cpu_parts import Layout, Part, is_used
@@ -67,26 +67,42 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Tiles of one size: each is ``count`` sorted pairs from ``first`` on, of segment number ``segment``."""
+    """Tiles of one size. Each is of one segment, whose number is in ``segment`` [num_tiles].
+
+    ``entry``: int64 [num_tiles, pairs_per_tile], sorted pairs; ``is_used``, which places hold a pair of the
+    tile, the others any; None when all do.
+    """
 
     segment: torch.Tensor
-    first: torch.Tensor
-    count: torch.Tensor
-    pairs_per_tile: int
+    entry: torch.Tensor
+    is_used: torch.Tensor | None
 
     def __getitem__(self, part: slice) -> "Tiles":
-        return Tiles(self.segment[part], self.first[part], self.count[part], self.pairs_per_tile)
+        return Tiles(
+            self.segment[part], self.entry[part], None if self.is_used is None else self.is_used[part]
+        )
 
-    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorted pairs, int64 [num_tiles, pairs_per_tile], and which are the tile's; the others are any."""
-        place = torch.arange(self.pairs_per_tile)
-        is_used = place < self.count[:, None]
-        return self.first[:, None] + place.where(is_used, 0), is_used
+
+class Scratch:
+    """Memory that one batch of tiles after the other works in, by name, float32.
+
+    A first touch of fresh memory costs as much as the arithmetic on it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """``shape`` floats with any content, the same memory as the last time."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size)
+        return self._buffers[name][:size].view(shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What a part works on; ``q``, scaled, is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
+    """What a part works on; ``q`` is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
 
     problem: Problem
     layout: Layout
@@ -111,8 +127,9 @@ def chunk_of(
     v: torch.Tensor,
     block_indices: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    scratch: Scratch,
 ) -> Chunk:
-    """The inputs of one part, out of those of the call."""
+    """The inputs of one part, out of those of the call; q goes into ``scratch``."""
     layout = Layout.of(problem)
     upk, kv_heads = layout.units_per_kv_head, part.kv_heads
     num_units = (kv_heads.stop - kv_heads.start) * upk
@@ -123,8 +140,9 @@ def chunk_of(
     used = is_used(problem, ids, part.placed.num_visible_keys)
     unit, token, slot = used.nonzero(as_tuple=True)
     pairs = Pairs(unit, token, ids[unit, token, slot].long() * problem.block_size, used.sum(-1).flatten())
-    scaled_q = q[part.tokens, part.q_heads].float() * problem.softmax_scale
-    q_rows = scaled_q.reshape(-1, layout.heads_per_unit * problem.head_dim)
+    its_q = q[part.tokens, part.q_heads]
+    q_rows = scratch.take("q of part", *its_q.shape).copy_(its_q)
+    q_rows = q_rows.view(-1, layout.heads_per_unit * problem.head_dim)
     return Chunk(problem, layout, q_rows, k, v, cu_seqlens_k.long(), part.placed, pairs, kv_heads.start)
 
 
@@ -185,17 +203,29 @@ def tile_batches(chunk: Chunk, segments: Segments) -> Iterator[Tiles]:
     """Cut segments into tiles, and tiles of one size into batches."""
     first, remaining = segments.first, segments.size
     for rows in TILE_ROWS:
+        may_be_short = rows == TILE_ROWS[-1]
         per_tile = max(rows // chunk.layout.heads_per_unit, 1)
-        num_tiles = (remaining + (per_tile - 1 if rows == TILE_ROWS[-1] else 0)) // per_tile
+        num_tiles = (remaining + (per_tile - 1 if may_be_short else 0)) // per_tile
         segment = torch.arange(remaining.numel()).repeat_interleave(num_tiles)
         rank = torch.arange(segment.numel()) - (num_tiles.cumsum(0) - num_tiles)[segment]
-        count = (remaining[segment] - rank * per_tile).clamp(max=per_tile)
-        tiles = Tiles(segment, first[segment] + rank * per_tile, count, per_tile)
+        start, place = first[segment] + rank * per_tile, torch.arange(per_tile)
+        is_used = None
+        if may_be_short:
+            is_used = place < (remaining[segment] - rank * per_tile)[:, None]
+            place = place.where(is_used, 0)
+        tiles = Tiles(segment, start[:, None] + place, is_used)
         taken = num_tiles * per_tile
         first, remaining = first + taken, (remaining - taken).clamp(min=0)
         size = _tiles_at_once(chunk, per_tile)
-        for start in range(0, segment.numel(), size):
-            yield _at_least_two(tiles[start : start + size])
+        for start_of_batch in range(0, segment.numel(), size):
+            yield _at_least_two(tiles[start_of_batch : start_of_batch + size])
+
+
+def places(segments: Segments, entries: list[torch.Tensor]) -> torch.Tensor:
+    """Where each pair lies, int64 [num_pairs], when the sorted pairs ``entries`` lie one after the other."""
+    place = torch.empty_like(segments.order)
+    place[segments.order[torch.cat(entries)]] = torch.arange(place.numel())
+    return place
 
 
 def _tiles_at_once(chunk: Chunk, pairs_per_tile: int) -> int:
@@ -209,8 +239,9 @@ def _at_least_two(tiles: Tiles) -> Tiles:
     round otherwise than in a larger batch, where each tile is one thread's."""
     if tiles.segment.numel() > 1:
         return tiles
-    twice = (tiles.segment.repeat(2), tiles.first.repeat(2), F.pad(tiles.count, (0, 1)))
-    return Tiles(*twice, tiles.pairs_per_tile)
+    is_used = torch.ones_like(tiles.entry, dtype=torch.bool) if tiles.is_used is None else tiles.is_used
+    empty = torch.zeros_like(is_used)
+    return Tiles(tiles.segment.repeat(2), tiles.entry.repeat(2, 1), torch.cat((is_used, empty)))
 
 
 def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:

@@ -1,10 +1,13 @@
 """A child process whose end is a future of the event loop."""
 
 import asyncio
+import signal
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+
+from service.signals import blocked_in_children
 
 _STDERR = 2
 
@@ -24,14 +27,15 @@ class ChildProcess:
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         """The exit status; negative: the signal that ended it."""
-        self._popen = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            # Standard output belongs to the command that runs the server.
-            stdout=_STDERR,
-            pass_fds=pass_fds,
-            env=env,
-        )
+        with blocked_in_children(signal.SIGINT, signal.SIGTERM):
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                # Standard output belongs to the command that runs the server.
+                stdout=_STDERR,
+                pass_fds=pass_fds,
+                env=env,
+            )
         self.pid = self._popen.pid
         threading.Thread(target=self._reap, name=f"reap-{self.pid}", daemon=True).start()
 

@@ -1,20 +1,15 @@
 """The ``fsa`` command: exit code 0 when done, 1 on failure, 2 on wrong usage, 130 on Ctrl-C."""
 
+import signal
 import sys
 
-INTERRUPTED_EXIT_CODE = 130
+from service.signals import leave_at_once
 
 
 def main() -> None:
     """Runs the command line of this process."""
-    try:
-        _run()
-    except KeyboardInterrupt:
-        # What comes between typer's own handlers, while modules load say, must not end in a traceback.
-        sys.exit(INTERRUPTED_EXIT_CODE)
-
-
-def _run() -> None:
+    # The server, which has requests to answer, takes Ctrl-C over as soon as it is up.
+    leave_at_once(signal.SIGINT)
     try:
         from service.commands import app
     except ModuleNotFoundError as error:

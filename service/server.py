@@ -11,6 +11,7 @@ from typing import Any
 
 from service.config import Settings
 from service.malloc import restart_tuned
+from service.signals import leave_at_once
 from service.telemetry import configure_logging
 
 log = logging.getLogger("fsa.server")
@@ -25,8 +26,11 @@ def run(settings: Settings) -> int:
     Restarts the process once, with glibc's allocator tuned. Prints one line of JSON to standard output
     when the ports are open: ``{"event": "listening", "host", "port", "metrics_port", "pid"}``. The first
     signal drains: 0 when every request in flight was answered within the grace, else 1. A second one
-    does not wait. A port or a device that is not to be had, or a bad table, gives 1 at once.
+    does not wait. Before there is anything to drain a signal gives 128 + its number. A port or a device
+    that is not to be had, or a bad table, gives 1 at once.
     """
+    # Until the event loop has them: nothing is open yet.
+    leave_at_once(signal.SIGTERM, signal.SIGINT)
     restart_tuned()
     configure_logging(settings.log_level, settings.log_format)
     return asyncio.run(_serve(settings))

@@ -1,11 +1,9 @@
 """The worker process of one device: receives batches, runs them, reports. Started by worker_client.py."""
 
 import argparse
-import ctypes
 import faulthandler
 import logging
 import os
-import signal
 import socket
 from collections.abc import Sequence
 
@@ -14,6 +12,7 @@ import torch
 from service.channel import AddSegment, Channel, DropSegment, ProtocolError, Ready, Stop, Submit
 from service.config import LogFormat, LogLevel
 from service.executor import CpuExecutor, CudaExecutor, Executor
+from service.signals import die_with_parent
 from service.telemetry import configure_logging
 from service.worker_memory import Segments
 
@@ -21,7 +20,6 @@ log = logging.getLogger("fsa.worker")
 
 PROTOCOL_EXIT_CODE = 65
 ORPHANED_EXIT_CODE = 69
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     configure_logging(LogLevel(options.log_level), LogFormat(options.log_format))
     faulthandler.enable()
-    _bind_to_front_end()
+    # The end of the socket says the same, but is not heard during a long batch on the CPU.
+    die_with_parent()
     channel = Channel(socket.socket(fileno=options.control_fd))
     executor = _make_executor(options, channel)
     try:
@@ -53,15 +52,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="json")
     return parser.parse_args(arguments)
-
-
-def _bind_to_front_end() -> None:
-    """Live exactly as long as the front end: no longer, and no shorter when a whole group is signalled."""
-    # The end of the socket says the same, but is not heard during a long batch on the CPU.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Ctrl-C and service managers signal every process of the server; the front end drains, then says Stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _make_executor(options: argparse.Namespace, channel: Channel) -> Executor:

@@ -6,11 +6,13 @@ several processes. They start together, and every answer or failure is reported 
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from service.bench.workload import Shape, make_request
 from service.client import AsyncAttentionClient, AttentionError, Timings
+from service.signals import blocked_in_children, die_with_parent
 
 _POOL_REQUESTS = 4
 _POOL_BYTES = 256 << 20
@@ -71,7 +74,9 @@ def run_load(
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     try:
-        with _ignoring_ctrl_c():  # the children inherit it: this process is the one that ends them
+        # The first process would start it, and it unblocks the signal (CPython 3.11, 3.12).
+        resource_tracker.ensure_running()
+        with _ctrl_c_waits(), blocked_in_children(signal.SIGINT):
             for lanes, quota in _shares(load, min(num_processes, load.concurrency)):
                 process, pipe = _start(load, lanes, quota)
                 processes.append(process)
@@ -104,12 +109,16 @@ def _shares(load: Load, num_processes: int) -> Iterator[tuple[int, int | None]]:
 
 
 @contextmanager
-def _ignoring_ctrl_c() -> Iterator[None]:
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ctrl_c_waits() -> Iterator[None]:
+    """A process that is left half started would say so in a traceback."""
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start(load: Load, lanes: int, quota: int | None) -> tuple[BaseProcess, Connection]:
@@ -148,6 +157,10 @@ def _collect(
 
 
 def _run_process(load: Load, lanes: int, quota: int | None, pipe: Connection) -> None:
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None or os.getppid() != parent.pid:
+        return  # it had died before
     asyncio.run(_Process(load, quota, pipe).run(lanes))
 
 

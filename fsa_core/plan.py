@@ -30,8 +30,9 @@ MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
 # Kernels count numbers from a chunk's first in 32 bits.
 MAX_CHUNK_NUMBERS = 2**31 - 1
-# More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
-PARTIAL_BYTES = 128 * 2**20
+# More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty. Room
+# for 8192 tokens of 4 heads of 128 channels, with 16 slots.
+PARTIAL_BYTES = 130 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
 MAX_TILE_TOKENS = 64
@@ -198,7 +199,7 @@ def plan_forward(
     token_bytes = 0 if path == QUERY_TILE else p.num_slots * pair_bytes
     held_ints = {KV_MAJOR: 2, MIXED: 3, QUERY_TILE: 0}[path] * p.num_slots
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
-    partial_limit = min(limit_bytes // 2, PARTIAL_BYTES)
+    partial_limit = _partial_limit(limit_bytes)
     chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
     partials = 0 if path == QUERY_TILE else p.num_slots * heads_per_pair * p.value_dim
     most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
@@ -316,12 +317,16 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     all_partials = p.num_q_tokens * tile_heads * p.num_slots * pair_bytes
     all_held = p.num_q_tokens * index_heads * held_bytes
     is_one_chunk = p.num_q_tokens <= MAX_CHUNK_TOKENS and all_held <= limit_bytes // 4
-    if is_one_chunk and all_partials <= min(limit_bytes // 2, PARTIAL_BYTES):
+    if is_one_chunk and all_partials <= _partial_limit(limit_bytes):
         return all_partials + all_held + fixed_bytes
     least_tokens = min(MIN_CHUNK_TOKENS, p.num_q_tokens)
     least_bytes = least_tokens * (p.num_slots * pair_bytes + held_bytes) + fixed_bytes
-    # A chunk has half of the limit for partials and a quarter for what is held; items are few beside them.
+    # A chunk has 9/16 of the limit for partials and a quarter for what is held; items are few beside them.
     return max(limit_bytes, limit_bytes * 7 // 8 + least_bytes)
+
+
+def _partial_limit(limit_bytes: int) -> int:
+    return min(limit_bytes * 9 // 16, PARTIAL_BYTES)
 
 
 def takes(problem: Problem, path: str) -> bool:
@@ -349,12 +354,12 @@ def default_tuning(problem: Problem) -> Tuning:
     is_narrow = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim)) <= 128
     num_warps = 4 if is_narrow and not is_float32 else 8
     if is_float32:
-        shared = SharedTuning(64, num_warps=4, max_registers=MAX_REGISTERS, num_stages=1, shared_by=4)
+        shared = SharedTuning(64, num_warps=4, max_registers=MAX_REGISTERS, num_stages=1, shared_by=3)
     elif is_narrow and problem.heads_per_pair >= 8:
-        shared = SharedTuning(128, num_warps=8, max_registers=128, num_stages=2, shared_by=4)
+        shared = SharedTuning(128, num_warps=8, max_registers=128, num_stages=2, shared_by=3)
     else:
         stages = 3 if is_narrow else 2
-        shared = SharedTuning(64, num_warps, max_registers=MAX_REGISTERS, num_stages=stages, shared_by=4)
+        shared = SharedTuning(64, num_warps, max_registers=MAX_REGISTERS, num_stages=stages, shared_by=3)
     max_registers = MAX_REGISTERS if is_float32 else 128
     return Tuning(
         PartialTuning(64, tiles_per_item=4, num_warps=num_warps, max_registers=max_registers), shared

@@ -53,7 +53,7 @@ GRID = Grid(
         for tiles_per_item in (4, 8)
     ],
     shared=[
-        SharedTuning(rows, num_warps, max_registers, num_stages, shared_by=4)
+        SharedTuning(rows, num_warps, max_registers, num_stages, shared_by=3)
         for rows, num_warps, max_registers, num_stages in (
             (64, 4, 255, 2),
             (64, 4, 255, 3),
@@ -65,7 +65,7 @@ GRID = Grid(
             (128, 8, 128, 2),
         )
     ],
-    shared_by=(2, 8),
+    shared_by=(2, 4),
 )
 
 

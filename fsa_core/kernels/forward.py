@@ -39,7 +39,7 @@ from fsa_core.problem import Problem
 MERGE_ROWS = 8
 MERGE_WARPS = 1
 # What tiles leave to partials may be nothing, and a program that finds no work item takes its time, too.
-MIXED_PROGRAMS_PER_MULTIPROCESSOR = 16
+MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 @triton.jit

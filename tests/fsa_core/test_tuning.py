@@ -84,7 +84,7 @@ def test_what_does_not_run_or_is_wrong_wins_nothing() -> None:
     entry = tune(PROBLEM, measure, SMALL)
     assert (entry.path, entry.tuning.partial, entry.seconds) == (KV_MAJOR, NARROW, {KV_MAJOR: 7.0})
     # Nothing is refined that did not run.
-    assert {candidate.tuning.shared.shared_by for candidate in asked} == {4}
+    assert not {candidate.tuning.shared.shared_by for candidate in asked} & set(SMALL.shared_by)
 
 
 def test_a_device_on_which_nothing_runs_has_no_entry() -> None:

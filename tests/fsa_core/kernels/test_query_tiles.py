@@ -1,5 +1,6 @@
 """The paths through query tiles against the oracle."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import MIXED, QUERY_TILE, plan_forward
+from fsa_core.kernels.query_tiles import agree, new_agreement
+from fsa_core.plan import FEW_LEFT, MIXED, QUERY_TILE, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
@@ -75,6 +77,40 @@ def test_large_logits_stay_finite_and_right(check: Callable, dtype: torch.dtype)
 
 def test_float32(check: Callable) -> None:
     check(q_lens=(33,), dtype=torch.float32, head_dim=32)
+
+
+def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(make_case: Callable) -> None:
+    case = make_case(
+        q_lens=(64, 37), num_kv_heads=1, group_size=8, num_slots=4, dtype=torch.float16, head_dim=32
+    )
+    p, plan = case.problem, plan_forward(case.problem, path=MIXED)
+    tile, (group,) = plan.query_tile, groups(p, plan)
+    assert tile is not None
+    # All but one token of the first tile want the same four blocks, and that one another.
+    ids = case.block_indices.clone()
+    ids[0, : tile.tokens] = torch.tensor([0, 1, 2, 3])
+    ids[0, 3, 1] = 2**31 - 1
+    ids[0, 5, 2] = -1
+    agreement = new_agreement(p, plan, tile, case.q)
+    agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k)
+    left_in_tiles = []
+    for sequence, (start, end) in enumerate(case.cu_seqlens_q.unfold(0, 2, 1).tolist()):
+        num_blocks = -(-(end - start) // p.block_size)
+        for number, first in enumerate(range(start, end, tile.tokens), start // tile.tokens + sequence):
+            rows = ids[0, first : min(first + tile.tokens, end)]
+            chosen = Counter(block for block in rows.flatten().tolist() if 0 <= block < num_blocks)
+            few = {block: count for block, count in chosen.items() if count < tile.min_tokens}
+            if sum(few.values()) * FEW_LEFT < chosen.total():
+                few = {}
+            left = torch.tensor([[x if x in few else -1 for x in row] for row in rows.tolist()])
+            got = agreement.leftover[0, first : first + len(rows)].cpu()
+            assert torch.equal(got, left.int()), f"tokens from {first} on"
+            shared = sorted(chosen.keys() - few.keys())
+            assert agreement.counts[0, number, 1] == len(shared)
+            assert agreement.blocks[0, number, : len(shared)].tolist() == shared
+            left_in_tiles.append(sum(few.values()))
+    assert 0 in left_in_tiles
+    assert max(left_in_tiles) > 0
 
 
 def test_groups_that_cut_tiles_change_no_bit(make_case: Callable, device: torch.device, path: str) -> None:

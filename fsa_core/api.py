@@ -12,7 +12,7 @@ from fsa_core.cpu_backward import selected_attention_cpu_backward
 from fsa_core.dense import dense_attention_forward
 from fsa_core.dense_backward import dense_attention_backward
 from fsa_core.dispatch import AUTO, check_path, choose, device_name
-from fsa_core.packing import single_sequence
+from fsa_core.packing import sequence_starts
 from fsa_core.patterns import expand_query_blocks
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.problem import Problem
@@ -100,7 +100,7 @@ def selected_attention(
         query_block_size=query_block_size,
         check_values=validate,
     )
-    cu_seqlens_q, cu_seqlens_k = _starts(q, cu_seqlens_q), _starts(k, cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
     rows = expand_query_blocks(
         block_indices,
         query_block_size=query_block_size,
@@ -140,7 +140,8 @@ def dense_attention(
         softmax_scale=softmax_scale,
         causal=causal,
     )
-    return attend(problem, q, k, v, None, _starts(q, cu_seqlens_q), _starts(k, cu_seqlens_k), backend=backend)
+    starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
+    return attend(problem, q, k, v, None, *starts, backend=backend)
 
 
 def attend(
@@ -210,10 +211,6 @@ def _triton_backward(*arguments: Any, workspace_limit_bytes: int) -> Gradients:
 
     grads: Gradients = selected_attention_backward(*arguments, workspace_limit_bytes=workspace_limit_bytes)
     return grads
-
-
-def _starts(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    return single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
 
 
 def _check_path(path: str, backend: str, *, is_dense: bool) -> None:

@@ -41,6 +41,22 @@ def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
     return torch.arange(0, num_tokens + 1, num_tokens, dtype=torch.int32, device=device)
 
 
+def sequence_starts(
+    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both ``cu_seqlens`` of a call, int32 [num_sequences + 1]; one that is None becomes one sequence.
+
+    One tensor for both where both are left out and there are as many keys as queries: each costs a launch.
+    """
+    if cu_seqlens_q is None and cu_seqlens_k is None and q.shape[0] == k.shape[0]:
+        cu_seqlens_q = cu_seqlens_k = single_sequence(q.shape[0], q.device)
+    if cu_seqlens_q is None:
+        cu_seqlens_q = single_sequence(q.shape[0], q.device)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = single_sequence(k.shape[0], k.device)
+    return cu_seqlens_q, cu_seqlens_k
+
+
 def row_starts(cu_seqlens_q: torch.Tensor, query_block_size: int) -> torch.Tensor:
     """Where each sequence's rows of indices start, int64 [num_sequences + 1], the number of rows last.
 

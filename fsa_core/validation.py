@@ -23,7 +23,7 @@ from fsa_core.compact import CompactPattern
 from fsa_core.errors import InputError as InputError
 from fsa_core.errors import refuse, refuse_bad_starts
 from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
-from fsa_core.packing import row_starts, single_sequence
+from fsa_core.packing import row_starts, sequence_starts
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,18 +57,19 @@ def validate_selected(
     _check_choice("block_size", block_size, BLOCK_SIZES)
     _check_query_block_size(query_block_size)
     scale = _checked_scale(softmax_scale, q.shape[2])
-    cu_seqlens_q, cu_seqlens_k = _checked_starts(q, k, cu_seqlens_q, cu_seqlens_k)
+    num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
     _check_index_shape(q, k, block_indices)
     if query_block_size == 1:
         _check_row_count(block_indices, q.shape[0], "one a query token")
     if check_values:
+        starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
         options: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
-        _check_values(q, k, block_indices, cu_seqlens_q, cu_seqlens_k, causal=causal, **options)
+        _check_values(q, k, block_indices, *starts, causal=causal, **options)
     return _problem(
         q,
         k,
         v,
-        cu_seqlens_q,
+        num_sequences=num_sequences,
         block_size=block_size,
         index_heads=block_indices.shape[0],
         num_slots=block_indices.shape[2],
@@ -91,14 +92,23 @@ def validate_dense(
     """The sizes of a call of dense attention, or InputError; arguments as in validate_selected."""
     _check_operands(q, k, v)
     scale = _checked_scale(softmax_scale, q.shape[2])
-    cu_seqlens_q, cu_seqlens_k = _checked_starts(q, k, cu_seqlens_q, cu_seqlens_k)
+    num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
     if check_values:
+        cu_seqlens_q, cu_seqlens_k = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
         valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
         if not valid:
             refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
             refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
     return _problem(
-        q, k, v, cu_seqlens_q, block_size=0, index_heads=0, num_slots=0, causal=causal, softmax_scale=scale
+        q,
+        k,
+        v,
+        num_sequences=num_sequences,
+        block_size=0,
+        index_heads=0,
+        num_slots=0,
+        causal=causal,
+        softmax_scale=scale,
     )
 
 
@@ -129,17 +139,14 @@ def validate_compact(
     )
     _check_choice("block_size", pattern.block_size, BLOCK_SIZES)
     _check_query_block_size(pattern.query_block_size)
-    index_heads, num_slots = pattern.check(problem, *_checked_starts(q, k, cu_seqlens_q, cu_seqlens_k))
+    index_heads, num_slots = pattern.check(problem, *sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k))
     return replace(problem, index_heads=index_heads, num_slots=num_slots, block_size=pattern.block_size)
 
 
-def _problem(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, **rest: Any
-) -> Problem:
+def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> Problem:
     return Problem(
         num_q_tokens=q.shape[0],
         num_k_tokens=k.shape[0],
-        num_sequences=cu_seqlens_q.numel() - 1,
         num_q_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
@@ -234,25 +241,25 @@ def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def _checked_starts(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both cu_seqlens, checked but for their values; those left out become one sequence."""
-    if cu_seqlens_q is None:
-        cu_seqlens_q = single_sequence(q.shape[0], q.device)
-    if cu_seqlens_k is None:
-        cu_seqlens_k = single_sequence(k.shape[0], k.device)
+def _checked_sequences(
+    q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
+) -> int:
+    """How many sequences there are; checks both cu_seqlens but for their values. One left out is one."""
+    lengths = {"cu_seqlens_q": 2, "cu_seqlens_k": 2}
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x is None:
+            continue
         _check_tensor(name, x, "[num_sequences + 1]", 1)
         if x.dtype != torch.int32:
             refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
         _check_device(name, x, q.device)
-        if x.numel() < 2:
+        lengths[name] = x.numel()
+        if lengths[name] < 2:
             refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")
-    if cu_seqlens_k.numel() != cu_seqlens_q.numel():
-        expected = f"{cu_seqlens_q.numel()}, that of cu_seqlens_q"
-        refuse("INVALID_CU_SEQLENS", "cu_seqlens_k", "length", cu_seqlens_k.numel(), expected)
-    return cu_seqlens_q, cu_seqlens_k
+    if lengths["cu_seqlens_k"] != lengths["cu_seqlens_q"]:
+        expected = f"{lengths['cu_seqlens_q']}, that of cu_seqlens_q"
+        refuse("INVALID_CU_SEQLENS", "cu_seqlens_k", "length", lengths["cu_seqlens_k"], expected)
+    return lengths["cu_seqlens_q"] - 1
 
 
 def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from fsa_core.packing import place_queries, row_starts, single_sequence
+from fsa_core.packing import place_queries, row_starts, sequence_starts, single_sequence
 
 
 def starts(*lens, device):
@@ -27,3 +27,14 @@ def test_a_sequence_has_a_row_for_each_started_query_block(device):
 def test_one_sequence_has_all_tokens(device):
     assert single_sequence(7, device).tolist() == [0, 7]
     assert single_sequence(0, device).dtype == torch.int32
+
+
+def test_offsets_that_are_left_out_are_those_of_one_sequence(device):
+    q, k = torch.empty(5, 1, device=device), torch.empty(7, 1, device=device)
+    given = starts(0, 5, device=device)
+    assert [x.tolist() for x in sequence_starts(q, k, None, None)] == [[0, 5], [0, 7]]
+    assert [x.tolist() for x in sequence_starts(q, k, given, None)] == [given.tolist(), [0, 7]]
+    assert [x.tolist() for x in sequence_starts(q, k, None, given)] == [[0, 5], given.tolist()]
+    of_q, of_k = sequence_starts(q, q, None, None)
+    assert of_q is of_k
+    assert of_q.tolist() == [0, 5]

@@ -14,7 +14,7 @@ import torch
 import transformers_remote
 
 from service.client import AttentionClient
-from tests.serving import running_server
+from tests.serving import eventually, running_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +64,17 @@ def test_interrupted_demo_leaves_no_process(context: Path) -> None:
     demo.send_signal(signal.SIGINT)
     demo.communicate(timeout=60)
     assert demo.returncode == 130
+    assert processes_of_session(server) == []
+
+
+def test_demo_that_is_interrupted_while_it_loads_leaves_no_process(context: Path) -> None:
+    demo = start_demo(context)
+    children = Path(f"/proc/{demo.pid}/task/{demo.pid}/children")
+    server = int(eventually(children.read_text))
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130
+    assert "Traceback" not in output
     assert processes_of_session(server) == []
 
 

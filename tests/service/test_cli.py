@@ -499,7 +499,7 @@ class TestBench:
                 os.killpg(process.pid, number)  # as a terminal does: to the whole group
             else:
                 process.kill()
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=60)
         assert process.returncode == code
         assert errors == "" or number == signal.SIGKILL, "a process that is started half may say so"
         # One that was still loading modules first gets through them.

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, new_agreement
 from fsa_core.plan import (
@@ -428,35 +428,42 @@ def _attend_group(
 ) -> None:
     """Partials of the indexed pairs, and their merge, a chunk at a time."""
     p, (inversion, partial_out, partial_lse) = problem, workspace
+    attend, merge = _kernels(p, plan, MERGE_ROWS)
+    group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
+    is_mixed, scale = plan.query_tile is not None, p.softmax_scale * LOG2_E.value
+    programs = min(plan.max_items, _mixed_programs(q.device)) if is_mixed else plan.max_items
+    for c in chunks(plan, group):
+        attend[programs, c.num_heads](
+            q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
+            inversion.item_segment, cu_seqlens_q, cu_seqlens_k, scale, c.first_token, c.num_tokens,
+            plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments, plan.group_chunks,
+            group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
+        )  # fmt: skip
+        merge[-(-c.num_tokens * plan.heads_per_pair // MERGE_ROWS), c.num_heads](
+            partial_out, partial_lse, inversion.ranks, inversion.item_offsets, out, lse, c.first_token,
+            c.num_tokens, plan.chunk_tokens, p.num_slots, plan.segments, plan.group_chunks, group_pairs,
+            c.first_head, c.first_index_head, c.number,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[BoundKernel, BoundKernel]:
+    """The kernels of partials and of their merge, with what is the same for all chunks."""
+    p, is_mixed = problem, plan.query_tile is not None
     heads = {
         "NUM_Q_HEADS": p.num_q_heads, "HEADS_PER_PAIR": plan.heads_per_pair,
         "INDEX_PER_HEAD": plan.index_per_head, "VALUE_DIM": p.value_dim,
         "VALUE_DIM_PADDED": padded_dim(p.value_dim),
     }  # fmt: skip
-    shapes = {
-        "NUM_KV_HEADS": p.num_kv_heads, "TILE_HEADS_PER_KV_HEAD": plan.tile_heads_per_kv_head,
-        "HEAD_DIM": p.head_dim, "HEAD_DIM_PADDED": padded_dim(p.head_dim), "BLOCK_SIZE": p.block_size,
-        "CAUSAL": p.causal, "ROWS": plan.tile.rows, "KEYS": plan.tile.keys,
-        "TILES_PER_ITEM": plan.tile.tiles_per_item,
-    }  # fmt: skip
-    compiling = {"num_warps": plan.tile.num_warps, "num_stages": 1, "maxnreg": plan.tile.max_registers}
-    group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
-    item_a_program = plan.query_tile is None
-    programs = plan.max_items if item_a_program else min(plan.max_items, _mixed_programs(q.device))
-    for c in chunks(plan, group):
-        _partial[(programs, c.num_heads)](
-            q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
-            inversion.item_segment, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value, c.first_token,
-            c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments,
-            plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
-            **heads, **shapes, ITEM_A_PROGRAM=item_a_program, **compiling,
-        )  # fmt: skip
-        _merge[(-(-c.num_tokens * plan.heads_per_pair // MERGE_ROWS), c.num_heads)](
-            partial_out, partial_lse, inversion.ranks, inversion.item_offsets, out, lse, c.first_token,
-            c.num_tokens, plan.chunk_tokens, p.num_slots, plan.segments, plan.group_chunks, group_pairs,
-            c.first_head, c.first_index_head, c.number, **heads,
-            WITH_SHARED=plan.query_tile is not None, ROWS=MERGE_ROWS, num_warps=MERGE_WARPS, num_stages=1,
-        )  # fmt: skip
+    attend = _partial.bind(
+        **heads, NUM_KV_HEADS=p.num_kv_heads, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
+        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
+        CAUSAL=p.causal, ROWS=plan.tile.rows, KEYS=plan.tile.keys, TILES_PER_ITEM=plan.tile.tiles_per_item,
+        ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps, num_stages=1,
+        maxnreg=plan.tile.max_registers,
+    )  # fmt: skip
+    merge = _merge.bind(**heads, WITH_SHARED=is_mixed, ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1)
+    return attend, merge
 
 
 @lru_cache

@@ -61,20 +61,27 @@ class Kernel:
     def __init__(self, jitted: Any, num_pointers: int) -> None:
         self.jitted = jitted
         self._num_pointers = num_pointers
-        self._bound: dict[tuple[Any, ...], _BoundKernel] = {}
+        self._bound: dict[tuple[Any, ...], BoundKernel] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Launch:
         return partial(self._launch, grid)
 
+    def bind(self, **constants: Any) -> "BoundKernel":
+        """The kernel with its constants and options, to keep: finding it is half of what a launch costs."""
+        return self._with(constants)
+
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        self._with(constants).launch(grid, *args)
+
+    def _with(self, constants: dict[str, Any]) -> "BoundKernel":
         values = constants.values()
         # The types tell True from 1.
         key = (*constants, *values, *map(type, values))
         bound = self._bound.get(key)
         if bound is None:
-            bound = _BoundKernel(self.jitted, self._num_pointers, constants)
+            bound = BoundKernel(self.jitted, self._num_pointers, constants)
             bound = self._bound.setdefault(key, bound)
-        bound.launch(grid, args)
+        return bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +105,20 @@ class _OfTypes:
     compiled: dict[tuple[Any, ...], _Compiled] = field(default_factory=dict)
 
 
-class _BoundKernel:
-    """A kernel with its constants and options, and what was compiled of it, by the types of the arguments."""
+class BoundKernel:
+    """A kernel with its constants and options, launched as ``bound[grid](*pointers, *scalars)``."""
 
     def __init__(self, jitted: Any, num_pointers: int, constants: dict[str, Any]) -> None:
         self._jitted = jitted
         self._num_pointers = num_pointers
         self._constants = constants
+        # By the types of the arguments.
         self._remembered: dict[tuple[type, ...], _OfTypes] = {}
 
-    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    def __getitem__(self, grid: tuple[int, ...]) -> Launch:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         of_types = self._remembered.get(tuple(map(type, args)))
         if of_types is None or _is_watched(self._jitted):
             return self._launch_through_triton(grid, args)

@@ -11,12 +11,13 @@ alone and in any company.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
@@ -310,14 +311,21 @@ def agree(
     """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``."""
     p, steps = problem, search_steps(problem.num_sequences)
     first_tile, num_tiles = tiles_of(p, tile, group)
-    _agree[num_tiles, group.num_index_heads](
+    _agreeing(p, tile, plan.has_partials)[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
         agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
-        agreement.counts.shape[1], group.first_index_head, BLOCK_SIZE=p.block_size, TOKENS=tile.tokens,
-        LOG_TOKENS=(tile.tokens - 1).bit_length(), LOG_SLOTS=(p.num_slots - 1).bit_length(), CAUSAL=p.causal,
-        MIN_TOKENS=tile.min_tokens, FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared,
-        WITH_LEFTOVER=plan.has_partials,
+        agreement.counts.shape[1], group.first_index_head,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _agreeing(problem: Problem, tile: QueryTile, with_leftover: bool) -> BoundKernel:
+    """The kernel with what is the same for all groups."""
+    return _agree.bind(
+        BLOCK_SIZE=problem.block_size, TOKENS=tile.tokens, LOG_TOKENS=(tile.tokens - 1).bit_length(),
+        LOG_SLOTS=(problem.num_slots - 1).bit_length(), CAUSAL=problem.causal, MIN_TOKENS=tile.min_tokens,
+        FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=with_leftover,
     )  # fmt: skip
 
 
@@ -348,11 +356,19 @@ def attend_shared(
     """
     p, steps = problem, search_steps(problem.num_sequences)
     first_tile, num_tiles = tiles_of(p, tile, group)
-    _attend[num_tiles, group.num_heads](
+    _attending(p, plan, tile)[num_tiles, group.num_heads](
         q, k, v, out, lse, agreement.blocks, agreement.masks, agreement.counts, cu_seqlens_q, cu_seqlens_k,
         p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
-        first_tile, agreement.counts.shape[1], group.first_head, NUM_Q_HEADS=p.num_q_heads,
-        NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
+        first_tile, agreement.counts.shape[1], group.first_head,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _attending(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel:
+    """The kernel with what is the same for all groups."""
+    p = problem
+    return _attend.bind(
+        NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
         TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head,
         HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim),
         VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, BLOCK_SIZE=p.block_size,

@@ -31,12 +31,6 @@ SLOT_MASK = tl.constexpr((1 << plan.SLOT_BITS) - 1)
 # One counter a 32-byte sector: atomics on a shared one wait for each other (0.17 ms became 0.14).
 COUNTER_STRIDE = tl.constexpr(plan.COUNTER_INTS)
 
-# Sizes that change from call to call; specialising on their divisibility would recompile.
-LENGTHS = (
-    "first_token", "first_row_token", "num_tokens", "chunk_tokens", "head_stride", "num_slots",
-    "num_sequences", "search_steps", "num_segments", "num_chunks", "first_head", "group_pairs", "max_items",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Inversion:

@@ -22,12 +22,6 @@ from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, fin
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
-# Sizes that change from call to call; specialising on their divisibility would recompile.
-LENGTHS = (
-    "first_token", "num_tokens", "head_stride", "leftover_stride", "num_slots", "num_sequences",
-    "search_steps", "first_tile", "num_tiles", "first_head", "first_index_head",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Agreement:

@@ -63,11 +63,11 @@ def selected_attention(
         causal: a token sees no key after its own position, and selects no block after its own.
         backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
             "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
-        path: how the Triton kernels go about the forward pass: "auto" (by shape, as measured on this kind of
-            GPU; see ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside the tokens that chose
-            them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks that any of them
-            chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest). A named path
-            runs or raises. Gradients are computed the same way on every path.
+        path: how the Triton kernels go about the forward pass and the gradient of q: "auto" (by shape, as
+            measured on this kind of GPU; see ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside
+            the tokens that chose them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks
+            that any of them chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest).
+            A named path runs or raises. Gradients of k and v are computed the same way on every path.
         validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
             synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or
             give a wrong answer, but touch no foreign memory; cu_seqlens must be right.
@@ -176,7 +176,7 @@ def attend(
 def _selected(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
     if backend == "triton":
         forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
-        backward = partial(_triton_backward, workspace_limit_bytes=workspace_limit_bytes)
+        backward = partial(_triton_backward, path=path, workspace_limit_bytes=workspace_limit_bytes)
         return Implementation(forward, backward)
     if backend == "cpu":
         return Implementation(selected_attention_cpu, selected_attention_cpu_backward)
@@ -206,11 +206,20 @@ def _triton_forward(
     )
 
 
-def _triton_backward(*arguments: Any, workspace_limit_bytes: int) -> Gradients:
+def _triton_backward(
+    problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
+) -> Gradients:
     from fsa_core.kernels.backward import selected_attention_backward
 
-    grads: Gradients = selected_attention_backward(*arguments, workspace_limit_bytes=workspace_limit_bytes)
-    return grads
+    choice = choose(problem, device_name(q.device), path)
+    return selected_attention_backward(
+        problem,
+        q,
+        *others,
+        path=choice.path,
+        tuning=choice.tuning,
+        workspace_limit_bytes=workspace_limit_bytes,
+    )
 
 
 def _check_path(path: str, backend: str, *, is_dense: bool) -> None:

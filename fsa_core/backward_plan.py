@@ -1,147 +1,199 @@
-"""How the gradients of one call are cut into passes, chunks and tiles, and the workspace they take."""
+"""How the gradients of one call are cut into chunks, work items and tiles, and the workspace they take."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
+    KV_MAJOR,
     MAX_CHUNK_NUMBERS,
     MAX_CHUNK_TOKENS,
+    MAX_REGISTERS,
     MAX_WORKSPACE_BYTES,
     MIN_CHUNK_TOKENS,
+    ForwardPlan,
+    Tuning,
+    default_tuning,
     equal_parts,
     num_segments,
     padded_dim,
+    plan_forward,
     power_of_two,
 )
 from fsa_core.problem import Problem
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
-# A pair in the index: itself and its key, both before and after the sort, its place in 64 bits, and what the
-# sort reads from in between.
-INDEX_PAIR_BYTES = 36
-# Tiles of a work item: few where partial gradients of q bound a chunk anyway, many where a chunk can be long.
-TILES_PER_ITEM = 16
-LONG_TILES_PER_ITEM = 128
+# A pair while pairs are sorted: its key before and after, its place in 64 bits before and after, and what the
+# sort reads from in between; and later: its token and slot, and its key.
+SORTED_PAIR_BYTES = 36
+HELD_PAIR_BYTES = 8
+# Pairs of a work item. Every item of a block that has several takes room for float32 gradients of the block:
+# of long calls only longer items have it.
+ITEM_PAIRS = 1024
+LONG_ITEM_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One walk over all pairs, in chunks of tokens; a group is a whole number of chunks, indexed together.
+class KeyPlan:
+    """The gradients of k and v: pairs are indexed by KV block, and a program walks those of one work item.
 
-    ``with_keys``: it yields the gradients of k and v; ``with_queries``: those of q. A work item is up to
-    ``pairs_per_item`` pairs of one KV block. The blocks of a chunk that have more than one item have at most
-    ``max_splits`` together.
+    ``kv_heads`` KV heads are indexed together and taken ``launch_heads`` at a time. Tokens are taken in
+    chunks, and indexed in groups of whole chunks; where one chunk does not hold all that adds to a block,
+    ``has_sums``: gradients are added up in float32, for ``range_segments`` KV blocks at a time.
+    ``with_queries``: shares of grad_q are made as well. A work item is up to ``pairs_per_item`` pairs of one
+    KV block. The blocks of a chunk that have more than one item have at most ``max_splits`` together. A
+    program has ``tile_keys`` keys of a block and walks its pairs ``tile_pairs`` at a time, in ``tile_rows``
+    rows.
     """
 
-    with_keys: bool
     with_queries: bool
+    has_sums: bool
+    kv_heads: int
+    launch_heads: int
     chunk_tokens: int
     group_tokens: int
+    range_segments: int
     pairs_per_item: int
     max_items: int
     max_splits: int
+    tile_rows: int
+    tile_pairs: int
+    tile_keys: int
+    num_warps: int
+    num_stages: int
     workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardPlan:
-    """Gradients of ``kv_heads`` KV heads at a time, those of keys for ``range_segments`` KV blocks at a time.
+    """Gradients under ``delta_heads`` KV heads at a time.
 
-    One pass of five matrix products if a single chunk holds all shares of grad_q; else two of seven in all,
-    so that no chunk reads and writes the gradients of all keys again. A program has ``tile_keys`` keys of a
-    block and walks its pairs ``tile_pairs`` at a time, in ``tile_rows`` rows. Other names as in
-    ``ForwardPlan``.
+    Five matrix products where ``queries`` is None: the shares of grad_q come with the gradients of the keys.
+    Else seven: grad_q is made apart, as the forward pass of a plan goes about it. Other names as there.
     """
 
-    passes: tuple[Pass, ...]
-    kv_heads: int
-    range_segments: int
-    heads_per_pair: int
+    delta_heads: int
+    keys: KeyPlan
+    queries: ForwardPlan | None
     tile_heads_per_kv_head: int
     index_per_head: bool
     segments: int
-    tile_rows: int
-    tile_pairs: int
-    tile_keys: int
-    num_warps: int
     workspace_bytes: int
 
 
 @lru_cache(maxsize=1024)
-def plan_backward(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> BackwardPlan:
-    """The largest chunks and ranges that ``limit_bytes`` of workspace allows, one KV head before the next.
+def plan_backward(
+    problem: Problem,
+    limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    path: str = KV_MAJOR,
+    tuning: Tuning | None = None,
+) -> BackwardPlan:
+    """The largest chunks, ranges and groups that ``limit_bytes`` of workspace allows.
 
-    At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit.
+    At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit. ``path`` and
+    ``tuning`` are those of the forward pass, but for the sizes of tiles, which hold more here.
+
+    Raises:
+        ValueError: the path cannot take the problem (see ``plan.takes``).
     """
     p = problem
     limit_bytes = min(limit_bytes, MAX_WORKSPACE_BYTES)
-    sizes = _Sizes.of(p)
-    room = max(limit_bytes - sizes.delta_bytes, limit_bytes // 2)
-    range_segments = min(max(room * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
-    one_pass = _pass(sizes, room, with_keys=True, with_queries=True)
-    passes: tuple[Pass, ...] = (one_pass,)
-    # Measured on an H200: in one chunk, five products are a third faster; in 3, they take the same time; in
-    # 4 and more, seven are.
-    if range_segments < sizes.segments or one_pass.chunk_tokens < p.num_q_tokens:
-        passes = (
-            _pass(sizes, room, with_keys=True, with_queries=False),
-            _pass(sizes, room, with_keys=False, with_queries=True),
+    head_delta_bytes = FLOAT32_BYTES * p.num_q_tokens * p.group_size
+    delta_heads = min(max(limit_bytes // 8 // head_delta_bytes, 1), p.num_kv_heads)
+    delta_heads = equal_parts(p.num_kv_heads, delta_heads)
+    delta_bytes = delta_heads * head_delta_bytes
+    room = max(limit_bytes - delta_bytes, limit_bytes // 2)
+    sizes = _Sizes.of(p, delta_heads)
+    queries = None
+    # Measured on an H200: with all shares of grad_q in one chunk, five products are a third faster; in 3,
+    # they take the same time; in 4 and more, seven are. Query tiles need no shares.
+    keys = _in_one_chunk(sizes, room, ITEM_PAIRS, with_queries=True) if path == KV_MAJOR else None
+    if keys is None:
+        keys = (
+            _in_one_chunk(sizes, room, ITEM_PAIRS, with_queries=False)
+            or _in_one_chunk(sizes, room, LONG_ITEM_PAIRS, with_queries=False)
+            or _in_chunks(sizes, room)
         )
-    head_bytes = sizes.delta_bytes + range_segments * sizes.block_bytes
-    head_bytes += max(one.workspace_bytes for one in passes)
-    is_whole = range_segments == sizes.segments and all(x.chunk_tokens == p.num_q_tokens for x in passes)
-    most_heads = min(limit_bytes // head_bytes, MAX_CHUNK_NUMBERS // (p.num_q_tokens * sizes.partials))
-    kv_heads = min(max(most_heads, 1), p.num_kv_heads) if is_whole else 1
-    kv_heads = equal_parts(p.num_kv_heads, kv_heads)
+        queries = _query_plan(p, room, path, tuning or default_tuning(p))
+    at_once = max(keys.workspace_bytes, 0 if queries is None else queries.workspace_bytes)
     return BackwardPlan(
-        passes=passes,
-        kv_heads=kv_heads,
-        range_segments=range_segments,
-        heads_per_pair=p.heads_per_pair,
-        tile_heads_per_kv_head=p.group_size // p.heads_per_pair,
+        delta_heads=delta_heads,
+        keys=keys,
+        queries=queries,
+        tile_heads_per_kv_head=sizes.tile_heads_per_kv_head,
         index_per_head=p.index_heads > 1,
         segments=sizes.segments,
-        tile_rows=sizes.tile_rows,
-        tile_pairs=sizes.tile_pairs,
-        tile_keys=sizes.tile_keys,
-        num_warps=sizes.num_warps,
-        workspace_bytes=kv_heads * head_bytes,
+        workspace_bytes=delta_bytes + at_once,
+    )
+
+
+def _query_plan(problem: Problem, room_bytes: int, path: str, tuning: Tuning) -> ForwardPlan:
+    """That of a forward pass whose values are as wide as keys, and so its partials as shares of grad_q."""
+    p, widest = problem, max(problem.head_dim, problem.value_dim)
+    plan = plan_forward(replace(p, value_dim=widest), room_bytes, path, _query_tuning(p, tuning))
+    if widest > 128 and p.heads_per_pair > 64:
+        # Beside so many rows of q and grad_out, shared memory holds no more keys.
+        plan = replace(plan, tile=replace(plan.tile, keys=min(plan.tile.keys, 32)))
+    return plan
+
+
+def _query_tuning(problem: Problem, tuning: Tuning) -> Tuning:
+    """Tiles that hold q, grad_out and grad_q; which blocks they share is the forward pass's to say.
+
+    Products of float32 in three parts take the registers and the shared memory of three; 4 warps as in
+    ``default_tuning``.
+    """
+    is_float32 = problem.dtype == torch.float32
+    widest = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim))
+    rows = 32 if is_float32 else 64
+    is_wide = widest > 128 or problem.heads_per_pair > rows
+    sizes = {"rows": rows, "num_warps": 8 if is_wide and not is_float32 else 4}
+    # Three programs share a multiprocessor instead of two.
+    max_registers = MAX_REGISTERS if is_float32 or is_wide else 168
+    num_stages = 1 if is_float32 or problem.heads_per_pair > rows else 2
+    return Tuning(
+        replace(tuning.partial, **sizes, max_registers=max_registers),
+        replace(tuning.shared, **sizes, max_registers=MAX_REGISTERS, num_stages=num_stages),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What follows from the problem alone.
+    """What follows from the problem alone, or nearly.
 
     ``block_bytes`` are the float32 gradients of a block's k and v, ``partials`` a token's shares of grad_q.
     """
 
     problem: Problem
+    delta_heads: int
+    tile_heads_per_kv_head: int
     segments: int
-    widest: int
     tile_rows: int
     tile_pairs: int
     tile_keys: int
     num_warps: int
     block_bytes: int
     partials: int
-    delta_bytes: int
+    most_tokens: int
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Sizes":
+    def of(cls, problem: Problem, delta_heads: int) -> "_Sizes":
         p = problem
         widest = max(padded_dim(p.head_dim), padded_dim(p.value_dim))
         # The gradients of these keys live in registers, beside products of float32 in three parts.
         tile_keys = min(p.block_size, 16 if p.dtype == torch.float32 else 64 if widest <= 128 else 32)
         tile_rows = max(32 if p.dtype == torch.float32 else 64, power_of_two(p.heads_per_pair))
+        partials = p.num_slots * p.heads_per_pair * p.head_dim
+        most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
         return cls(
             problem=p,
+            delta_heads=delta_heads,
+            tile_heads_per_kv_head=p.group_size // p.heads_per_pair,
             segments=num_segments(p),
-            widest=widest,
             tile_rows=tile_rows,
             tile_pairs=tile_rows // p.heads_per_pair,
             tile_keys=tile_keys,
@@ -149,36 +201,106 @@ class _Sizes:
             # end with spills; wider heads spill in the loop.
             num_warps=4 if widest <= (64 if p.dtype == torch.float32 else 128) else 8,
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
-            partials=p.num_slots * p.heads_per_pair * (p.block_size // tile_keys) * p.head_dim,
-            delta_bytes=FLOAT32_BYTES * p.num_q_tokens * p.group_size,
+            partials=partials,
+            most_tokens=min(most_tokens, MAX_CHUNK_TOKENS),
+        )
+
+    def pairs_per_item(self, pairs: int) -> int:
+        """Whole tiles of about as many."""
+        return self.tile_pairs * max(pairs // self.tile_pairs, 1)
+
+    def max_splits(self, pairs: int, pairs_per_item: int) -> int:
+        """Items of blocks that have several: full ones, and one that is not a block."""
+        full_items = pairs // pairs_per_item
+        return full_items + min(full_items, self.segments)
+
+    def list_bytes(self, max_items: int) -> int:
+        """Where segments begin: in the pairs, the items and the splits; and the segments of the items."""
+        return INT32_BYTES * (3 * (self.segments + 1) + max_items)
+
+    def plan(self, **chosen: Any) -> KeyPlan:
+        return KeyPlan(
+            tile_rows=self.tile_rows,
+            tile_pairs=self.tile_pairs,
+            tile_keys=self.tile_keys,
+            num_warps=self.num_warps,
+            num_stages=1,
+            **chosen,
         )
 
 
-def _pass(sizes: _Sizes, room_bytes: int, *, with_keys: bool, with_queries: bool) -> Pass:
+def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queries: bool) -> KeyPlan | None:
+    """All tokens at once, so that most blocks' gradients are written as they are made; None: too many."""
+    p, ranks = sizes.problem, sizes.tile_heads_per_kv_head
+    pairs = p.num_q_tokens * p.num_slots
+    pairs_per_item = sizes.pairs_per_item(item_pairs)
+    max_items = pairs // pairs_per_item + min(sizes.segments, pairs)
+    max_splits = sizes.max_splits(pairs, pairs_per_item)
+    partial_bytes = p.num_q_tokens * sizes.partials * p.dtype.itemsize
+    if with_queries and (p.block_size > sizes.tile_keys or ranks > 1):
+        return None
+    head_bytes = (max_splits + (ranks > 1) * sizes.segments) * sizes.block_bytes
+    head_bytes = max(head_bytes + with_queries * partial_bytes, 1)
+    list_bytes = sizes.list_bytes(max_items)
+    sort_bytes, held_bytes = (list_bytes + x * pairs for x in (SORTED_PAIR_BYTES, HELD_PAIR_BYTES))
+    at_once = sort_bytes + head_bytes if ranks > 1 else max(sort_bytes, held_bytes + head_bytes)
+    if at_once > room_bytes or p.num_q_tokens > sizes.most_tokens:
+        return None
+    kv_heads = sizes.delta_heads
+    if p.index_heads > 1:
+        most = min(room_bytes // sort_bytes, (room_bytes - head_bytes) // held_bytes)
+        # Sums are kept while the tile heads of a KV head are indexed one after another.
+        most = room_bytes // (sort_bytes + head_bytes) if ranks > 1 else most
+        most = min(most, MAX_CHUNK_NUMBERS // max(pairs, sizes.segments + 1))
+        kv_heads = equal_parts(kv_heads, min(max(most, 1), kv_heads))
+    index_heads = kv_heads if p.index_heads > 1 else 1
+    launch_heads = kv_heads if ranks > 1 else (room_bytes - index_heads * held_bytes) // head_bytes
+    if with_queries:
+        launch_heads = min(launch_heads, MAX_CHUNK_NUMBERS // (p.num_q_tokens * sizes.partials))
+    launch_heads = equal_parts(kv_heads, min(max(launch_heads, 1), kv_heads))
+    index_bytes = index_heads * (sort_bytes if ranks > 1 else held_bytes)
+    return sizes.plan(
+        with_queries=with_queries,
+        has_sums=ranks > 1,
+        kv_heads=kv_heads,
+        launch_heads=launch_heads,
+        chunk_tokens=p.num_q_tokens,
+        group_tokens=p.num_q_tokens,
+        range_segments=sizes.segments,
+        pairs_per_item=pairs_per_item,
+        max_items=max_items,
+        max_splits=max_splits,
+        workspace_bytes=max(index_heads * sort_bytes, index_bytes + launch_heads * head_bytes),
+    )
+
+
+def _in_chunks(sizes: _Sizes, room_bytes: int) -> KeyPlan:
+    """One KV head at a time: sums of a range of its blocks, splits of a chunk, the index of a group."""
     p = sizes.problem
-    pairs_per_item = sizes.tile_pairs * (TILES_PER_ITEM if with_queries else LONG_TILES_PER_ITEM)
-    partial_bytes = sizes.partials * p.dtype.itemsize
+    range_segments = min(max(room_bytes * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
+    pairs_per_item = sizes.pairs_per_item(LONG_ITEM_PAIRS)
     split_bytes = -(-2 * p.num_slots * sizes.block_bytes // pairs_per_item)
-    token_bytes = with_queries * partial_bytes + with_keys * split_bytes
-    index_tokens = room_bytes // 4 // (INDEX_PAIR_BYTES * p.num_slots)
-    chunk_tokens = min(room_bytes * 5 // 16 // token_bytes, index_tokens, MAX_CHUNK_TOKENS)
-    most_tokens = MAX_CHUNK_NUMBERS // max(sizes.partials, p.num_q_heads * max(p.head_dim, p.value_dim))
-    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), most_tokens, p.num_q_tokens)
+    index_tokens = room_bytes // 4 // (SORTED_PAIR_BYTES * p.num_slots)
+    chunk_tokens = min(room_bytes * 5 // 16 // split_bytes, index_tokens, sizes.most_tokens)
+    chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), sizes.most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
     chunk_tokens = equal_parts(p.num_q_tokens, chunk_tokens)
     pairs = chunk_tokens * p.num_slots
-    full_items = pairs // pairs_per_item
-    max_items = full_items + min(sizes.segments, pairs)
-    index_bytes = INDEX_PAIR_BYTES * pairs + INT32_BYTES * (6 * (sizes.segments + 1) + max_items)
+    max_items = pairs // pairs_per_item + min(sizes.segments, pairs)
+    max_splits = sizes.max_splits(pairs, pairs_per_item)
+    index_bytes = SORTED_PAIR_BYTES * pairs + sizes.list_bytes(max_items)
     group_chunks = min(max(room_bytes // 4 // index_bytes, 1), -(-p.num_q_tokens // chunk_tokens))
-    return Pass(
-        with_keys=with_keys,
-        with_queries=with_queries,
+    held_blocks = max_splits + range_segments
+    return sizes.plan(
+        with_queries=False,
+        has_sums=True,
+        kv_heads=1,
+        launch_heads=1,
         chunk_tokens=chunk_tokens,
         group_tokens=min(group_chunks * chunk_tokens, p.num_q_tokens),
+        range_segments=range_segments,
         pairs_per_item=pairs_per_item,
         max_items=max_items,
-        # A block of n > 1 items has more pairs than n - 1 of them.
-        max_splits=2 * full_items,
-        workspace_bytes=chunk_tokens * token_bytes + group_chunks * index_bytes,
+        max_splits=max_splits,
+        workspace_bytes=held_blocks * sizes.block_bytes + group_chunks * index_bytes,
     )

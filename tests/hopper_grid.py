@@ -32,8 +32,8 @@ HOPPER = GPUTarget("cuda", 90, 32)
 # Of one program, on compute capability 9.0 (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_BYTES = 227 * 1024
 TYPES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
-    torch.int64: "i64",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16",
+    torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 # The widest heads in every dtype, whole and odd ones; the largest groups and blocks, the smallest of both.
 EXTREMES: tuple[dict[str, Any], ...] = (
@@ -127,13 +127,11 @@ def compile_shape(
     launches, run = Launches(), JITFunction.run
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
-        for path in paths:
+        for path, limit_bytes in product(paths, limits_bytes):
             answer = selected_attention_forward(case.problem, *case.tensors, path=path)
-        for limit_bytes in limits_bytes:
-            selected_attention_backward(
-                case.problem, *case.tensors, *answer, *case.output_gradients(),
-                workspace_limit_bytes=limit_bytes,
-            )  # fmt: skip
+            given = (*answer, *case.output_gradients())
+            options = {"path": path, "workspace_limit_bytes": limit_bytes}
+            selected_attention_backward(case.problem, *case.tensors, *given, **options)
     finally:
         JITFunction.run = run
     yield from launches.compiled.values()

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from fsa_core.plan import MIXED
 from tests import sanitizer_grid
 
 
@@ -13,6 +14,8 @@ def test_ids_that_nobody_validated_give_right_answers_and_gradients(
 ) -> None:
     monkeypatch.setattr(sanitizer_grid, "SHAPES", sanitizer_grid.SHAPES[:1])
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("wild",))
+    # It has the kernels of the others.
+    monkeypatch.setattr(sanitizer_grid, "PATHS", (MIXED,))
     for _, case, ids, options in sanitizer_grid.grid(device):
         assert (ids < -1).any()
         sanitizer_grid.check(case, ids, device, **options)

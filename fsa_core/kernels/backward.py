@@ -7,27 +7,32 @@ delta = sum(out * grad_out) - grad_lse:
     grad_k = grad_scores^T q * scale        grad_q = grad_scores k * scale
 
 Stages, no host synchronisation: delta; an index in a fixed order (sorted_index); a work item loads its K/V
-block once, walks its rows (pairs x query heads), keeps the block's gradients in registers and writes each
-pair's share of grad_q; the items of one block are added in their order, and so are the slots of one token.
+block once, walks its rows (pairs x query heads) with the block's gradients in registers, and writes them; the
+items of a block that has several are added in their order. Each pair's share of grad_q is written beside and
+summed, or grad_q is made apart (query_gradients), whichever the plan says.
+
 No atomics: the bits are the same on every run. The gradients of q do not depend on what else is packed into
-the call; those of k and v add the same terms, grouped by chunks of the packed tokens.
+the call; those of k and v do not where all tokens ride in one chunk, with items of one size (backward_plan).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton.language as tl
 
-from fsa_core.backward_plan import BackwardPlan, Pass, plan_backward
+from fsa_core.backward_plan import BackwardPlan, plan_backward
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
-from fsa_core.kernels.sorted_index import NO_SEGMENT, SortedIndex, sorted_index
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim, search_steps
+from fsa_core.kernels.query_gradients import Operands, query_gradients, sum_shares
+from fsa_core.kernels.sorted_index import SortedIndex, sorted_index
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
 from fsa_core.problem import Problem
 
 DELTA_ROWS = 16
-SUM_ROWS = 8
+# Few keys a program: a block that everybody chose has many items to add.
+SUM_KEYS = 16
 
 
 @kernel
@@ -37,26 +42,25 @@ def _delta(
     grad_lse_ptr,
     delta_ptr,
     num_tokens,
-    first_kv_head,
+    first_delta_head,
+    num_delta_heads,
     NUM_Q_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """delta float32 [KV heads, tokens, GROUP_SIZE], of the KV heads from ``first_kv_head`` on."""
+    """delta float32 [tokens, num_delta_heads], of the query heads from ``first_delta_head`` on."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tokens = rows // GROUP_SIZE
+    tokens = rows // num_delta_heads
     row_mask = tokens < num_tokens
-    places = tokens * NUM_Q_HEADS + (first_kv_head + tl.program_id(1)) * GROUP_SIZE + rows % GROUP_SIZE
+    places = tokens * NUM_Q_HEADS + first_delta_head + rows % num_delta_heads
     dims = tl.arange(0, VALUE_DIM_PADDED)
     mask = row_mask[:, None] & (dims < VALUE_DIM)[None, :]
     out = tl.load(out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
     grad_out = tl.load(grad_out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     delta -= tl.load(grad_lse_ptr + places, mask=row_mask, other=0.0)
-    first_row = tl.program_id(1).to(tl.int64) * num_tokens * GROUP_SIZE
-    tl.store(delta_ptr + first_row + rows, delta, mask=row_mask)
+    tl.store(delta_ptr + rows, delta, mask=row_mask)
 
 
 @kernel
@@ -67,9 +71,11 @@ def _gradients(
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
-    partial_ptr,
-    sum_ptr,
-    split_ptr,
+    shares_ptr,
+    sums_ptr,
+    splits_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
     pairs_ptr,
     offsets_ptr,
     item_offsets_ptr,
@@ -78,7 +84,6 @@ def _gradients(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     scale,
-    total_q,
     first_token,
     num_tokens,
     num_slots,
@@ -89,6 +94,10 @@ def _gradients(
     max_items,
     max_splits,
     first_kv_head,
+    num_kv_heads,
+    first_index_head,
+    first_delta_head,
+    num_delta_heads,
     rank,
     chunk,
     first_range_segment,
@@ -108,21 +117,24 @@ def _gradients(
     KEYS: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIRS_PER_ITEM: tl.constexpr,
-    WITH_KEYS: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
     WITH_QUERIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One work item under KEYS keys of its block.
 
-    WITH_QUERIES writes partial [KV heads, tokens, slots, parts, HEADS_PER_PAIR, HEAD_DIM] at the rows' own
-    (token, slot). WITH_KEYS adds to sum [KV heads, range segments, BLOCK_SIZE, HEAD_DIM +
-    VALUE_DIM], which holds grad_k (not scaled) beside grad_v, if it is the only item of its segment, and
-    otherwise writes split [KV heads, max_splits, BLOCK_SIZE, HEAD_DIM + VALUE_DIM].
+    An item that is one of several of its segment writes splits [KV heads, max_splits, BLOCK_SIZE, HEAD_DIM +
+    VALUE_DIM], which hold grad_k (not scaled) beside grad_v. Any other writes grad_k and grad_v; WITH_SUMS,
+    it adds to sums [KV heads, range segments, BLOCK_SIZE, HEAD_DIM + VALUE_DIM]. WITH_QUERIES, of blocks that
+    are whole: shares of grad_q [KV heads, tokens, slots, HEADS_PER_PAIR, HEAD_DIM], at the rows' own slots.
     """
-    item = tl.program_id(0)
-    group_head = tl.program_id(1)
-    part = tl.program_id(2)
+    # The first items of all heads come first: a block that everybody chose is the first, and its items the
+    # longest.
+    item = tl.program_id(0) // num_kv_heads
+    group_head = tl.program_id(0) % num_kv_heads
+    part = tl.program_id(1)
     kv_head = first_kv_head + group_head
-    index_head = group_head if INDEX_PER_HEAD else 0
+    index_head = first_index_head + group_head if INDEX_PER_HEAD else 0
     row = index_head * num_chunks + chunk
     item_offsets_ptr += row * (num_segments + 1)
     if item >= tl.load(item_offsets_ptr + num_segments):
@@ -130,7 +142,7 @@ def _gradients(
     segment = tl.load(item_segment_ptr + tl.cast(row, tl.int64) * max_items + item)
     range_segment = segment - first_range_segment
     # No condition of both: the first is known when the kernel is compiled, and removes the second.
-    if WITH_KEYS:  # noqa: SIM102
+    if WITH_SUMS:  # noqa: SIM102
         if (range_segment < 0) | (range_segment >= range_segments):
             return
     sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
@@ -170,11 +182,12 @@ def _gradients(
     q_ptr += first_q_row * HEAD_DIM
     grad_out_ptr += first_q_row * VALUE_DIM
     lse_ptr += first_q_row
-    delta_ptr += (group_head.to(tl.int64) * total_q + first_token) * GROUP_SIZE + first_head
+    delta_ptr += tl.cast(first_token, tl.int64) * num_delta_heads
+    delta_ptr += kv_head * GROUP_SIZE + first_head - first_delta_head
     q_offsets = (head_in_pair * HEAD_DIM)[:, None] + dims[None, :]
     out_offsets = (head_in_pair * VALUE_DIM)[:, None] + value_dims[None, :]
 
-    for start in range(0, num_pairs, PAIRS):
+    for start in tl.range(0, num_pairs, PAIRS, num_stages=STAGES):
         pair_number = start + pair_in_tile
         row_mask = (pair_in_tile < PAIRS) & (pair_number < num_pairs)
         pairs = tl.load(pairs_ptr + pair_number, mask=row_mask, other=0)
@@ -186,7 +199,7 @@ def _gradients(
         grad_out_ptrs = grad_out_ptr + ((chunk_token * (NUM_Q_HEADS * VALUE_DIM))[:, None] + out_offsets)
         grad_out = tl.load(grad_out_ptrs, mask=out_mask, other=0.0)
         lse = tl.load(lse_ptr + chunk_token * NUM_Q_HEADS + head_in_pair, mask=row_mask, other=0.0)
-        delta = tl.load(delta_ptr + chunk_token * GROUP_SIZE + head_in_pair, mask=row_mask, other=0.0)
+        delta = tl.load(delta_ptr + chunk_token * num_delta_heads + head_in_pair, mask=row_mask, other=0.0)
         # Keys down, rows across: the weights are then the left operand of the keys' gradients as they are.
         scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
         # A row that sees no key has lse = -inf and no weights. Rows past the last have nothing but zeros in q
@@ -198,39 +211,39 @@ def _gradients(
         weights = tl.where(visible, weights, 0.0)
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="tf32x3")
         grad_scores = (weights * (grad_weights - delta[None, :])).to(k.dtype)
-        if WITH_KEYS:
-            grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision="tf32x3")
-            grad_k = tl.dot(grad_scores, q, grad_k, input_precision="tf32x3")
+        grad_v = tl.dot(weights.to(v.dtype), grad_out, grad_v, input_precision="tf32x3")
+        grad_k = tl.dot(grad_scores, q, grad_k, input_precision="tf32x3")
         if WITH_QUERIES:
             grad_q = tl.dot(tl.trans(grad_scores), k, input_precision="tf32x3")
             place = (group_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
-            place = (place * (BLOCK_SIZE // KEYS) + part) * HEADS_PER_PAIR
-            partial_ptrs = partial_ptr + ((place * HEAD_DIM)[:, None] + q_offsets)
+            share_ptrs = shares_ptr + ((place * (HEADS_PER_PAIR * HEAD_DIM))[:, None] + q_offsets)
             # Scaled here: a share that was not might overflow float16.
-            tl.store(partial_ptrs, (grad_q * scale).to(partial_ptr.dtype.element_ty), mask=q_mask)
+            tl.store(share_ptrs, (grad_q * scale).to(shares_ptr.dtype.element_ty), mask=q_mask)
 
-    if WITH_KEYS:
-        width = HEAD_DIM + VALUE_DIM
+    width = HEAD_DIM + VALUE_DIM
+    if tl.load(item_offsets_ptr + segment + 1) - first_item > 1:
         split = tl.load(split_offsets_ptr + row * (num_segments + 1) + segment) + item - first_item
-        is_split = tl.load(item_offsets_ptr + segment + 1) - first_item > 1
-        sum_rows = (group_head.to(tl.int64) * range_segments + range_segment) * BLOCK_SIZE + part_keys
-        split_rows = (group_head.to(tl.int64) * max_splits + split) * BLOCK_SIZE + part_keys
-        if is_split:
-            k_ptrs = split_ptr + split_rows[:, None] * width + dims[None, :]
-            v_ptrs = split_ptr + split_rows[:, None] * width + HEAD_DIM + value_dims[None, :]
-        else:
-            k_ptrs = sum_ptr + sum_rows[:, None] * width + dims[None, :]
-            v_ptrs = sum_ptr + sum_rows[:, None] * width + HEAD_DIM + value_dims[None, :]
-            grad_k += tl.load(k_ptrs, mask=k_mask, other=0.0)
-            grad_v += tl.load(v_ptrs, mask=v_mask, other=0.0)
-        tl.store(k_ptrs, grad_k, mask=k_mask)
-        tl.store(v_ptrs, grad_v, mask=v_mask)
+        rows = (group_head.to(tl.int64) * max_splits + split) * BLOCK_SIZE + part_keys
+        numbers = splits_ptr + rows[:, None] * width
+        tl.store(numbers + dims[None, :], grad_k, mask=k_mask)
+        tl.store(numbers + HEAD_DIM + value_dims[None, :], grad_v, mask=v_mask)
+    elif WITH_SUMS:
+        rows = (group_head.to(tl.int64) * range_segments + range_segment) * BLOCK_SIZE + part_keys
+        k_ptrs = sums_ptr + rows[:, None] * width + dims[None, :]
+        v_ptrs = sums_ptr + rows[:, None] * width + HEAD_DIM + value_dims[None, :]
+        tl.store(k_ptrs, grad_k + tl.load(k_ptrs, mask=k_mask, other=0.0), mask=k_mask)
+        tl.store(v_ptrs, grad_v + tl.load(v_ptrs, mask=v_mask, other=0.0), mask=v_mask)
+    else:
+        k_ptrs = grad_k_ptr + key_rows[:, None] * HEAD_DIM + dims[None, :]
+        v_ptrs = grad_v_ptr + key_rows[:, None] * VALUE_DIM + value_dims[None, :]
+        tl.store(k_ptrs, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(v_ptrs, grad_v.to(grad_v_ptr.dtype.element_ty), mask=v_mask)
 
 
 @kernel
 def _sum_items(
-    sum_ptr,
-    split_ptr,
+    sums_ptr,
+    splits_ptr,
     grad_k_ptr,
     grad_v_ptr,
     item_offsets_ptr,
@@ -243,6 +256,7 @@ def _sum_items(
     num_chunks,
     max_splits,
     first_kv_head,
+    first_index_head,
     chunk,
     first_range_segment,
     range_segments,
@@ -254,28 +268,37 @@ def _sum_items(
     WIDTH_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
 ):
-    """Adds a segment's items to its sum, in their order; the last chunk writes grad_k and grad_v."""
+    """Adds a segment's items in their order, to its sum if there are sums.
+
+    Writes grad_k and grad_v, unless the segment's only item has, or the sum if this is not the last chunk.
+    """
     range_segment = tl.program_id(0)
     group_head = tl.program_id(1)
     part_keys = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     segment = first_range_segment + range_segment
-    row = (group_head if INDEX_PER_HEAD else 0) * num_chunks + chunk
+    row = (first_index_head + group_head if INDEX_PER_HEAD else 0) * num_chunks + chunk
     item_offsets_ptr += row * (num_segments + 1) + segment
     num_items = tl.load(item_offsets_ptr + 1) - tl.load(item_offsets_ptr)
-    if (num_items <= 1) & (is_last == 0):
+    if WITH_SUMS:
+        if (num_items <= 1) & (is_last == 0):
+            return
+    elif num_items == 1:
         return
     dims = tl.arange(0, WIDTH_PADDED)
     mask = (dims < HEAD_DIM + VALUE_DIM)[None, :] & (part_keys < BLOCK_SIZE)[:, None]
     place = part_keys[:, None] * (HEAD_DIM + VALUE_DIM) + dims[None, :]
     block_numbers: tl.constexpr = BLOCK_SIZE * (HEAD_DIM + VALUE_DIM)
-    sum_ptrs = sum_ptr + (group_head.to(tl.int64) * range_segments + range_segment) * block_numbers + place
-    total = tl.load(sum_ptrs, mask=mask, other=0.0)
+    sum_ptrs = sums_ptr + (group_head.to(tl.int64) * range_segments + range_segment) * block_numbers + place
+    total = tl.zeros((KEYS, WIDTH_PADDED), tl.float32)
+    if WITH_SUMS:
+        total = tl.load(sum_ptrs, mask=mask, other=0.0)
     if num_items > 1:
         split = group_head.to(tl.int64) * max_splits
         split += tl.load(split_offsets_ptr + row * (num_segments + 1) + segment)
         for item in range(num_items):
-            total += tl.load(split_ptr + (split + item) * block_numbers + place, mask=mask, other=0.0)
+            total += tl.load(splits_ptr + (split + item) * block_numbers + place, mask=mask, other=0.0)
     if is_last != 0:
         sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
         keys = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE + part_keys
@@ -291,58 +314,6 @@ def _sum_items(
         tl.store(sum_ptrs, total, mask=mask)
 
 
-@kernel
-def _sum_slots(
-    partial_ptr,
-    keys_ptr,
-    grad_q_ptr,
-    first_token,
-    num_tokens,
-    chunk_tokens,
-    num_slots,
-    group_tokens,
-    first_kv_head,
-    rank,
-    chunk,
-    NUM_Q_HEADS: tl.constexpr,
-    HEADS_PER_PAIR: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    INDEX_PER_HEAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Adds up the shares of ROWS (token, query head) rows of grad_q [total_q, q heads, dim], slot by slot."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group_head = tl.program_id(1)
-    tokens = rows // HEADS_PER_PAIR
-    row_mask = tokens < num_tokens
-    heads = rows % HEADS_PER_PAIR
-    dims = tl.arange(0, HEAD_DIM_PADDED)
-    dim_mask = dims < HEAD_DIM
-    index_head = group_head if INDEX_PER_HEAD else 0
-    key_ptrs = (
-        keys_ptr + (tl.cast(index_head, tl.int64) * group_tokens + chunk * chunk_tokens + tokens) * num_slots
-    )
-    first_pair = (group_head.to(tl.int64) * num_tokens + tokens) * num_slots
-    acc = tl.zeros((ROWS, HEAD_DIM_PADDED), tl.float32)
-    for slot in range(num_slots):
-        used = tl.load(key_ptrs + slot, mask=row_mask, other=NO_SEGMENT) != NO_SEGMENT
-        mask = used[:, None] & dim_mask[None, :]
-        for part in tl.static_range(PARTS):
-            place = ((first_pair + slot) * PARTS + part) * HEADS_PER_PAIR + heads
-            share = tl.load(partial_ptr + place[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-            acc += share.to(tl.float32)
-    q_heads = (first_kv_head + group_head) * GROUP_SIZE + rank * HEADS_PER_PAIR + heads
-    places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
-    tl.store(
-        grad_q_ptr + places[:, None] * HEAD_DIM + dims[None, :],
-        acc.to(grad_q_ptr.dtype.element_ty),
-        mask=row_mask[:, None] & dim_mask[None, :],
-    )
-
-
 def selected_attention_backward(
     problem: Problem,
     q: torch.Tensor,
@@ -356,6 +327,8 @@ def selected_attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     *,
+    path: str = KV_MAJOR,
+    tuning: Tuning | None = None,
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of selected attention over packed sequences; every tensor contiguous and on one device.
@@ -363,140 +336,138 @@ def selected_attention_backward(
     q [total_q, num_q_heads, head_dim], k [total_k, num_kv_heads, head_dim], v [total_k, num_kv_heads,
     value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1]; out,
     grad_out [total_q, num_q_heads, value_dim] and lse, grad_lse float32 [total_q, num_q_heads], total_q > 0.
-    Returns the gradients of q, k and v, in their shapes and dtypes.
+    path and tuning as in ``plan_backward``, which says what raises ValueError; on what path the forward pass
+    went does not matter. Returns the gradients of q, k and v, in their shapes and dtypes.
     """
-    p, plan = problem, plan_backward(problem, workspace_limit_bytes)
+    p, plan = problem, plan_backward(problem, workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    delta = q.new_empty(plan.kv_heads, p.num_q_tokens, p.group_size, dtype=torch.float32)
-    call = _Call(p, plan, (q, k, v, grad_out, lse, delta), grads, block_indices, cu_seqlens_q, cu_seqlens_k)
-    for first_kv_head in range(0, p.num_kv_heads, plan.kv_heads):
-        num_kv_heads = min(plan.kv_heads, p.num_kv_heads - first_kv_head)
-        _delta[-(-p.num_q_tokens * p.group_size // DELTA_ROWS), num_kv_heads](
-            out, grad_out, grad_lse, delta, p.num_q_tokens, first_kv_head, NUM_Q_HEADS=p.num_q_heads,
-            GROUP_SIZE=p.group_size, VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim),
+    num_delta_heads = plan.delta_heads * p.group_size
+    delta = q.new_empty(p.num_q_tokens, num_delta_heads, dtype=torch.float32)
+    for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
+        first_delta_head = kv_heads.start * p.group_size
+        _delta[(-(-p.num_q_tokens * num_delta_heads // DELTA_ROWS),)](
+            out, grad_out, grad_lse, delta, p.num_q_tokens, first_delta_head, num_delta_heads,
+            NUM_Q_HEADS=p.num_q_heads, VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim),
             ROWS=DELTA_ROWS,
         )  # fmt: skip
-        for one in plan.passes:
-            starts = range(0, plan.segments, plan.range_segments) if one.with_keys else (0,)
-            for start in starts:
-                _walk(call, one, _Workspace.of(call, one), first_kv_head, num_kv_heads, start)
+        given = Operands(q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, first_delta_head)
+        _key_gradients(_Call(p, plan, given, grads, block_indices), kv_heads)
+        if plan.queries is not None:
+            ranks = plan.tile_heads_per_kv_head
+            heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
+            query_gradients(p, plan.queries, heads, given, block_indices, grads[0])
     return grads
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What does not change from launch to launch; ``operands`` are q, k, v, grad_out, lse and delta."""
+    """What does not change from launch to launch."""
 
     problem: Problem
     plan: BackwardPlan
-    operands: tuple[torch.Tensor, ...]
+    given: Operands
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     block_indices: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Workspace:
-    """Partial gradients: ``partial`` of q; ``sums`` and ``splits`` of k and v, as ``_gradients`` has them."""
+    """``shares`` of grad_q, and ``sums`` and ``splits`` of grad_k and grad_v, as ``_gradients`` has them."""
 
-    partial: torch.Tensor
+    shares: torch.Tensor
     sums: torch.Tensor
     splits: torch.Tensor
 
     @classmethod
-    def of(cls, call: _Call, one: Pass) -> "_Workspace":
-        p, plan, q = call.problem, call.plan, call.operands[0]
-        pairs = plan.kv_heads * one.chunk_tokens * p.num_slots * one.with_queries
-        rows = pairs * (p.block_size // plan.tile_keys) * plan.heads_per_pair
+    def of(cls, call: _Call) -> "_Workspace":
+        p, keys, q = call.problem, call.plan.keys, call.given.q
+        heads = keys.launch_heads
+        pairs = heads * keys.chunk_tokens * p.num_slots * keys.with_queries
         block = (p.block_size, p.head_dim + p.value_dim)
         return cls(
-            partial=q.new_empty(rows, p.head_dim),
-            sums=q.new_zeros(plan.kv_heads * one.with_keys, plan.range_segments, *block, dtype=torch.float32),
-            splits=q.new_empty(plan.kv_heads * one.with_keys, one.max_splits, *block, dtype=torch.float32),
+            shares=q.new_empty(pairs * p.heads_per_pair, p.head_dim),
+            sums=q.new_zeros(heads * keys.has_sums, keys.range_segments, *block, dtype=torch.float32),
+            splits=q.new_empty(heads, keys.max_splits, *block, dtype=torch.float32),
         )
 
 
-def _walk(
-    call: _Call,
-    one: Pass,
-    workspace: _Workspace,
-    first_kv_head: int,
-    num_kv_heads: int,
-    first_range_segment: int,
-) -> None:
-    """All pairs of some KV heads: gradients of q, and those of the keys in a range of KV blocks."""
-    p, plan = call.problem, call.plan
+def _parts(heads: range, most: int) -> Iterator[range]:
+    for start in range(heads.start, heads.stop, most):
+        yield range(start, min(start + most, heads.stop))
+
+
+def _key_gradients(call: _Call, kv_heads: range) -> None:
+    """The gradients of k and v, and if the plan says so of q, under KV heads whose delta is there."""
+    plan, keys = call.plan, call.plan.keys
+    for indexed_heads in _parts(kv_heads, keys.kv_heads):
+        for start in range(0, plan.segments, keys.range_segments):
+            _walk(call, indexed_heads, start)
+
+
+def _walk(call: _Call, kv_heads: range, first_range_segment: int) -> None:
+    """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks."""
+    p, plan, keys = call.problem, call.plan, call.plan.keys
     ranks = plan.tile_heads_per_kv_head
     # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
     ids_of_rank = call.block_indices.unflatten(0, (-1, ranks))
+    workspace = None
     for rank in range(ranks):
         ids = ids_of_rank[:, rank]
         if plan.index_per_head:
-            ids = ids[first_kv_head : first_kv_head + num_kv_heads]
-        for first_token in range(0, p.num_q_tokens, one.group_tokens):
-            num_tokens = min(one.group_tokens, p.num_q_tokens - first_token)
+            ids = ids[kv_heads.start : kv_heads.stop]
+        for first_token in range(0, p.num_q_tokens, keys.group_tokens):
+            num_tokens = min(keys.group_tokens, p.num_q_tokens - first_token)
             index = sorted_index(
-                ids, call.cu_seqlens_q, call.cu_seqlens_k, first_token=first_token, num_tokens=num_tokens,
-                chunk_tokens=one.chunk_tokens, num_segments=plan.segments, block_size=p.block_size,
-                pairs_per_item=one.pairs_per_item, max_items=one.max_items,
+                ids, call.given.cu_seqlens_q, call.given.cu_seqlens_k, first_token=first_token,
+                num_tokens=num_tokens, chunk_tokens=keys.chunk_tokens, num_segments=plan.segments,
+                block_size=p.block_size, pairs_per_item=keys.pairs_per_item, max_items=keys.max_items,
             )  # fmt: skip
-            for chunk in range(-(-num_tokens // one.chunk_tokens)):
-                place = _Place(first_token, num_tokens, chunk, rank, first_kv_head, num_kv_heads)
-                _launch(call, one, workspace, index, place, first_range_segment)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A chunk of a group of tokens, under tile head ``rank`` of each of some KV heads."""
-
-    group_first_token: int
-    group_tokens: int
-    chunk: int
-    rank: int
-    first_kv_head: int
-    num_kv_heads: int
+            # Not before the first index, which has sorted by then: what that took is free again.
+            workspace = workspace or _Workspace.of(call)
+            for launched in _parts(kv_heads, keys.launch_heads):
+                index_head = launched.start - kv_heads.start
+                for chunk in range(-(-num_tokens // keys.chunk_tokens)):
+                    start = first_token + chunk * keys.chunk_tokens
+                    chunk_tokens = min(keys.chunk_tokens, first_token + num_tokens - start)
+                    at = Chunk(chunk, start, chunk_tokens, launched.start, len(launched), index_head)
+                    _launch(call, workspace, index, at, rank, first_range_segment)
 
 
 def _launch(
-    call: _Call, one: Pass, workspace: _Workspace, index: SortedIndex, place: _Place, first_range_segment: int
+    call: _Call, workspace: _Workspace, index: SortedIndex, at: Chunk, rank: int, first_range_segment: int
 ) -> None:
-    p, plan, at = call.problem, call.plan, place
-    first_token = at.group_first_token + at.chunk * one.chunk_tokens
-    num_tokens = min(one.chunk_tokens, at.group_first_token + at.group_tokens - first_token)
-    num_chunks = -(-at.group_tokens // one.chunk_tokens)
-    range_segments = min(plan.range_segments, plan.segments - first_range_segment)
+    """A chunk of tokens under tile head ``rank`` of each of some KV heads, which are the heads of ``at``."""
+    p, plan, keys, given = call.problem, call.plan, call.plan.keys, call.given
+    range_segments = min(keys.range_segments, plan.segments - first_range_segment)
     steps = search_steps(p.num_sequences)
-    parts = p.block_size // plan.tile_keys
-    q_heads = {
-        "NUM_Q_HEADS": p.num_q_heads, "HEADS_PER_PAIR": plan.heads_per_pair, "GROUP_SIZE": p.group_size,
+    num_chunks = index.item_segment.shape[0] // index.keys.shape[0]
+    shapes = {
+        "NUM_KV_HEADS": p.num_kv_heads, "INDEX_PER_HEAD": plan.index_per_head, "HEAD_DIM": p.head_dim,
+        "VALUE_DIM": p.value_dim, "BLOCK_SIZE": p.block_size, "WITH_SUMS": keys.has_sums,
     }  # fmt: skip
-    shared = {"INDEX_PER_HEAD": plan.index_per_head, "HEAD_DIM": p.head_dim}
-    blocks = {
-        "NUM_KV_HEADS": p.num_kv_heads, "VALUE_DIM": p.value_dim, "BLOCK_SIZE": p.block_size,
-        "KEYS": plan.tile_keys,
-    }  # fmt: skip
-    _gradients[one.max_items, at.num_kv_heads, parts](
-        *call.operands, workspace.partial, workspace.sums, workspace.splits, index.pairs, index.offsets,
-        index.item_offsets, index.split_offsets, index.item_segment, call.cu_seqlens_q, call.cu_seqlens_k,
-        p.softmax_scale, p.num_q_tokens, first_token, num_tokens, p.num_slots, p.num_sequences, steps,
-        plan.segments, num_chunks, one.max_items, one.max_splits,
-        at.first_kv_head, at.rank, at.chunk, first_range_segment, range_segments, **shared, **q_heads,
-        **blocks, HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
-        CAUSAL=p.causal, ROWS=plan.tile_rows, PAIRS=plan.tile_pairs, PAIRS_PER_ITEM=one.pairs_per_item,
-        WITH_KEYS=one.with_keys, WITH_QUERIES=one.with_queries, num_warps=plan.num_warps, num_stages=1,
+    _gradients[keys.max_items * at.num_heads, p.block_size // keys.tile_keys](
+        *given.tensors, workspace.shares, workspace.sums, workspace.splits, call.grads[1], call.grads[2],
+        index.pairs, index.offsets, index.item_offsets, index.split_offsets, index.item_segment,
+        given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale, at.first_token, at.num_tokens, p.num_slots,
+        p.num_sequences, steps, plan.segments, num_chunks, keys.max_items, keys.max_splits, at.first_head,
+        at.num_heads, at.first_index_head, given.first_delta_head, given.delta.shape[1], rank, at.number,
+        first_range_segment, range_segments, **shapes, NUM_Q_HEADS=p.num_q_heads,
+        HEADS_PER_PAIR=p.heads_per_pair, GROUP_SIZE=p.group_size, HEAD_DIM_PADDED=padded_dim(p.head_dim),
+        VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, ROWS=keys.tile_rows, KEYS=keys.tile_keys,
+        PAIRS=keys.tile_pairs, PAIRS_PER_ITEM=keys.pairs_per_item, WITH_QUERIES=keys.with_queries,
+        STAGES=keys.num_stages, num_warps=keys.num_warps, num_stages=1,
     )  # fmt: skip
-    if one.with_keys:
-        is_last = at.rank == plan.tile_heads_per_kv_head - 1 and first_token + num_tokens == p.num_q_tokens
-        _sum_items[range_segments, at.num_kv_heads, parts](
-            workspace.sums, workspace.splits, call.grads[1], call.grads[2], index.item_offsets,
-            index.split_offsets, call.cu_seqlens_k, p.softmax_scale, p.num_sequences, steps, plan.segments,
-            num_chunks, one.max_splits, at.first_kv_head, at.chunk, first_range_segment, range_segments,
-            int(is_last), **shared, **blocks, WIDTH_PADDED=padded_dim(p.head_dim + p.value_dim),
-        )  # fmt: skip
-    if one.with_queries:
-        _sum_slots[-(-num_tokens * plan.heads_per_pair // SUM_ROWS), at.num_kv_heads](
-            workspace.partial, index.keys, call.grads[0], first_token, num_tokens,
-            one.chunk_tokens, p.num_slots, at.group_tokens, at.first_kv_head, at.rank, at.chunk, **shared,
-            **q_heads, HEAD_DIM_PADDED=padded_dim(p.head_dim), PARTS=parts, ROWS=SUM_ROWS, num_warps=1,
+    is_last = rank == plan.tile_heads_per_kv_head - 1 and at.first_token + at.num_tokens == p.num_q_tokens
+    sum_keys = min(SUM_KEYS, p.block_size)
+    _sum_items[range_segments, at.num_heads, p.block_size // sum_keys](
+        workspace.sums, workspace.splits, call.grads[1], call.grads[2], index.item_offsets,
+        index.split_offsets, given.cu_seqlens_k, p.softmax_scale, p.num_sequences, steps, plan.segments,
+        num_chunks, keys.max_splits, at.first_head, at.first_index_head, at.number, first_range_segment,
+        range_segments, int(is_last), **shapes, WIDTH_PADDED=padded_dim(p.head_dim + p.value_dim),
+        KEYS=sum_keys,
+    )  # fmt: skip
+    if keys.with_queries:
+        sum_shares(
+            p, at, workspace.shares, index.keys, call.grads[0], chunk_tokens=keys.chunk_tokens,
+            group_pairs=p.num_q_tokens * p.num_slots, with_shared=False,
         )  # fmt: skip

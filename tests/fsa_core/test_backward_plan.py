@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from fsa_core.backward_plan import plan_backward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, padded_dim
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, PATHS, QUERY_TILE, padded_dim, takes
 from fsa_core.problem import Problem
 from tests.fsa_core.test_plan import problems
 
@@ -31,35 +32,56 @@ def problem(tokens: int, group_size: int = 4, **changes: object) -> Problem:
     return replace(PROBLEM, **sizes, **changes)
 
 
-@given(problems())
-def test_the_workspace_is_bounded_at_any_length(problem: Problem) -> None:
-    assert 0 < plan_backward(problem).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
+@given(problems(), st.sampled_from(PATHS))
+def test_the_workspace_is_bounded_at_any_length(problem: Problem, path: str) -> None:
+    assume(takes(problem, path))
+    assert 0 < plan_backward(problem, path=path).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
 
 
 def test_short_calls_compute_scores_once_and_long_ones_do_not_rewrite_all_keys_each_chunk() -> None:
-    short, long = plan_backward(problem(8192, 1)), plan_backward(problem(65536))
-    assert [(one.with_keys, one.with_queries) for one in short.passes] == [(True, True)]
-    assert [(one.with_keys, one.with_queries) for one in long.passes] == [(True, False), (False, True)]
-    assert long.passes[0].chunk_tokens > long.passes[1].chunk_tokens
+    short, long = plan_backward(problem(8192)), plan_backward(problem(65536))
+    assert short.keys.with_queries
+    assert short.queries is None
+    assert not long.keys.with_queries
+    assert long.queries.path == KV_MAJOR
+    assert not long.keys.has_sums
+    assert long.keys.chunk_tokens == 65536
+
+
+def test_query_tiles_need_no_shares_of_the_gradient_of_q() -> None:
+    plan = plan_backward(problem(8192), path=QUERY_TILE)
+    assert not plan.keys.with_queries
+    assert not plan.queries.has_partials
+
+
+def test_all_heads_of_a_short_call_are_indexed_and_taken_together() -> None:
+    keys = plan_backward(problem(8192), path=QUERY_TILE).keys
+    assert keys.kv_heads == keys.launch_heads == 4
+
+
+def test_items_are_of_one_size_up_to_65536_tokens_and_longer_after() -> None:
+    """What the bits of grad_k and grad_v hang on, beside the tiles."""
+    keys = [plan_backward(problem(tokens), path=QUERY_TILE).keys for tokens in (8192, 65536, 2**18)]
+    assert [x.pairs_per_item for x in keys] == [1024, 1024, 4096]
+    assert plan_backward(problem(8192)).keys.pairs_per_item == 1024
 
 
 def test_gradients_of_more_keys_than_fit_are_taken_in_ranges() -> None:
     plan = plan_backward(problem(2**20))
-    assert plan.range_segments < plan.segments
-    assert len(plan.passes) == 2
+    assert plan.keys.range_segments < plan.segments
+    assert plan.keys.has_sums
 
 
 def test_every_split_item_has_a_place() -> None:
-    plan = plan_backward(problem(32768))
-    for one in plan.passes:
-        pairs = one.chunk_tokens * PROBLEM.num_slots
-        # The most items that segments of two or more can have: as many segments of just over one item.
-        assert one.max_splits >= 2 * (pairs // (one.pairs_per_item + 1))
+    keys = plan_backward(problem(32768)).keys
+    pairs = keys.chunk_tokens * PROBLEM.num_slots
+    # The most items that segments of two or more can have: as many segments of just over one item.
+    assert keys.max_splits >= 2 * (pairs // (keys.pairs_per_item + 1))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_of_a_tiles_keys_fit_the_registers(head_dim: int, dtype: torch.dtype) -> None:
-    plan = plan_backward(problem(8192, head_dim=head_dim, dtype=dtype))
-    accumulators = plan.tile_keys * 2 * padded_dim(head_dim) // (32 * plan.num_warps)
+    keys = plan_backward(problem(8192, head_dim=head_dim, dtype=dtype)).keys
+    accumulators = keys.tile_keys * 2 * padded_dim(head_dim) // (32 * keys.num_warps)
     assert accumulators <= 128

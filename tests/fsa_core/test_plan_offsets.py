@@ -63,22 +63,24 @@ def test_forward(problem: Problem, limit_bytes: int, path: str) -> None:
 
 
 @settings(max_examples=500)
-@given(large_problems(), st.sampled_from(WORKSPACES))
-def test_backward(problem: Problem, limit_bytes: int) -> None:
-    p, plan = problem, plan_backward(problem, limit_bytes)
-    parts = p.block_size // plan.tile_keys
-    index_heads = plan.kv_heads if plan.index_per_head else 1
-    for one in plan.passes:
-        rows = index_heads * -(-one.group_tokens // one.chunk_tokens)
-        numbers = {
-            "keys": rows * plan.segments,
-            "offsets": rows * (plan.segments + 1),
-            "pairs of a group": index_heads * one.group_tokens * p.num_slots,
-            "pairs of all items": one.max_items * one.pairs_per_item,
-            "splits": one.max_splits,
-            "rows of q and out in a chunk": one.chunk_tokens * p.num_q_heads * max(p.head_dim, p.value_dim),
-        }
-        if one.with_queries:
-            partials = plan.kv_heads * one.chunk_tokens * p.num_slots * parts * plan.heads_per_pair
-            numbers["shares of grad_q"] = partials * p.head_dim
-        assert {name: n for name, n in numbers.items() if n >= 2**31} == {}
+@given(large_problems(), st.sampled_from(WORKSPACES), st.sampled_from(PATHS))
+def test_backward(problem: Problem, limit_bytes: int, path: str) -> None:
+    p = problem
+    assume(takes(p, path))
+    plan = plan_backward(p, limit_bytes, path)
+    keys = plan.keys
+    index_heads = keys.kv_heads if plan.index_per_head else 1
+    rows = index_heads * -(-keys.group_tokens // keys.chunk_tokens)
+    numbers = {
+        "keys": rows * plan.segments,
+        "offsets": rows * (plan.segments + 1),
+        "pairs of a group": index_heads * keys.group_tokens * p.num_slots,
+        "pairs of all items": keys.max_items * keys.pairs_per_item,
+        "programs": keys.max_items * keys.launch_heads,
+        "splits": keys.max_splits,
+        "rows of q and out in a chunk": keys.chunk_tokens * p.num_q_heads * max(p.head_dim, p.value_dim),
+    }
+    if keys.with_queries:
+        shares = keys.launch_heads * keys.chunk_tokens * p.num_slots * p.heads_per_pair
+        numbers["shares of grad_q"] = shares * p.head_dim
+    assert {name: n for name, n in numbers.items() if n >= 2**31} == {}

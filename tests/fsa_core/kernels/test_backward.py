@@ -9,6 +9,7 @@ from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.plan import KV_MAJOR, MIXED
 from tests.fsa_core.kernels.conftest import gradients
 
 
@@ -22,33 +23,31 @@ def fresh_plans() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_plans")
 def test_a_popular_block_is_many_items(check_gradients: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TILES_PER_ITEM", "LONG_TILES_PER_ITEM"):
-        monkeypatch.setattr(backward_plan, name, 1)
+    monkeypatch.setattr(backward_plan, "ITEM_PAIRS", 1)
     check_gradients(q_lens=(60, 40), distribution="same", dtype=torch.float16, head_dim=32, group_size=4)
 
 
-def test_two_passes_in_several_chunks(
+@pytest.mark.parametrize(("path", "index_heads"), [(KV_MAJOR, 4), (MIXED, 1)])
+def test_a_tiny_workspace_takes_keys_in_ranges_and_tokens_in_chunks(
+    make_case: Callable, assert_gradients_close_to_oracle: Callable, path: str, index_heads: int
+) -> None:
+    case = make_case(q_lens=(18, 9), index_heads=index_heads, dtype=torch.float16, head_dim=32)
+    limit = plan_backward(case.problem).workspace_bytes // 16
+    plan = plan_backward(case.problem, limit, path)
+    assert plan.keys.range_segments < plan.segments
+    assert plan.keys.group_tokens < case.problem.num_q_tokens
+    assert plan.queries.group_tokens < case.problem.num_q_tokens
+    grads, given = gradients(case, path=path, workspace_limit_bytes=limit)
+    assert_gradients_close_to_oracle(grads, case, *given)
+
+
+def test_shares_of_grad_q_in_several_chunks(
     make_case: Callable, assert_gradients_close_to_oracle: Callable
 ) -> None:
     case = make_case(q_lens=(70, 33), num_slots=6, dtype=torch.float16, head_dim=32)
     limit = plan_backward(case.problem).workspace_bytes // 3
     plan = plan_backward(case.problem, limit)
-    assert len(plan.passes) == 2
-    assert plan.range_segments == plan.segments
-    assert plan.passes[-1].chunk_tokens < case.problem.num_q_tokens
-    grads, given = gradients(case, workspace_limit_bytes=limit)
-    assert_gradients_close_to_oracle(grads, case, *given)
-
-
-@pytest.mark.parametrize("index_heads", [1, 4])
-def test_a_tiny_workspace_takes_keys_in_ranges(
-    make_case: Callable, assert_gradients_close_to_oracle: Callable, index_heads: int
-) -> None:
-    case = make_case(q_lens=(40, 23), index_heads=index_heads, num_slots=6, dtype=torch.float16, head_dim=32)
-    limit = plan_backward(case.problem).workspace_bytes // 20
-    plan = plan_backward(case.problem, limit)
-    assert plan.range_segments < plan.segments
-    assert plan.passes[1].group_tokens < case.problem.num_q_tokens
+    assert plan.queries.chunk_tokens < case.problem.num_q_tokens
     grads, given = gradients(case, workspace_limit_bytes=limit)
     assert_gradients_close_to_oracle(grads, case, *given)
 

@@ -16,7 +16,7 @@ from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, chunks, groups, plan_forward
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, ForwardPlan, chunks, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM, Problem
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
@@ -34,7 +34,7 @@ class Draw:
     options: dict[str, Any]
     path: str
     workspace_limit_bytes: int
-    tiles_per_item: int
+    item_pairs: int
 
 
 @st.composite
@@ -75,22 +75,28 @@ def draws(draw: st.DrawFn) -> Draw:
         workspace_limit_bytes=draw(
             st.sampled_from((DEFAULT_WORKSPACE_BYTES, 1)) | st.integers(1 << 10, 1 << 20)
         ),
-        tiles_per_item=draw(st.sampled_from((backward_plan.TILES_PER_ITEM, 1))),
+        item_pairs=draw(st.sampled_from((backward_plan.ITEM_PAIRS, 1))),
     )
 
 
 def num_programs(problem: Problem, path: str, limit_bytes: int) -> int:
     """How many programs of the kernels with matrix products run, forward and backward."""
-    forward, backward = plan_forward(problem, limit_bytes, path), plan_backward(problem, limit_bytes)
+    backward = plan_backward(problem, limit_bytes, path)
+    count = _num_forward_programs(problem, plan_forward(problem, limit_bytes, path))
+    if backward.queries is not None:
+        count += _num_forward_programs(problem, backward.queries)
+    keys = backward.keys
+    ranges = -(-backward.segments // keys.range_segments)
+    launches = ranges * -(-problem.num_q_tokens // keys.chunk_tokens) * backward.tile_heads_per_kv_head
+    parts = problem.block_size // keys.tile_keys
+    return count + launches * problem.num_kv_heads * parts * (keys.max_items + 2)
+
+
+def _num_forward_programs(problem: Problem, plan: ForwardPlan) -> int:
     count = 0
-    for group in groups(problem, forward):
-        count += group.num_heads * forward.group_tiles
-        count += sum(c.num_heads * (forward.max_items + 1) for c in chunks(forward, group))
-    for one in backward.passes:
-        ranges = -(-backward.segments // backward.range_segments) if one.with_keys else 1
-        launches = ranges * -(-problem.num_q_tokens // one.chunk_tokens) * backward.tile_heads_per_kv_head
-        parts = problem.block_size // backward.tile_keys
-        count += launches * problem.num_kv_heads * parts * (one.max_items + 2)
+    for group in groups(problem, plan):
+        count += group.num_heads * plan.group_tiles
+        count += sum(c.num_heads * (plan.max_items + 1) for c in chunks(plan, group))
     return count
 
 
@@ -129,8 +135,8 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
     case = make_case(**options)
     given_gradients = case.output_gradients()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward_plan, "TILES_PER_ITEM", drawn.tiles_per_item)
-        patch.setattr(backward_plan, "LONG_TILES_PER_ITEM", 2 * drawn.tiles_per_item)
+        patch.setattr(backward_plan, "ITEM_PAIRS", drawn.item_pairs)
+        patch.setattr(backward_plan, "LONG_ITEM_PAIRS", 2 * drawn.item_pairs)
         # Plans are remembered; those made with other constants must not be.
         plan_backward.cache_clear()
         limit_bytes = drawn.workspace_limit_bytes
@@ -142,6 +148,7 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         limit = {"workspace_limit_bytes": limit_bytes}
         answer = selected_attention_forward(case.problem, *case.tensors, path=drawn.path, **limit)
         assert_close_to_oracle(*answer, case, factor=FACTOR)
-        grads = selected_attention_backward(case.problem, *case.tensors, *answer, *given_gradients, **limit)
+        given = (*answer, *given_gradients)
+        grads = selected_attention_backward(case.problem, *case.tensors, *given, path=drawn.path, **limit)
     plan_backward.cache_clear()
     assert_gradients_close_to_oracle(grads, case, *given_gradients, factor=FACTOR)

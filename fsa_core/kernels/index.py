@@ -13,13 +13,14 @@ and must not matter to whoever reads them: every pair's result has a place of it
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from fsa_core import plan
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import load_segments
 
 MAX_SLOTS_IN_TILE = 128
@@ -235,16 +236,21 @@ def invert(
         num_sequences, plan.search_steps(num_sequences), num_segments, num_chunks, first_head,
         inversion.pairs.shape[1],
     )  # fmt: skip
-    _count[grid](
-        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes,
-        BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
-    )  # fmt: skip
-    _scan[(num_heads * num_chunks,)](
-        inversion.counts, inversion.offsets, inversion.item_offsets, num_segments,
-        PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE,
-    )  # fmt: skip
-    _scatter[grid](
+    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots)
+    count[grid](block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes)
+    scan[(num_heads * num_chunks,)](inversion.counts, inversion.offsets, inversion.item_offsets, num_segments)
+    scatter[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
         inversion.pairs, inversion.item_segment, *sizes, inversion.item_segment.shape[1],
-        BLOCK_SIZE=block_size, PAIRS_PER_ITEM=pairs_per_item, TOKENS=tokens, SLOTS=slots,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _kernels(block_size: int, pairs_per_item: int, tokens: int, slots: int) -> tuple[BoundKernel, ...]:
+    """The three kernels with their constants."""
+    tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots}
+    return (
+        _count.bind(**tile),
+        _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE),
+        _scatter.bind(**tile, PAIRS_PER_ITEM=pairs_per_item),
+    )

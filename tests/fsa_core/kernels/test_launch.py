@@ -135,7 +135,7 @@ CALLS = st.tuples(st.tuples(POINTERS, POINTERS, *[st.sampled_from(NUMBERS)] * 3)
 
 
 @compiles
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=st.lists(CALLS, min_size=2, max_size=8))
 def test_every_launch_is_the_one_that_triton_makes(
     ours: Kernel, theirs: Any, written: Driver, calls: list[Any]

@@ -34,32 +34,22 @@ from fsa_core.problem import Problem
 class _Partials:
     """What each pair's queries got from its block alone, float32, in tile order.
 
-    ``out`` [num_pairs, heads_per_unit, value_dim] and ``row_sum`` [num_pairs, heads_per_unit] are sums over
-    the block's keys of exp(score - row_max), with and without the values.
+    ``out`` [num_pairs, heads_per_unit, value_dim] and ``lse`` [num_pairs, heads_per_unit].
     """
 
     out: torch.Tensor
-    row_max: torch.Tensor
-    row_sum: torch.Tensor
-
-    @classmethod
-    def of(
-        cls, scratch: Scratch, name: str, num_pairs: int, heads_per_unit: int, value_dim: int
-    ) -> "_Partials":
-        rows = (num_pairs, heads_per_unit)
-        return cls(
-            scratch.take(f"{name} out", *rows, value_dim),
-            scratch.take(f"{name} max", *rows),
-            scratch.take(f"{name} sum", *rows),
-        )
+    lse: torch.Tensor
 
     def __getitem__(self, part: slice) -> "_Partials":
-        return _Partials(self.out[part], self.row_max[part], self.row_sum[part])
+        return _Partials(self.out[part], self.lse[part])
 
-    def take(self, source: "_Partials", pair: torch.Tensor) -> None:
-        torch.index_select(source.out, 0, pair, out=self.out)
-        torch.index_select(source.row_max, 0, pair, out=self.row_max)
-        torch.index_select(source.row_sum, 0, pair, out=self.row_sum)
+    def take(self, out: torch.Tensor, lse: torch.Tensor, used: torch.Tensor | None) -> None:
+        """Keep the ``used`` pairs of a batch of tiles, None for all, of any shape with the right size."""
+        for kept, x in ((self.out, out), (self.lse, lse)):
+            if used is None:
+                kept.copy_(x.view(kept.shape))
+            else:
+                torch.index_select(x.view(-1, *kept.shape[1:]), 0, used, out=kept)
 
 
 def selected_attention_cpu(
@@ -95,7 +85,9 @@ def selected_attention_cpu(
     )
     most_pairs = max((part.num_pairs for part in cut), default=0)
     scratch = Scratch()
-    workspace = _Partials.of(scratch, "partial", most_pairs, heads_per_unit, p.value_dim)
+    workspace = _Partials(
+        torch.empty(most_pairs, heads_per_unit, p.value_dim), torch.empty(most_pairs, heads_per_unit)
+    )
     for part in cut:
         chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
         partials = workspace[: part.num_pairs]
@@ -111,16 +103,12 @@ def _attend_chunk(chunk: Chunk, partials: _Partials, scratch: Scratch) -> torch.
     for segments, masked in segment_runs(chunk):
         blocks = key_and_value_blocks(chunk, segments, masked)
         for tiles in tile_batches(chunk, segments):
-            entry = tiles.entry.flatten()
-            if tiles.is_used is None:
-                results = partials[done : done + entry.numel()]
-                _attend_tiles(chunk, segments, tiles, blocks, masked, results, scratch)
-            else:
+            out, lse = _attend_tiles(chunk, segments, tiles, blocks, masked, scratch)
+            entry, used = tiles.entry.flatten(), None
+            if tiles.is_used is not None:
                 used = tiles.is_used.flatten().nonzero()[:, 0]
-                results = _Partials.of(scratch, "tile", entry.numel(), *partials.out.shape[1:])
-                _attend_tiles(chunk, segments, tiles, blocks, masked, results, scratch)
-                partials[done : done + used.numel()].take(results, used)
                 entry = entry[used]
+            partials[done : done + entry.numel()].take(out, lse, used)
             entries.append(entry)
             done += entry.numel()
     return places(segments, entries)
@@ -132,12 +120,12 @@ def _attend_tiles(
     tiles: Tiles,
     blocks: torch.Tensor,
     masked: bool,
-    results: _Partials,
     scratch: Scratch,
-) -> None:
-    """Each tile's queries over its block, into ``results``; what unused places give is to be dropped.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each tile's queries over its block: out [num_tiles, rows, value_dim], lse [num_tiles, rows].
 
-    blocks: float32 [num_segments, block_size * (head_dim + value_dim)].
+    A row is a pair under a head; what the rows of unused places get is to be dropped. blocks: float32
+    [num_segments, block_size * (head_dim + value_dim)].
     """
     p, (size, pairs_per_tile) = chunk.problem, tiles.entry.shape
     rows = (size, pairs_per_tile * chunk.layout.heads_per_unit)
@@ -146,14 +134,36 @@ def _attend_tiles(
     k, v = of_tile.view(size, p.block_size, -1).split((p.head_dim, p.value_dim), dim=-1)
     q = scratch.take("q", size * pairs_per_tile, chunk.q.shape[1])
     torch.index_select(chunk.q, 0, segments.q_row.index_select(0, tiles.entry.flatten()), out=q)
-    scores = scratch.take("scores", *rows, p.block_size)
-    scores.baddbmm_(q.view(*rows, p.head_dim), k.transpose(1, 2), beta=0, alpha=p.softmax_scale)
+    bias = None
     if masked:
         num_visible = segments.num_visible[tiles.entry].repeat_interleave(chunk.layout.heads_per_unit, dim=1)
-        scores.masked_fill_(torch.arange(p.block_size) >= num_visible[..., None], -torch.inf)
-    row_max = torch.amax(scores, -1, out=results.row_max.view(rows))
-    torch.sum(scores.sub_(row_max[..., None]).exp_(), -1, out=results.row_sum.view(rows))
-    torch.bmm(scores, v, out=results.out.view(*rows, p.value_dim))
+        is_hidden = torch.arange(p.block_size) >= num_visible[..., None]
+        bias = scratch.take("bias", *is_hidden.shape).zero_().masked_fill_(is_hidden, -torch.inf)
+    attend = _attend_fused if p.head_dim == p.value_dim else _attend_by_products
+    return attend(q.view(*rows, p.head_dim), k, v, bias, p.softmax_scale)
+
+
+def _attend_fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch's attention of the CPU, called by the name under which it gives the log-sum-exp as well.
+
+    Scores stay in the cache, and threads meet once. Dims of keys and of values must be equal.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[:, None], k[:, None], v[:, None], attn_mask=None if bias is None else bias[:, None], scale=scale
+    )
+    return out[:, 0], lse[:, 0]
+
+
+def _attend_by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+    if bias is not None:
+        scores += bias
+    lse = scores.logsumexp(-1)
+    return torch.bmm(scores.sub_(lse[..., None]).exp_(), v), lse
 
 
 def _merge(chunk: Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,12 +176,11 @@ def _merge(chunk: Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torc
     num_rows, num_pairs = count.numel(), place.numel()
     first = count.cumsum(0) - count
     row = torch.arange(num_rows).repeat_interleave(count)
-    weight = partials.row_max.index_select(0, place)
+    weight = partials.lse.index_select(0, place)
     row_max = torch.full((num_rows, heads), -torch.inf)
     row_max.scatter_reduce_(0, row[:, None].expand_as(weight), weight, "amax")
     weight.sub_(row_max.index_select(0, row)).exp_()
-    partial_sum = partials.row_sum.index_select(0, place).mul_(weight)
-    row_sum = F.embedding_bag(torch.arange(num_pairs), partial_sum, first, mode="sum")
+    row_sum = F.embedding_bag(torch.arange(num_pairs), weight, first, mode="sum")
     weight /= row_sum.index_select(0, row)
     # A bag is a row under a head, all rows of a head before the next.
     head = torch.arange(heads)[:, None]

@@ -23,7 +23,7 @@ from fsa_core.problem import Problem
 TILE_ROWS = (1024, 256, 64, 16)
 # Tiles that are computed together: few enough for the cache, enough to make waking all threads worthwhile
 # where other processes want the cores as well.
-BATCH_BYTES = 8 * 2**20
+BATCH_BYTES = 16 * 2**20
 # K/V blocks that are laid out for their tiles at once.
 BLOCKS_BYTES = 16 * 2**20
 

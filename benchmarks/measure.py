@@ -11,6 +11,8 @@ from fsa_core.timing import Timer, host_timer, timer_for
 # Contenders take turns so often, so that a clock that drifts drifts for all of them.
 ROUNDS = 4
 MOST_RUNS_A_TURN = 50
+# A call slower than this is timed once: its noise is small beside what turns would cost.
+SLOW_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,21 @@ class Ceilings:
 def take_turns(
     runs: Mapping[str, Callable[[], object]], timer: Timer, seconds_each: float
 ) -> dict[str, Times]:
-    """Times of calls that have run before, about ``seconds_each`` of each, at least ``ROUNDS`` runs."""
+    """Times of calls that have run before, about ``seconds_each`` of each, at least ``ROUNDS`` runs.
+
+    A call that takes more than ``SLOW_SECONDS`` has one run, as its ``Times`` tell.
+    """
     turns = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         estimate = timer(run, 1)[0]
-        turns[name] = min(max(int(seconds_each / ROUNDS / estimate), 1), MOST_RUNS_A_TURN)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+        if estimate > SLOW_SECONDS:
+            seconds[name].append(estimate)
+        else:
+            turns[name] = min(max(int(seconds_each / ROUNDS / estimate), 1), MOST_RUNS_A_TURN)
     for _ in range(ROUNDS):
-        for name, run in runs.items():
-            seconds[name] += timer(run, turns[name])
+        for name, count in turns.items():
+            seconds[name] += timer(runs[name], count)
     return {name: _times(values) for name, values in seconds.items()}
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.cases import Case, suite
+from benchmarks.inputs import Work
 from benchmarks.results_file import Measured, Results, Row
 from benchmarks.targets import Verdict, all_goals, verdicts
 
@@ -78,3 +79,16 @@ def test_every_goal_is_stated_for_cases_and_under_a_name_of_its_own() -> None:
     goals = all_goals()
     assert all(goal.cases for goal in goals)
     assert len({(goal.name, goal.combine) for goal in goals}) == len(goals)
+
+
+def test_the_time_of_an_attended_key_counts_the_keys_of_each() -> None:
+    cases = [case for case in suite("cpu") if case.num_tokens == 8192]
+    results = results_of(cases, ours=0.5, dense_causal=1.0)
+    assert not [v for v in verdicts(results) if "attended key" in v.goal.name]
+    dense_pairs = 9 * 8192 * 8193 // 2
+    results.rows = [
+        Row(row.case, Work(pairs=dense_pairs // 4, flops=0, bytes=0), row.contenders) for row in results.rows
+    ]
+    verdict = verdict_of(results, "attended key")
+    assert verdict.value == pytest.approx(2.0)
+    assert verdict.status == "PASS"

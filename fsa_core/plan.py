@@ -30,15 +30,15 @@ MAX_CHUNK_TOKENS = 1 << (31 - SLOT_BITS)
 MIN_CHUNK_TOKENS = 16
 # Kernels count numbers from a chunk's first in 32 bits.
 MAX_CHUNK_NUMBERS = 2**31 - 1
-# More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty. Room
-# for 8192 tokens of 4 heads of 128 channels, with 16 slots.
+# More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
+# Room for 8192 tokens of 4 heads of 128 channels, with 16 slots.
 PARTIAL_BYTES = 130 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
 MAX_TILE_TOKENS = 64
 # On the mixed path a tile attends all its blocks by itself if it would leave less than one choice in so many.
 FEW_LEFT = 4
-# A thread has no more; accumulators of a product that take so many leave a lower limit no room.
+# A thread has no more; results of a product that take so many leave a lower limit no room.
 MAX_REGISTERS = 255
 MANY_REGISTERS = 128
 # The fewest rows that a matrix product takes, and so of any tile.
@@ -190,7 +190,7 @@ def plan_forward(
         )
     tile_heads = max(p.index_heads, p.num_kv_heads)
     heads_per_pair = p.heads_per_pair
-    tile = _partial_tile(p, tuning.partial)
+    tile = partial_tile(p, tuning.partial)
     query_tile = None if path == KV_MAJOR else _query_tile(p, path, tuning.shared)
     list_bytes = 0 if query_tile is None else query_tile.list_bytes
     tile_tokens = 1 if query_tile is None else query_tile.tokens
@@ -351,7 +351,7 @@ def default_tuning(problem: Problem) -> Tuning:
     float32 have 4 warps: Triton 3.6 gives wrong products of 64 rows and 16 keys to 8.
     """
     is_float32 = problem.dtype == torch.float32
-    is_narrow = max(padded_dim(problem.head_dim), padded_dim(problem.value_dim)) <= 128
+    is_narrow = _is_narrow(problem)
     num_warps = 4 if is_narrow and not is_float32 else 8
     if is_float32:
         shared = SharedTuning(64, num_warps=4, max_registers=MAX_REGISTERS, num_stages=1, shared_by=3)
@@ -366,16 +366,23 @@ def default_tuning(problem: Problem) -> Tuning:
     )
 
 
-def _partial_tile(problem: Problem, tuning: PartialTuning) -> TileShape:
+def partial_tile(problem: Problem, tuning: PartialTuning, most_keys: int = 128) -> TileShape:
+    """With all keys of a block, if they fit beside the rest: what a tile loads again takes its time."""
+    if problem.dtype == torch.float32:
+        most_keys = min(most_keys, 32)
+    elif not _is_narrow(problem):
+        most_keys = min(most_keys, 64)
     rows = max(tuning.rows, power_of_two(problem.heads_per_pair))
-    accumulators = rows * padded_dim(problem.value_dim) // (32 * tuning.num_warps)
+    keys = min(problem.block_size, most_keys)
+    # A score and a weight are as long in a register as two numbers of the accumulator.
+    numbers = rows * max(padded_dim(problem.value_dim), 2 * keys) // (32 * tuning.num_warps)
     return TileShape(
         rows=rows,
         pairs=rows // problem.heads_per_pair,
-        keys=_tile_keys(problem),
+        keys=keys,
         tiles_per_item=tuning.tiles_per_item,
         num_warps=tuning.num_warps,
-        max_registers=tuning.max_registers if accumulators < MANY_REGISTERS else MAX_REGISTERS,
+        max_registers=tuning.max_registers if numbers < MANY_REGISTERS else MAX_REGISTERS,
     )
 
 
@@ -389,7 +396,7 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
     return QueryTile(
         tokens=tokens,
         rows=max(tuning.rows, power_of_two(problem.heads_per_pair)),
-        keys=_tile_keys(problem),
+        keys=min(problem.block_size, 32 if problem.dtype == torch.float32 else 64),
         min_tokens=min_tokens,
         max_shared=min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
         num_warps=tuning.num_warps,
@@ -398,8 +405,8 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
     )
 
 
-def _tile_keys(problem: Problem) -> int:
-    return min(problem.block_size, 32 if problem.dtype == torch.float32 else 64)
+def _is_narrow(problem: Problem) -> bool:
+    return max(padded_dim(problem.head_dim), padded_dim(problem.value_dim)) <= 128
 
 
 def slot_class(num_slots: int) -> int:

@@ -162,7 +162,7 @@ def attend(
     Shapes, answer and options as in ``selected_attention``. Raises ValueError when the backend or the path
     cannot run on these tensors; dense attention has no paths.
     """
-    backend = _resolved(backend, q.device)
+    backend = resolve_backend(backend, q.device)
     _check_path(path, backend, is_dense=block_indices is None)
     if block_indices is None:
         implementation = _dense(backend)
@@ -230,7 +230,7 @@ def _check_path(path: str, backend: str, *, is_dense: bool) -> None:
         raise ValueError(f"path {path!r} is one of backend 'triton', and this call runs {backend!r}")
 
 
-def _resolved(backend: str, device: torch.device) -> str:
+def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend to run, after checking that it can run there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: expected one of {', '.join(BACKENDS)}")

@@ -20,6 +20,7 @@ from fsa_core.plan import (
     equal_parts,
     num_segments,
     padded_dim,
+    partial_tile,
     plan_forward,
     power_of_two,
 )
@@ -35,6 +36,9 @@ HELD_PAIR_BYTES = 8
 # of long calls only longer items have it.
 ITEM_PAIRS = 1024
 LONG_ITEM_PAIRS = 4096
+# Rows of a tile that adds to gradients of keys, and stages of its loads (1: not pipelined), of 16 bits.
+KEY_ROWS = 64
+KEY_STAGES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +138,11 @@ def plan_backward(
 def _query_plan(problem: Problem, room_bytes: int, path: str, tuning: Tuning) -> ForwardPlan:
     """That of a forward pass whose values are as wide as keys, and so its partials as shares of grad_q."""
     p, widest = problem, max(problem.head_dim, problem.value_dim)
-    plan = plan_forward(replace(p, value_dim=widest), room_bytes, path, _query_tuning(p, tuning))
-    if widest > 128 and p.heads_per_pair > 64:
-        # Beside so many rows of q and grad_out, shared memory holds no more keys.
-        plan = replace(plan, tile=replace(plan.tile, keys=min(plan.tile.keys, 32)))
-    return plan
+    of_shares, tuning = replace(p, value_dim=widest), _query_tuning(p, tuning)
+    # Beside many wide rows of q and grad_out, shared memory holds no more keys.
+    most_keys = 32 if widest > 128 and p.heads_per_pair > 64 else 64
+    tile = partial_tile(of_shares, tuning.partial, most_keys)
+    return replace(plan_forward(of_shares, room_bytes, path, tuning), tile=tile)
 
 
 def _query_tuning(problem: Problem, tuning: Tuning) -> Tuning:
@@ -176,6 +180,7 @@ class _Sizes:
     tile_pairs: int
     tile_keys: int
     num_warps: int
+    num_stages: int
     block_bytes: int
     partials: int
     most_tokens: int
@@ -184,11 +189,12 @@ class _Sizes:
     def of(cls, problem: Problem, delta_heads: int) -> "_Sizes":
         p = problem
         widest = max(padded_dim(p.head_dim), padded_dim(p.value_dim))
+        is_float32 = p.dtype == torch.float32
         # The gradients of these keys live in registers, beside products of float32 in three parts.
-        tile_keys = min(p.block_size, 16 if p.dtype == torch.float32 else 64 if widest <= 128 else 32)
-        tile_rows = max(32 if p.dtype == torch.float32 else 64, power_of_two(p.heads_per_pair))
+        tile_keys = min(p.block_size, 16 if is_float32 else 64 if widest <= 128 else 32)
+        tile_rows = max(32 if is_float32 else KEY_ROWS, power_of_two(p.heads_per_pair))
         partials = p.num_slots * p.heads_per_pair * p.head_dim
-        most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
+        most_tokens = MAX_CHUNK_NUMBERS // (p.num_q_heads * max(p.head_dim, p.value_dim))
         return cls(
             problem=p,
             delta_heads=delta_heads,
@@ -199,7 +205,8 @@ class _Sizes:
             tile_keys=tile_keys,
             # Measured at D = 128: 4 warps take two thirds of the time of 8, though their programs begin and
             # end with spills; wider heads spill in the loop.
-            num_warps=4 if widest <= (64 if p.dtype == torch.float32 else 128) else 8,
+            num_warps=4 if widest <= (64 if is_float32 else 128) and tile_rows <= 64 else 8,
+            num_stages=1 if is_float32 else KEY_STAGES,
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
             partials=partials,
             most_tokens=min(most_tokens, MAX_CHUNK_TOKENS),
@@ -224,7 +231,7 @@ class _Sizes:
             tile_pairs=self.tile_pairs,
             tile_keys=self.tile_keys,
             num_warps=self.num_warps,
-            num_stages=1,
+            num_stages=self.num_stages,
             **chosen,
         )
 
@@ -237,7 +244,8 @@ def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queri
     max_items = pairs // pairs_per_item + min(sizes.segments, pairs)
     max_splits = sizes.max_splits(pairs, pairs_per_item)
     partial_bytes = p.num_q_tokens * sizes.partials * p.dtype.itemsize
-    if with_queries and (p.block_size > sizes.tile_keys or ranks > 1):
+    has_parts = p.block_size > sizes.tile_keys or ranks > 1
+    if with_queries and (has_parts or p.num_q_tokens * sizes.partials > MAX_CHUNK_NUMBERS):
         return None
     head_bytes = (max_splits + (ranks > 1) * sizes.segments) * sizes.block_bytes
     head_bytes = max(head_bytes + with_queries * partial_bytes, 1)

@@ -468,6 +468,7 @@ def _launch(
     )  # fmt: skip
     if keys.with_queries:
         sum_shares(
-            p, at, workspace.shares, index.keys, call.grads[0], chunk_tokens=keys.chunk_tokens,
-            group_pairs=p.num_q_tokens * p.num_slots, with_shared=False,
+            p, at, workspace.shares, index.keys, index.item_offsets, call.grads[0],
+            chunk_tokens=keys.chunk_tokens, group_pairs=p.num_q_tokens * p.num_slots, num_chunks=1,
+            with_shared=False,
         )  # fmt: skip

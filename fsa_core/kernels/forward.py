@@ -20,7 +20,7 @@ import triton.language as tl
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
-from fsa_core.kernels.query_tiles import agree, attend_shared, new_agreement
+from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     KV_MAJOR,
@@ -38,8 +38,6 @@ from fsa_core.problem import Problem
 # Measured: one warp with eight rows reads the partials fastest.
 MERGE_ROWS = 8
 MERGE_WARPS = 1
-# What tiles leave to partials may be nothing, and a program that finds no work item takes its time, too.
-MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 @triton.jit
@@ -431,7 +429,7 @@ def _attend_group(
     attend, merge = _kernels(p, plan, MERGE_ROWS)
     group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
     is_mixed, scale = plan.query_tile is not None, p.softmax_scale * LOG2_E.value
-    programs = min(plan.max_items, _mixed_programs(q.device)) if is_mixed else plan.max_items
+    programs = min(plan.max_items, mixed_programs(q.device)) if is_mixed else plan.max_items
     for c in chunks(plan, group):
         attend[programs, c.num_heads](
             q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
@@ -464,14 +462,6 @@ def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[Boun
     )  # fmt: skip
     merge = _merge.bind(**heads, WITH_SHARED=is_mixed, ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1)
     return attend, merge
-
-
-@lru_cache
-def _mixed_programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MIXED_PROGRAMS_PER_MULTIPROCESSOR
-    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
 
 
 def _workspace(

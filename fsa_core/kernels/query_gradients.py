@@ -26,7 +26,15 @@ import triton.language as tl
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
-from fsa_core.kernels.query_tiles import Agreement, agree, load_block, new_agreement, tile_tokens, tiles_of
+from fsa_core.kernels.query_tiles import (
+    Agreement,
+    agree,
+    load_block,
+    mixed_programs,
+    new_agreement,
+    tile_tokens,
+    tiles_of,
+)
 from fsa_core.plan import (
     Chunk,
     ForwardPlan,
@@ -79,7 +87,7 @@ def _row_shift(lse):
 def _add_block(grad_q, q, grad_out, k, v, shift, delta, visible, scale, CUT: tl.constexpr):
     """Adds a block's share, not scaled, to grad_q. CUT: ``visible`` hides some keys."""
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    weights = tl.exp2(scores * scale - shift[:, None])
+    weights = tl.exp2(scores * (scale * LOG2_E) - shift[:, None])
     if CUT:
         weights = tl.where(visible, weights, 0.0)
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
@@ -199,12 +207,12 @@ def _of_tiles(
         v = load_block(v_ptrs, exists, value_mask, True, mask_values)
         visible = keys[None, :] <= last_key[:, None]
         grad_q = _add_block(grad_q, q, grad_out, k, v, shift, delta, visible, scale, True)
-    grad_q *= scale / LOG2_E
+    grad_q *= scale
     tl.store(grad_q_ptr + q_places, grad_q.to(grad_q_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask)
 
 
-@kernel
-def _of_pairs(
+@triton.jit
+def _share_item(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -215,30 +223,24 @@ def _of_pairs(
     pairs_ptr,
     offsets_ptr,
     item_offsets_ptr,
-    item_segment_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    segment,
+    item,
     scale,
     first_token,
     num_tokens,
-    chunk_tokens,
     num_slots,
     num_sequences,
     search_steps,
-    num_segments,
-    num_chunks,
-    group_pairs,
-    max_items,
-    first_head,
-    first_index_head,
-    chunk,
+    head,
+    chunk_head,
     first_delta_head,
     num_delta_heads,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEADS_PER_PAIR: tl.constexpr,
     TILE_HEADS_PER_KV_HEAD: tl.constexpr,
-    INDEX_PER_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
@@ -250,20 +252,7 @@ def _of_pairs(
     TILES_PER_ITEM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One work item: up to TILES_PER_ITEM tiles of rows under one KV block.
-
-    Writes shares [heads, tokens, slots, HEADS_PER_PAIR, HEAD_DIM] at the rows' own (token, slot).
-    """
-    item = tl.program_id(0)
-    chunk_head = tl.program_id(1)
-    head = first_head + chunk_head
-    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
-    row = index_head * num_chunks + chunk
-    offsets_ptr += row * (num_segments + 1)
-    item_offsets_ptr += row * (num_segments + 1)
-    if item >= tl.load(item_offsets_ptr + num_segments):
-        return
-    segment = tl.load(item_segment_ptr + tl.cast(row, tl.int64) * max_items + item)
+    """The rows of up to TILES_PER_ITEM tiles under one KV block; what it writes as ``_of_pairs`` says."""
     sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
     block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
     k_start = tl.load(cu_seqlens_k_ptr + sequence)
@@ -274,7 +263,6 @@ def _of_pairs(
     first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
     segment_start = tl.load(offsets_ptr + segment)
     num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
-    pairs_ptr += tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots
     pairs_ptr += segment_start + first_pair
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
@@ -329,19 +317,106 @@ def _of_pairs(
         place = ((chunk_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)) * HEADS_PER_PAIR
         share_ptrs = shares_ptr + ((place * HEAD_DIM)[:, None] + q_offsets)
         # Scaled here: a share that was not might overflow float16.
-        grad_q *= scale / LOG2_E
+        grad_q *= scale
         tl.store(share_ptrs, grad_q.to(shares_ptr.dtype.element_ty), mask=q_mask)
+
+
+@kernel
+def _of_pairs(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    shares_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    item_segment_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    max_items,
+    first_head,
+    first_index_head,
+    chunk,
+    first_delta_head,
+    num_delta_heads,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS_PER_PAIR: tl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: tl.constexpr,
+    INDEX_PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILES_PER_ITEM: tl.constexpr,
+    STAGES: tl.constexpr,
+    ITEM_A_PROGRAM: tl.constexpr,
+):
+    """The work items of a chunk: a program has one, or every so many-th of them.
+
+    Writes shares [heads, tokens, slots, HEADS_PER_PAIR, HEAD_DIM] at the rows' own (token, slot).
+    """
+    chunk_head = tl.program_id(1)
+    head = first_head + chunk_head
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
+    row = index_head * num_chunks + chunk
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    item_segment_ptr += tl.cast(row, tl.int64) * max_items
+    pairs_ptr += tl.cast(index_head, tl.int64) * group_pairs + chunk * chunk_tokens * num_slots
+    num_items = tl.load(item_offsets_ptr + num_segments)
+    if ITEM_A_PROGRAM:
+        item = tl.program_id(0)
+        if item < num_items:
+            _share_item(
+                q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, shares_ptr, pairs_ptr, offsets_ptr,
+                item_offsets_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item,
+                scale, first_token, num_tokens, num_slots, num_sequences, search_steps, head, chunk_head,
+                first_delta_head, num_delta_heads, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
+                TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_SIZE,
+                CAUSAL, ROWS, KEYS, TILES_PER_ITEM, STAGES,
+            )  # fmt: skip
+    else:
+        for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+            _share_item(
+                q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, shares_ptr, pairs_ptr, offsets_ptr,
+                item_offsets_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tl.load(item_segment_ptr + item), item,
+                scale, first_token, num_tokens, num_slots, num_sequences, search_steps, head, chunk_head,
+                first_delta_head, num_delta_heads, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
+                TILE_HEADS_PER_KV_HEAD, HEAD_DIM, VALUE_DIM, HEAD_DIM_PADDED, VALUE_DIM_PADDED, BLOCK_SIZE,
+                CAUSAL, ROWS, KEYS, TILES_PER_ITEM, STAGES,
+            )  # fmt: skip
 
 
 @kernel
 def _sum_shares(
     shares_ptr,
     ranks_ptr,
+    item_offsets_ptr,
     grad_q_ptr,
     first_token,
     num_tokens,
     chunk_tokens,
     num_slots,
+    num_segments,
+    num_chunks,
     group_pairs,
     first_head,
     first_index_head,
@@ -357,16 +432,20 @@ def _sum_shares(
     """Adds the shares of ROWS (token, query head) rows of grad_q [total_q, q heads, dim], slot by slot.
 
     A slot whose rank is negative has none. WITH_SHARED adds to what grad_q holds, and leaves rows without
-    shares as they are.
+    shares, and chunks without work items, as they are.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chunk_head = tl.program_id(1)
+    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
+    if WITH_SHARED:
+        row = index_head * num_chunks + chunk
+        if tl.load(item_offsets_ptr + row * (num_segments + 1) + num_segments) == 0:
+            return
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = rows // HEADS_PER_PAIR
     row_mask = tokens < num_tokens
     heads = rows % HEADS_PER_PAIR
     dims = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = (dims < HEAD_DIM)[None, :]
-    index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
     rank_ptrs = (
         ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
     )
@@ -468,7 +547,7 @@ def _take_shared(
     first_tile, num_tiles = tiles_of(p, tile, group)
     _of_tiles[num_tiles, group.num_heads](
         *given.tensors, grad_q, agreement.blocks, agreement.masks, agreement.counts, given.cu_seqlens_q,
-        given.cu_seqlens_k, p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens,
+        given.cu_seqlens_k, p.softmax_scale, group.first_token, group.num_tokens,
         p.num_sequences, search_steps(p.num_sequences), first_tile, agreement.counts.shape[1],
         group.first_head, given.first_delta_head, given.delta.shape[1], **_shapes(p, plan),
         TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
@@ -486,19 +565,22 @@ def _take_pairs(
     grad_q: torch.Tensor,
 ) -> None:
     p, c = problem, chunk
+    is_mixed = plan.query_tile is not None
+    programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
     group_pairs = inversion.pairs.shape[1]
-    _of_pairs[plan.max_items, c.num_heads](
+    _of_pairs[programs, c.num_heads](
         *given.tensors, shares, inversion.pairs, inversion.offsets, inversion.item_offsets,
-        inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale * LOG2_E.value,
+        inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale,
         c.first_token, c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences,
         search_steps(p.num_sequences), plan.segments, plan.group_chunks, group_pairs, plan.max_items,
         c.first_head, c.first_index_head, c.number, given.first_delta_head, given.delta.shape[1],
         **_shapes(p, plan), ROWS=plan.tile.rows, KEYS=plan.tile.keys, TILES_PER_ITEM=plan.tile.tiles_per_item,
-        STAGES=PAIR_STAGES, num_warps=plan.tile.num_warps, num_stages=1, maxnreg=plan.tile.max_registers,
+        STAGES=PAIR_STAGES, ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps, num_stages=1,
+        maxnreg=plan.tile.max_registers,
     )  # fmt: skip
     sum_shares(
-        p, c, shares, inversion.ranks, grad_q, chunk_tokens=plan.chunk_tokens, group_pairs=group_pairs,
-        with_shared=plan.query_tile is not None,
+        p, c, shares, inversion.ranks, inversion.item_offsets, grad_q, chunk_tokens=plan.chunk_tokens,
+        group_pairs=group_pairs, num_chunks=plan.group_chunks, with_shared=is_mixed,
     )  # fmt: skip
 
 
@@ -507,20 +589,22 @@ def sum_shares(
     chunk: Chunk,
     shares: torch.Tensor,
     ranks: torch.Tensor,
+    item_offsets: torch.Tensor,
     grad_q: torch.Tensor,
     *,
     chunk_tokens: int,
     group_pairs: int,
+    num_chunks: int,
     with_shared: bool,
 ) -> None:
-    """Writes grad_q of a chunk, or adds to it; shares and ranks (integers) as ``_sum_shares`` has them."""
+    """Writes grad_q of a chunk, or adds to it; tensors as ``_sum_shares`` has them, ranks of any integers."""
     p, c = problem, chunk
     _sum_shares[-(-c.num_tokens * p.heads_per_pair // SUM_ROWS), c.num_heads](
-        shares, ranks, grad_q, c.first_token, c.num_tokens, chunk_tokens, p.num_slots, group_pairs,
-        c.first_head, c.first_index_head, c.number, NUM_Q_HEADS=p.num_q_heads,
-        HEADS_PER_PAIR=p.heads_per_pair, INDEX_PER_HEAD=p.index_heads > 1, HEAD_DIM=p.head_dim,
-        HEAD_DIM_PADDED=padded_dim(p.head_dim), WITH_SHARED=with_shared, ROWS=SUM_ROWS, num_warps=SUM_WARPS,
-        num_stages=1,
+        shares, ranks, item_offsets, grad_q, c.first_token, c.num_tokens, chunk_tokens, p.num_slots,
+        item_offsets.shape[1] - 1, num_chunks, group_pairs, c.first_head, c.first_index_head, c.number,
+        NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=p.heads_per_pair, INDEX_PER_HEAD=p.index_heads > 1,
+        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), WITH_SHARED=with_shared, ROWS=SUM_ROWS,
+        num_warps=SUM_WARPS, num_stages=1,
     )  # fmt: skip
 
 

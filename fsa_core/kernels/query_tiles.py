@@ -22,6 +22,9 @@ from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, fin
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
+# What tiles leave may be nothing, and a program that finds no work item takes its time, too.
+MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -37,6 +40,15 @@ class Agreement:
     masks: torch.Tensor
     counts: torch.Tensor
     leftover: torch.Tensor
+
+
+@lru_cache
+def mixed_programs(device: torch.device) -> int:
+    """How many programs take the work items of what a chunk's tiles leave in turn."""
+    if device.type != "cuda":
+        return MIXED_PROGRAMS_PER_MULTIPROCESSOR
+    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
 
 
 @triton.jit

@@ -374,15 +374,17 @@ def partial_tile(problem: Problem, tuning: PartialTuning, most_keys: int = 128) 
         most_keys = min(most_keys, 64)
     rows = max(tuning.rows, power_of_two(problem.heads_per_pair))
     keys = min(problem.block_size, most_keys)
-    # A score and a weight are as long in a register as two numbers of the accumulator.
+    # A limit leaves no room for long results (a score and a weight beside each other), nor for addresses of
+    # the keys that come later.
     numbers = rows * max(padded_dim(problem.value_dim), 2 * keys) // (32 * tuning.num_warps)
+    is_limited = numbers < MANY_REGISTERS and keys == problem.block_size
     return TileShape(
         rows=rows,
         pairs=rows // problem.heads_per_pair,
         keys=keys,
         tiles_per_item=tuning.tiles_per_item,
         num_warps=tuning.num_warps,
-        max_registers=tuning.max_registers if numbers < MANY_REGISTERS else MAX_REGISTERS,
+        max_registers=tuning.max_registers if is_limited else MAX_REGISTERS,
     )
 
 

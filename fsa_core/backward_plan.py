@@ -203,9 +203,9 @@ class _Sizes:
             tile_rows=tile_rows,
             tile_pairs=tile_rows // p.heads_per_pair,
             tile_keys=tile_keys,
-            # Measured at D = 128: 4 warps take two thirds of the time of 8, though their programs begin and
-            # end with spills; wider heads spill in the loop.
-            num_warps=4 if widest <= (64 if is_float32 else 128) and tile_rows <= 64 else 8,
+            # Measured at D = 128, 16 bits: 4 warps take two thirds of the time of 8, though their programs
+            # begin and end with spills; wider heads spill in the loop.
+            num_warps=4 if widest <= 128 and tile_rows <= 64 else 8,
             num_stages=1 if is_float32 else KEY_STAGES,
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
             partials=partials,

@@ -51,6 +51,11 @@ class NSAConfig:
             if share is not None and not 0 < share <= 1:
                 _refuse(name, share, "above 0 and at most 1, or None")
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether something else than ``top_k`` may end a row."""
+        return self.top_p is not None or self.min_share is not None
+
 
 def _refuse(name: str, value: object, expected: str) -> None:
     raise InputError(

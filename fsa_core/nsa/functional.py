@@ -12,7 +12,7 @@ import torch
 from fsa_core.api import selected_attention
 from fsa_core.nsa.compression import Compression
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.selection import compressed_attention_torch, select_blocks_torch
+from fsa_core.nsa.stages import attend_and_choose, attend_windows, choose_blocks
 from fsa_core.nsa.validation import (
     Call,
     check_compressed,
@@ -36,6 +36,7 @@ def compressed_attention(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    backend: str = "auto",
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """Attention over compressed keys: a query sees a window once it sees the window's last key.
@@ -48,6 +49,8 @@ def compressed_attention(
         config: kernel_size and stride say which keys a window covers.
         cu_seqlens_k: of the keys before compression; None: as many keys as queries.
         softmax_scale: default 1 / sqrt(head_dim).
+        backend: "auto" (Triton kernels for CUDA tensors, torch operations for others), "triton" or "torch".
+            Gradients are torch's in any case. A named backend runs or raises.
 
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],
@@ -55,6 +58,7 @@ def compressed_attention(
 
     Raises:
         InputError: the call breaks the contract; errors that call a tensor k or v mean the compressed one.
+        ValueError: the backend is unknown or cannot run on these tensors.
 
     Source: Native Sparse Attention, arXiv 2502.11089, equations 7 and 8.
     """
@@ -68,7 +72,7 @@ def compressed_attention(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
-    return compressed_attention_torch(call, q, k_cmp, v_cmp)
+    return attend_windows(call, q, k_cmp, v_cmp, backend)
 
 
 def select_blocks(
@@ -79,6 +83,7 @@ def select_blocks(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    backend: str = "auto",
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> torch.Tensor:
     """The blocks that compressed attention finds important; arguments as in ``compressed_attention``.
@@ -102,7 +107,7 @@ def select_blocks(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
-    return select_blocks_torch(call, q, k_cmp)
+    return choose_blocks(call, q, k_cmp, backend)
 
 
 def sliding_window_attention(
@@ -168,7 +173,8 @@ def nsa_attention(
         gates: [num_q_tokens, num_q_heads, 3], for the compressed, the selected and the window branch.
         compress_k, compress_v: how windows of k and of v become one; of ``config``'s kernel_size and stride.
         softmax_scale: of all branches, default 1 / sqrt(head_dim).
-        backend: of selected attention, as in ``fsa_core.api``; the other branches have torch's alone.
+        backend: as in ``fsa_core.api``. With "triton" the compressed branch and selection have kernels, too,
+            and else torch operations; sliding-window attention has torch operations alone.
 
     Returns:
         [num_q_tokens, num_q_heads, value_dim] in q's dtype. Gradients flow to q, k, v, gates and the
@@ -252,12 +258,12 @@ def _attend(
     backend: str,
 ) -> torch.Tensor:
     check_compressed(k_cmp, v_cmp, k, v)
-    compressed, _ = compressed_attention_torch(call, q, k_cmp, v_cmp)
+    compressed, block_indices = attend_and_choose(call, q, k_cmp, v_cmp, backend)
     selected, _ = selected_attention(
         q,
         k,
         v,
-        select_blocks_torch(call, q, k_cmp),
+        block_indices,
         block_size=call.config.block_size,
         cu_seqlens_q=call.cu_seqlens_q,
         cu_seqlens_k=call.cu_seqlens_k,

@@ -7,7 +7,7 @@ than a checkpoint a chunk: autograd would give every chunk a gradient of all key
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 MAX_ROWS = 256
 # Scores, weights and their gradients: what a chunk holds for each (head, query, key) at its worst.
 FLOATS_A_SCORE = 3
+
+Answer = tuple[torch.Tensor, torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +53,18 @@ def interval_attention(
     *,
     softmax_scale: float,
     workspace_limit_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    forward: Forward | None = None,
+) -> Answer:
     """softmax(q k^T * softmax_scale) v over each query's interval of keys; differentiable, out and lse.
 
     q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
     v: [num_k_tokens, num_kv_heads, value_dim]. Returns out [num_q_tokens, num_q_heads, value_dim] in q's
     dtype, lse float32 [num_q_tokens, num_q_heads]; an empty interval gives 0 and -inf. Sums are float32. The
-    scores held at once take at most ``workspace_limit_bytes``, or one query's if that is more.
+    scores held at once take at most ``workspace_limit_bytes``, or one query's if that is more. ``forward`` of
+    q, k and v computes the same in another way; gradients are computed here.
     """
-    answer: tuple[torch.Tensor, torch.Tensor]
-    answer = _IntervalAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, intervals, softmax_scale, workspace_limit_bytes
+    answer: Answer = _IntervalAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, intervals, softmax_scale, workspace_limit_bytes, forward
     )
     return answer
 
@@ -75,19 +79,12 @@ class _IntervalAttention(torch.autograd.Function):
         intervals: Intervals,
         softmax_scale: float,
         workspace_limit_bytes: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = q.new_zeros(*q.shape[:2], v.shape[2])
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=_sum_dtype(q), device=q.device)
-        for chunk in _chunks(intervals, q.shape[1], workspace_limit_bytes):
-            rows, keys = chunk.rows, chunk.keys
-            scores = _scores(q[rows], k[keys], chunk.visible, softmax_scale)
-            row_max = scores.amax(-1, keepdim=True)
-            row_max.masked_fill_(row_max == -torch.inf, 0.0)
-            weights = scores.sub_(row_max).exp2_()
-            total = weights.sum(-1, keepdim=True)
-            values = torch.bmm(weights, _by_head(v[keys])) / total.where(total > 0, 1.0)
-            out[rows] = _ungrouped(values, len(q[rows]))
-            lse[rows] = _ungrouped((row_max + total.log2()) * math.log(2), len(q[rows]))[..., 0]
+        forward: Forward | None,
+    ) -> Answer:
+        if forward is None:
+            out, lse = _attend(q, k, v, intervals, softmax_scale, workspace_limit_bytes)
+        else:
+            out, lse = forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.intervals = intervals
         ctx.softmax_scale = softmax_scale
@@ -117,7 +114,30 @@ class _IntervalAttention(torch.autograd.Function):
             d_scores.add_(_grouped(shift[..., None], num_kv_heads)).mul_(weights).mul_(scale)
             dq[rows] = _ungrouped(torch.bmm(d_scores, _by_head(k[keys])), num_rows)
             dk[keys] += torch.bmm(d_scores.transpose(1, 2), q_rows).transpose(0, 1)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    intervals: Intervals,
+    softmax_scale: float,
+    workspace_limit_bytes: int,
+) -> Answer:
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=_sum_dtype(q), device=q.device)
+    for chunk in _chunks(intervals, q.shape[1], workspace_limit_bytes):
+        rows, keys = chunk.rows, chunk.keys
+        scores = _scores(q[rows], k[keys], chunk.visible, softmax_scale)
+        row_max = scores.amax(-1, keepdim=True)
+        row_max.masked_fill_(row_max == -torch.inf, 0.0)
+        weights = scores.sub_(row_max).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        values = torch.bmm(weights, _by_head(v[keys])) / total.where(total > 0, 1.0)
+        out[rows] = _ungrouped(values, len(q[rows]))
+        lse[rows] = _ungrouped((row_max + total.log2()) * math.log(2), len(q[rows]))[..., 0]
+    return out, lse
 
 
 def _chunks(intervals: Intervals, num_q_heads: int, limit_bytes: int) -> Iterator[_Chunk]:

@@ -26,22 +26,31 @@ MAX_ROWS = 1024
 # blocks a few numbers and an int64 id.
 WINDOW_BYTES = 12
 BLOCK_BYTES = 40
+# And what each slot takes while budgets are looked at: ids, ranks, their orders.
+SLOT_BYTES = 96
+# Above every id.
+NO_BLOCK = 2**31 - 1
 
 
 def compressed_attention_torch(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the windows whose last key a query may see: out, lse as ``interval_attention``."""
-    visible = call.visible_windows(call.place(q.shape[0]))
-    starts = (call.cu_seqlens_q.tolist(), call.cu_seqlens_cmp.tolist())
     return interval_attention(
         q,
         k_cmp,
         v_cmp,
-        Intervals(torch.zeros_like(visible), visible, *starts),
+        compressed_intervals(call, q),
         softmax_scale=call.softmax_scale,
         workspace_limit_bytes=call.workspace_limit_bytes,
     )
+
+
+def compressed_intervals(call: Call, q: torch.Tensor) -> Intervals:
+    """Which windows each query sees."""
+    visible = call.visible_windows(call.place(q.shape[0]))
+    starts = (call.cu_seqlens_q.tolist(), call.cu_seqlens_cmp.tolist())
+    return Intervals(torch.zeros_like(visible), visible, *starts)
 
 
 @torch.no_grad()
@@ -65,6 +74,25 @@ def select_blocks_torch(call: Call, q: torch.Tensor, k_cmp: torch.Tensor) -> tor
             importance = _importance(call, q[rows], k_cmp[windows], windows_seen, num_blocks)
             chosen[:, rows] = _choose(importance, position, call.config)
     return chosen
+
+
+def spend_budget(
+    call: Call, ids: torch.Tensor, importance: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """``ids`` [num_kv_heads, num_q_tokens, top_k], ascending, then -1, without those past the budgets.
+
+    importance: float32 of each, 0 of none; total: float32 [num_kv_heads, num_q_tokens], of the whole row.
+    """
+    own = call.place(ids.shape[1]).position.div(call.config.block_size, rounding_mode="floor")[:, None]
+    rows = max(call.workspace_limit_bytes // (ids[:, :1].numel() * SLOT_BYTES), 1)
+    chunks = zip(*(x.split(rows, dim=1) for x in (ids, importance, total)), own.split(rows), strict=True)
+    within = []
+    for some, held, row_total, own_block in chunks:
+        blocks = some.long().masked_fill(some < 0, NO_BLOCK)
+        forced = _is_forced(blocks, own_block, call.config)
+        kept = _within_budget(blocks, held, forced, row_total[..., None], call.config)
+        within.append(kept.masked_fill(kept == NO_BLOCK, -1).int())
+    return torch.cat(within, dim=1)
 
 
 def _chunks(call: Call, num_kv_heads: int) -> Iterator[tuple[int, slice]]:
@@ -128,20 +156,26 @@ def _choose(importance: torch.Tensor, position: torch.Tensor, config: NSAConfig)
     own = (position.div(config.block_size, rounding_mode="floor"))[:, None]
     block = torch.arange(importance.shape[-1], device=importance.device)
     is_candidate = block <= own
-    is_forced = is_candidate & ((block < config.num_first_blocks) | (block > own - config.num_local_blocks))
-    rank = importance.masked_fill(is_forced, torch.inf).masked_fill_(~is_candidate, -torch.inf)
-    ids = _largest(rank, config.top_k)
-    if config.top_p is not None or config.min_share is not None:
-        ids = _within_budget(ids, importance, rank, config)
-    ids = ids.masked_fill(ids == len(block), -1).int()
+    rank = importance.masked_fill(is_candidate & _is_forced(block, own, config), torch.inf)
+    ids = _largest(rank.masked_fill_(~is_candidate, -torch.inf), config.top_k)
+    if config.has_budget:
+        held = F.pad(importance, (0, 1)).gather(-1, ids.clamp(max=len(block)))
+        total = importance.sum(-1, keepdim=True)
+        ids = _within_budget(ids, held, _is_forced(ids, own, config), total, config)
+    ids = ids.masked_fill(ids == NO_BLOCK, -1).int()
     return F.pad(ids, (0, config.top_k - ids.shape[-1]), value=-1)
+
+
+def _is_forced(block: torch.Tensor, own: torch.Tensor, config: NSAConfig) -> torch.Tensor:
+    """Whether a query in block ``own`` has to select ``block``, if that is a candidate."""
+    return (block < config.num_first_blocks) | ((block > own - config.num_local_blocks) & (block <= own))
 
 
 def _largest(rank: torch.Tensor, count: int) -> torch.Tensor:
     """int64 [..., min(count, n)]: ids of the largest of ``rank`` [..., n], ascending, the lower of equals.
 
-    -inf is no candidate; n stands where there are fewer. ``torch.topk`` promises nothing about equals, but
-    the least of the values that it gives says how many of them are to be taken.
+    -inf is no candidate; NO_BLOCK stands where there are fewer. ``torch.topk`` promises nothing about equals,
+    but the least of the values that it gives says how many of them are to be taken.
     """
     n = rank.shape[-1]
     count = min(count, n)
@@ -150,20 +184,20 @@ def _largest(rank: torch.Tensor, count: int) -> torch.Tensor:
     num_missing = count - is_above.sum(-1, keepdim=True)
     is_taken = is_above | (is_equal & (is_equal.cumsum(-1, dtype=torch.int32) <= num_missing))
     is_taken &= rank > -torch.inf
-    ids = torch.arange(n, device=rank.device).where(is_taken, n)
+    ids = torch.arange(n, device=rank.device).where(is_taken, NO_BLOCK)
     return ids.topk(count, dim=-1, largest=False, sorted=True).values
 
 
 def _within_budget(
-    ids: torch.Tensor, importance: torch.Tensor, rank: torch.Tensor, config: NSAConfig
+    ids: torch.Tensor, held: torch.Tensor, forced: torch.Tensor, total: torch.Tensor, config: NSAConfig
 ) -> torch.Tensor:
-    """``ids`` without those past ``top_p`` or under ``min_share``; shares are of the row's importance."""
-    none = importance.shape[-1]
-    total = importance.sum(-1, keepdim=True)
-    padded_rank, padded_importance = F.pad(rank, (0, 1), value=-torch.inf), F.pad(importance, (0, 1))
-    ranked, order = padded_rank.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    held = padded_importance.gather(-1, ids)
+    """``ids`` [..., n] without those past ``top_p`` or under ``min_share``; ascending, then NO_BLOCK.
+
+    held: importance of each, 0 of none; total [..., 1]: of the whole row, which shares are of.
+    """
+    rank = held.masked_fill(forced, torch.inf).masked_fill_(ids == NO_BLOCK, -torch.inf)
+    ranked, order = rank.sort(dim=-1, descending=True, stable=True)
+    ids, held = ids.gather(-1, order), held.gather(-1, order)
     keep = torch.ones_like(ids, dtype=torch.bool)
     if config.top_p is not None:
         held_before = F.pad(held.cumsum(-1)[..., :-1], (1, 0))
@@ -171,4 +205,4 @@ def _within_budget(
     if config.min_share is not None:
         keep &= held >= config.min_share * total
     keep |= ranked == torch.inf
-    return ids.where(keep, none).sort(dim=-1).values
+    return ids.where(keep, NO_BLOCK).sort(dim=-1).values

@@ -1,0 +1,229 @@
+"""Attention over compressed keys, query tile by query tile: one launch, an online softmax, no workspace.
+
+A tile is a few consecutive tokens of one sequence with the query heads of a KV head. Every window before a
+bound is seen by all of its tokens, and only those of the last steps need a mask. Tiles are cut from the start
+of each sequence, so an answer is bitwise the same alone and in any company.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
+from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visible_windows
+from fsa_core.plan import padded_dim, search_steps
+from fsa_core.problem import Problem
+
+# Numbers of K and V that a step of the loop holds: shared memory takes several steps at once.
+STEP_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """``tokens`` tokens with ``heads`` query heads of a KV head, or of one of its ``parts``, in ``rows``."""
+
+    tokens: int
+    heads: int
+    parts: int
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _add_step(row_max, row_sum, acc, scores, v, scale, CUT: tl.constexpr, WITH_VALUES: tl.constexpr):
+    """Online softmax: some more keys. CUT: some scores are -inf."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    shift = (finite(new_max) if CUT else new_max) * scale
+    weights = tl.exp2(scores * scale - shift[:, None])
+    shrink = tl.exp2(row_max * scale - shift)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if WITH_VALUES:
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+    return new_max, row_sum, acc
+
+
+@kernel
+def _attend_windows(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    row_max_ptr,
+    row_share_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    cu_seqlens_cmp_ptr,
+    scale,
+    num_q_tokens,
+    num_sequences,
+    search_steps,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+    WITH_SHARES: tl.constexpr,
+):
+    first, q_end, q_shift, window_start, num_windows = last_tiles_first(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr, num_sequences, search_steps, TOKENS
+    )
+    if first >= q_end:
+        return
+    kv_head = tl.program_id(1) // PARTS
+    rows = tl.arange(0, ROWS)
+    tile_token = rows // HEADS
+    group_head = tl.program_id(1) % PARTS * HEADS + rows % HEADS
+    tokens = first + tile_token
+    row_mask = (tile_token < TOKENS) & (tokens < q_end) & (group_head < GROUP_SIZE)
+    heads = kv_head * GROUP_SIZE + group_head
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    value_dims = tl.arange(0, VALUE_DIM_PADDED)
+    dim_mask = dims < HEAD_DIM
+    value_mask = value_dims < VALUE_DIM
+    places = tokens.to(tl.int64) * NUM_Q_HEADS + heads
+    q_mask = row_mask[:, None] & dim_mask[None, :]
+    q = tl.load(q_ptr + places[:, None] * HEAD_DIM + dims[None, :], mask=q_mask, other=0.0)
+
+    visible = visible_windows(tokens + q_shift, KERNEL_SIZE, STRIDE)
+    last = tl.minimum(first + TOKENS, q_end) - 1
+    num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // KEYS
+    num_steps = (visible_windows(last + q_shift, KERNEL_SIZE, STRIDE) + KEYS - 1) // KEYS
+    mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
+    mask_values: tl.constexpr = VALUE_DIM != VALUE_DIM_PADDED
+    key = tl.arange(0, KEYS)
+    k_offsets = (key * NUM_KV_HEADS * HEAD_DIM)[None, :] + dims[:, None]
+    v_offsets = (key * NUM_KV_HEADS * VALUE_DIM)[:, None] + value_dims[None, :]
+    first_row = window_start.to(tl.int64) * NUM_KV_HEADS + kv_head
+    k_ptr += first_row * HEAD_DIM
+    v_ptr += first_row * VALUE_DIM
+    step_rows = tl.full((), KEYS * NUM_KV_HEADS, tl.int64)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    for step in tl.range(0, num_whole, num_stages=STAGES):
+        first_key = step * step_rows
+        k = load_block(k_ptr + first_key * HEAD_DIM + k_offsets, True, dim_mask[:, None], False, mask_dims)
+        scores = tl.dot(q, k, input_precision="tf32x3")
+        v = k
+        if WITH_VALUES:
+            v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
+            v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
+        row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, False, WITH_VALUES)
+    # The windows at the end, which some tokens do not see, or which do not exist.
+    for step in tl.range(num_whole, num_steps, num_stages=1):
+        first_key = step * step_rows
+        windows = step * KEYS + key
+        exists = windows < num_windows
+        k_ptrs = k_ptr + first_key * HEAD_DIM + k_offsets
+        k = load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
+        scores = tl.dot(q, k, input_precision="tf32x3")
+        v = k
+        scores = tl.where(windows[None, :] < visible[:, None], scores, float("-inf"))
+        if WITH_VALUES:
+            v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
+            v = load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
+        row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, True, WITH_VALUES)
+    if WITH_VALUES:
+        acc *= reciprocal(row_sum)[:, None]
+        tl.store(
+            out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & value_mask[None, :],
+        )
+        tl.store(lse_ptr + places, (row_max * scale + tl.log2(row_sum)) * LN_2, mask=row_mask)
+    if WITH_SHARES:
+        # Head by head, as selection reads them: its tiles are tokens of one head.
+        places = heads.to(tl.int64) * num_q_tokens + tokens
+        tl.store(row_max_ptr + places, finite(row_max) * scale, mask=row_mask)
+        tl.store(row_share_ptr + places, reciprocal(row_sum), mask=row_mask)
+
+
+def compressed_attention_forward(
+    problem: Problem, windows: Windows, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, RowShares]:
+    """Attention over the windows whose last key a query sees, and what selection needs of its rows.
+
+    problem: dense attention over windows, with at least one query. q: [num_q_tokens, num_q_heads, head_dim],
+    k_cmp: [num_windows, num_kv_heads, head_dim], v_cmp: [num_windows, num_kv_heads, value_dim], contiguous.
+    Returns out [num_q_tokens, num_q_heads, value_dim] in q's dtype and lse float32 [num_q_tokens,
+    num_q_heads], natural log; 0 and -inf where nothing is seen.
+    """
+    out = q.new_empty(*q.shape[:2], v_cmp.shape[2])
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    shares = _new_shares(q)
+    _launch(problem, windows, q, k_cmp, v_cmp, out, lse, shares, with_values=True)
+    return out, lse, shares
+
+
+def row_shares(problem: Problem, windows: Windows, q: torch.Tensor, k_cmp: torch.Tensor) -> RowShares:
+    """The shares of ``compressed_attention_forward`` alone, without values."""
+    shares = _new_shares(q)
+    _launch(problem, windows, q, k_cmp, k_cmp, q, shares.max, shares, with_values=False)
+    return shares
+
+
+def _new_shares(q: torch.Tensor) -> RowShares:
+    size = (q.shape[1], q.shape[0])
+    return RowShares(*(torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2)))
+
+
+def _launch(
+    problem: Problem,
+    windows: Windows,
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    shares: RowShares,
+    *,
+    with_values: bool,
+) -> None:
+    p, tile = problem, _tile(problem)
+    num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
+    _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
+        q, k_cmp, v_cmp, out, lse, shares.max, shares.share, *windows.starts,
+        p.softmax_scale * LOG2_E.value, p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences),
+        NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, GROUP_SIZE=p.group_size, HEADS=tile.heads,
+        PARTS=tile.parts, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
+        HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
+        KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride, TOKENS=tile.tokens, ROWS=tile.rows,
+        KEYS=tile.keys, STAGES=tile.num_stages, WITH_VALUES=with_values, WITH_SHARES=True,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def _tile(problem: Problem) -> Tile:
+    """128 rows, or fewer where numbers are wide; as many keys as leave room for several steps."""
+    p = problem
+    widest = padded_dim(max(p.head_dim, p.value_dim)) * p.dtype.itemsize
+    rows = 128 if widest <= 256 else 64
+    parts = -(-p.group_size // rows)
+    heads = -(-p.group_size // parts)
+    return Tile(
+        tokens=rows // heads,
+        heads=heads,
+        parts=parts,
+        rows=rows,
+        keys=min(max(STEP_BYTES // (2 * widest), 16), 64),
+        num_warps=rows // 16,
+        num_stages=3 if widest <= 256 else 2,
+    )

@@ -1,0 +1,63 @@
+"""What the kernels over compressed keys share: where windows lie, and which of them a query sees."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from fsa_core.kernels.query_tiles import tile_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Window i of a sequence covers its keys [i * stride, i * stride + kernel_size); only whole ones exist.
+
+    cu_seqlens_q, cu_seqlens_k (of the keys before compression) and cu_seqlens_cmp (of the windows) are int32
+    [num_sequences + 1].
+    """
+
+    kernel_size: int
+    stride: int
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    cu_seqlens_cmp: torch.Tensor
+
+    @property
+    def starts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.cu_seqlens_cmp
+
+
+@dataclass(frozen=True, slots=True)
+class RowShares:
+    """What makes a score s of a row a probability: exp2(s * log2(e) * softmax_scale - max) * share.
+
+    Both float32 [num_q_heads, num_q_tokens]. The maximum is kept apart from the sum, whose inverse ``share``
+    is: scores that are whole numbers in base 2 then have exact weights, and what ties in them, ties.
+    """
+
+    max: torch.Tensor
+    share: torch.Tensor
+
+
+@triton.jit
+def last_tiles_first(
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr, num_sequences, search_steps, TOKENS: tl.constexpr
+):
+    """Of this program's tile: its first token and its sequence's end, the position of packed token 0, and the
+    sequence's first window and the end of its windows.
+
+    The last tiles see most: begun last, they would be what all others wait for.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
+    window_start = tl.load(cu_seqlens_cmp_ptr + sequence)
+    num_windows = tl.load(cu_seqlens_cmp_ptr + sequence + 1) - window_start
+    return first, q_end, k_length - q_end, window_start, num_windows
+
+
+@triton.jit
+def visible_windows(position, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """How many windows, from the first, end at or before ``position``."""
+    return tl.maximum(position + 1 - KERNEL_SIZE + STRIDE, 0) // STRIDE

@@ -1,0 +1,133 @@
+"""Which implementation runs compressed attention and selection: Triton kernels, or torch operations.
+
+Gradients of compressed attention are torch's in both. ``backend`` is one of ``fsa_core.api`` or "torch"; what
+does not come to "triton" is torch.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fsa_core.api import resolve_backend
+from fsa_core.nsa.intervals import Answer, interval_attention
+from fsa_core.nsa.selection import (
+    compressed_attention_torch,
+    compressed_intervals,
+    select_blocks_torch,
+    spend_budget,
+)
+from fsa_core.nsa.validation import Call
+from fsa_core.problem import Problem
+from fsa_core.validation import validate_dense
+
+# Triton is imported when a kernel is first needed.
+if TYPE_CHECKING:
+    from fsa_core.kernels.windows import RowShares, Windows
+
+
+def attend_windows(
+    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
+) -> Answer:
+    """Attention over the windows that each query sees: out and lse, differentiable."""
+    if not _runs_kernels(backend, q):
+        return compressed_attention_torch(call, q, k_cmp, v_cmp)
+    return _attend(call, q, k_cmp, v_cmp)[0]
+
+
+def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> torch.Tensor:
+    """int32 [num_kv_heads, num_q_tokens, top_k], ascending, then -1."""
+    if not _runs_kernels(backend, q):
+        return select_blocks_torch(call, q, k_cmp)
+    return _choose(call, q, k_cmp, None, backend)
+
+
+def attend_and_choose(
+    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and ids of the two above; what makes scores probabilities is computed once."""
+    if not _runs_kernels(backend, q):
+        return compressed_attention_torch(call, q, k_cmp, v_cmp)[0], select_blocks_torch(call, q, k_cmp)
+    (out, _), shares = _attend(call, q, k_cmp, v_cmp)
+    return out, _choose(call, q, k_cmp, shares, backend)
+
+
+def _runs_kernels(backend: str, q: torch.Tensor) -> bool:
+    # Kernels are launched for at least one query.
+    return backend != "torch" and resolve_backend(backend, q.device) == "triton" and len(q) > 0
+
+
+def _attend(
+    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
+) -> tuple[Answer, "RowShares"]:
+    from fsa_core.kernels.compressed import compressed_attention_forward
+
+    problem, windows = _sizes(call, q, k_cmp, v_cmp)
+    shares = []
+
+    def forward(*operands: torch.Tensor) -> Answer:
+        out, lse, found = compressed_attention_forward(
+            problem, windows, *(x.detach().contiguous() for x in operands)
+        )
+        shares.append(found)
+        return out, lse
+
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cmp, v_cmp)):
+        answer = interval_attention(
+            q,
+            k_cmp,
+            v_cmp,
+            compressed_intervals(call, q),
+            softmax_scale=call.softmax_scale,
+            workspace_limit_bytes=call.workspace_limit_bytes,
+            forward=forward,
+        )
+    else:
+        answer = forward(q, k_cmp, v_cmp)
+    return answer, shares[0]
+
+
+@torch.no_grad()
+def _choose(
+    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, shares: "RowShares | None", backend: str
+) -> torch.Tensor:
+    from fsa_core.kernels.compressed import row_shares
+    from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
+
+    config = call.config
+    blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
+    problem, windows = _sizes(call, q, k_cmp, k_cmp)
+    if not takes(problem, windows, blocks):
+        if backend == "triton":
+            raise ValueError(
+                f"backend 'triton' does not select {config.top_k} blocks of {config.block_size} keys from "
+                f"windows of {config.kernel_size} at stride {config.stride}, with keys of "
+                f"{problem.head_dim} {problem.dtype}: 'torch' does"
+            )
+        return select_blocks_torch(call, q, k_cmp)
+    q, k_cmp = q.detach().contiguous(), k_cmp.detach().contiguous()
+    shares = row_shares(problem, windows, q, k_cmp) if shares is None else shares
+    selection = select_blocks_forward(
+        problem, windows, blocks, q, k_cmp, shares, with_importance=config.has_budget
+    )
+    if selection.importance is None or selection.total is None:
+        return selection.ids
+    return spend_budget(call, selection.ids, selection.importance, selection.total)
+
+
+def _sizes(
+    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
+) -> tuple[Problem, "Windows"]:
+    from fsa_core.kernels.windows import Windows
+
+    starts = (call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), call.cu_seqlens_cmp)
+    problem = validate_dense(
+        q,
+        k_cmp,
+        v_cmp,
+        cu_seqlens_q=starts[0],
+        cu_seqlens_k=starts[2],
+        softmax_scale=call.softmax_scale,
+        causal=True,
+        check_values=False,
+    )
+    return problem, Windows(call.config.kernel_size, call.config.stride, *starts)

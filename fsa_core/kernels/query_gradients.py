@@ -18,13 +18,14 @@ and in any company.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_tiles import (
     Agreement,
@@ -514,8 +515,7 @@ def query_gradients(
                 chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
                 pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
             )  # fmt: skip
-            for chunk in chunks(plan, group):
-                _take_pairs(p, plan, chunk, inversion, shares, given, grad_q)
+            _take_pairs(p, plan, group, inversion, shares, given, grad_q)
 
 
 def _groups_of(problem: Problem, plan: ForwardPlan, heads: range) -> Iterator[Group]:
@@ -558,29 +558,38 @@ def _take_shared(
 def _take_pairs(
     problem: Problem,
     plan: ForwardPlan,
-    chunk: Chunk,
+    group: Group,
     inversion: Inversion,
     shares: torch.Tensor,
     given: Operands,
     grad_q: torch.Tensor,
 ) -> None:
-    p, c = problem, chunk
-    is_mixed = plan.query_tile is not None
+    """Shares of the indexed pairs, and their sums, a chunk at a time."""
+    p, is_mixed = problem, plan.query_tile is not None
+    of_pairs, steps = _pair_kernel(p, plan, PAIR_STAGES), search_steps(p.num_sequences)
     programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
     group_pairs = inversion.pairs.shape[1]
-    _of_pairs[programs, c.num_heads](
-        *given.tensors, shares, inversion.pairs, inversion.offsets, inversion.item_offsets,
-        inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale,
-        c.first_token, c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences,
-        search_steps(p.num_sequences), plan.segments, plan.group_chunks, group_pairs, plan.max_items,
-        c.first_head, c.first_index_head, c.number, given.first_delta_head, given.delta.shape[1],
-        **_shapes(p, plan), ROWS=plan.tile.rows, KEYS=plan.tile.keys, TILES_PER_ITEM=plan.tile.tiles_per_item,
-        STAGES=PAIR_STAGES, ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps, num_stages=1,
-        maxnreg=plan.tile.max_registers,
-    )  # fmt: skip
-    sum_shares(
-        p, c, shares, inversion.ranks, inversion.item_offsets, grad_q, chunk_tokens=plan.chunk_tokens,
-        group_pairs=group_pairs, num_chunks=plan.group_chunks, with_shared=is_mixed,
+    for c in chunks(plan, group):
+        of_pairs[programs, c.num_heads](
+            *given.tensors, shares, inversion.pairs, inversion.offsets, inversion.item_offsets,
+            inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale, c.first_token,
+            c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments,
+            plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
+            given.first_delta_head, given.delta.shape[1],
+        )  # fmt: skip
+        sum_shares(
+            p, c, shares, inversion.ranks, inversion.item_offsets, grad_q, chunk_tokens=plan.chunk_tokens,
+            group_pairs=group_pairs, num_chunks=plan.group_chunks, with_shared=is_mixed,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _pair_kernel(problem: Problem, plan: ForwardPlan, stages: int) -> BoundKernel:
+    tile = plan.tile
+    return _of_pairs.bind(
+        **_shapes(problem, plan), ROWS=tile.rows, KEYS=tile.keys, TILES_PER_ITEM=tile.tiles_per_item,
+        STAGES=stages, ITEM_A_PROGRAM=plan.query_tile is None, num_warps=tile.num_warps, num_stages=1,
+        maxnreg=tile.max_registers,
     )  # fmt: skip
 
 
@@ -599,11 +608,18 @@ def sum_shares(
 ) -> None:
     """Writes grad_q of a chunk, or adds to it; tensors as ``_sum_shares`` has them, ranks of any integers."""
     p, c = problem, chunk
-    _sum_shares[-(-c.num_tokens * p.heads_per_pair // SUM_ROWS), c.num_heads](
+    _sum_kernel(p, with_shared, SUM_ROWS)[-(-c.num_tokens * p.heads_per_pair // SUM_ROWS), c.num_heads](
         shares, ranks, item_offsets, grad_q, c.first_token, c.num_tokens, chunk_tokens, p.num_slots,
         item_offsets.shape[1] - 1, num_chunks, group_pairs, c.first_head, c.first_index_head, c.number,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _sum_kernel(problem: Problem, with_shared: bool, rows: int) -> BoundKernel:
+    p = problem
+    return _sum_shares.bind(
         NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=p.heads_per_pair, INDEX_PER_HEAD=p.index_heads > 1,
-        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), WITH_SHARED=with_shared, ROWS=SUM_ROWS,
+        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), WITH_SHARED=with_shared, ROWS=rows,
         num_warps=SUM_WARPS, num_stages=1,
     )  # fmt: skip
 

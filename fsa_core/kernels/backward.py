@@ -165,11 +165,14 @@ def _gradients(
     part_keys = part * KEYS + tl.arange(0, KEYS)
     keys = block_start + part_keys
     key_mask = keys < k_length
-    key_rows = (k_start + keys).to(tl.int64) * NUM_KV_HEADS + kv_head
     k_mask = key_mask[:, None] & dim_mask[None, :]
     v_mask = key_mask[:, None] & value_mask[None, :]
-    k = tl.load(k_ptr + key_rows[:, None] * HEAD_DIM + dims[None, :], mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + key_rows[:, None] * VALUE_DIM + value_dims[None, :], mask=v_mask, other=0.0)
+    # A program's keys lie at small offsets from its first.
+    first_key_row = (k_start + block_start + part * KEYS).to(tl.int64) * NUM_KV_HEADS + kv_head
+    k_offsets = (tl.arange(0, KEYS) * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
+    v_offsets = (tl.arange(0, KEYS) * (NUM_KV_HEADS * VALUE_DIM))[:, None] + value_dims[None, :]
+    k = tl.load(k_ptr + first_key_row * HEAD_DIM + k_offsets, mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + first_key_row * VALUE_DIM + v_offsets, mask=v_mask, other=0.0)
     grad_k = tl.zeros((KEYS, HEAD_DIM_PADDED), tl.float32)
     grad_v = tl.zeros((KEYS, VALUE_DIM_PADDED), tl.float32)
 
@@ -234,8 +237,8 @@ def _gradients(
         tl.store(k_ptrs, grad_k + tl.load(k_ptrs, mask=k_mask, other=0.0), mask=k_mask)
         tl.store(v_ptrs, grad_v + tl.load(v_ptrs, mask=v_mask, other=0.0), mask=v_mask)
     else:
-        k_ptrs = grad_k_ptr + key_rows[:, None] * HEAD_DIM + dims[None, :]
-        v_ptrs = grad_v_ptr + key_rows[:, None] * VALUE_DIM + value_dims[None, :]
+        k_ptrs = grad_k_ptr + first_key_row * HEAD_DIM + k_offsets
+        v_ptrs = grad_v_ptr + first_key_row * VALUE_DIM + v_offsets
         tl.store(k_ptrs, (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=k_mask)
         tl.store(v_ptrs, grad_v.to(grad_v_ptr.dtype.element_ty), mask=v_mask)
 

@@ -20,17 +20,18 @@ import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
+from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visible_windows
 from fsa_core.plan import padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
 
-# A candidate is an int64: forced (bit 62), importance (31 bits of a float32, never negative), then the id,
-# counted down from the highest.
-FORCED = tl.constexpr(1 << 62)
-ID_BITS = tl.constexpr(31)
+# A candidate is an int64: the bits of its importance, a float32 that is never negative, above its id, counted
+# down from the highest. What is not forced lies below zero.
+NOT_FORCED = tl.constexpr(-0x7F800001)
 MAX_ID = tl.constexpr((1 << 31) - 1)
-# Below every candidate and every unused slot, and above them.
-NONE = tl.constexpr(-(1 << 62))
+# Below every candidate, and below every unused slot; above both.
+LEAST = tl.constexpr(-0x7F800001 * (1 << 32))
+NONE = tl.constexpr(-(1 << 63))
 FULL = tl.constexpr((1 << 63) - 1)
 
 # The compressed keys of a step lie in shared memory, beside two query heads.
@@ -80,20 +81,27 @@ def _window_keys(
     first_window,
     num_windows,
     dim_mask,
-    HEAD_DIM: tl.constexpr,
     ROW: tl.constexpr,
     BLOCKS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
+    CUT: tl.constexpr,
+    MASK_DIMS: tl.constexpr,
 ):
-    """The keys of the windows of ``BLOCKS`` blocks: [dim, BLOCKS] for every offset from a block's start."""
-    dims = tl.arange(0, dim_mask.shape[0])
+    """The keys of the windows of ``BLOCKS`` blocks: [dim, BLOCKS] for every offset from a block's start.
+
+    Those before the first window are keys of another; CUT: those past the last are zeros.
+    """
+    dims = tl.arange(0, dim_mask.shape[0])[:, None]
+    block_window = tl.arange(0, BLOCKS) * PER_BLOCK
+    k_ptr += first_window.to(tl.int64) * ROW
     keys = ()
     for i in tl.static_range(PER_BLOCK + BEFORE):
-        windows = first_window + tl.arange(0, BLOCKS) * PER_BLOCK + (i - BEFORE)
-        exists = (windows >= 0) & (windows < num_windows)
-        ptrs = k_ptr + windows.to(tl.int64)[None, :] * ROW + dims[:, None]
-        key = tl.load(ptrs, mask=exists[None, :] & dim_mask[:, None], other=0.0)
+        window = block_window + (i - BEFORE)
+        if i < BEFORE:
+            window = tl.maximum(window, -first_window)
+        exists = (window < num_windows - first_window)[None, :]
+        key = load_block(k_ptr + (window * ROW)[None, :] + dims, exists, dim_mask[:, None], CUT, MASK_DIMS)
         # Triton knows no starred expression.
         keys = keys + (key,)  # type: ignore[assignment]  # noqa: RUF005
     return keys
@@ -146,25 +154,47 @@ def _importance(
 
 
 @triton.jit
-def _keep_best(best, importance, first_block, own, NUM_FIRST: tl.constexpr, NUM_LOCAL: tl.constexpr):
+def _in_order(a, b):
+    return tl.maximum(a, b), tl.minimum(a, b)
+
+
+@triton.jit
+def _keep_best(
+    best, importance, first_block, own, NUM_FIRST: tl.constexpr, NUM_LOCAL: tl.constexpr, CUT: tl.constexpr
+):
     """The best of ``best`` [tokens, slots], packed and unordered, and of more blocks.
 
-    importance: float32 [tokens, blocks], of the blocks from ``first_block`` on.
+    importance: float32 [tokens, blocks], of the blocks from ``first_block`` on. CUT: some lie behind a token.
     """
+    num_tokens: tl.constexpr = importance.shape[0]
+    quarter: tl.constexpr = importance.shape[1] // 4
     block = first_block + tl.arange(0, importance.shape[1])[None, :]
     is_forced = (block < NUM_FIRST) | (block > own[:, None] - NUM_LOCAL)
-    packed = (importance.to(tl.int32, bitcast=True).to(tl.int64) << ID_BITS) | (MAX_ID - block)
-    packed = tl.where(is_forced, packed | FORCED, packed)
-    packed = tl.where(block <= own[:, None], packed, NONE)
+    bits = importance.to(tl.int32, bitcast=True)
+    packed = (tl.where(is_forced, bits, bits + NOT_FORCED).to(tl.int64) << 32) | (MAX_ID - block)
+    if CUT:
+        packed = tl.where(block <= own[:, None], packed, NONE)
+    # Lists of four, the best first: then only their heads have to be looked through. A thread has all four.
+    lists = tl.trans(tl.reshape(packed, (num_tokens, 4, quarter)), (0, 2, 1))
+    even, odd = tl.split(tl.reshape(lists, (num_tokens, quarter, 2, 2)))
+    head, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    head, second = _in_order(head, second)
+    third, fourth = _in_order(third, fourth)
+    head, third = _in_order(head, third)
+    second, fourth = _in_order(second, fourth)
+    second, third = _in_order(second, third)
     worst = tl.min(best, 1)
-    next_best = tl.max(packed, 1)
+    next_best = tl.max(head, 1)
     while tl.max((next_best > worst).to(tl.int32), 0) != 0:
         # No two are equal: one is replaced in every row, if the new one is better.
-        replaced = (best == worst[:, None]) & (next_best > worst)[:, None]
-        best = tl.where(replaced, next_best[:, None], best)
-        packed = tl.where(packed == next_best[:, None], NONE, packed)
+        is_replaced = (best == worst[:, None]) & (next_best > worst)[:, None]
+        best = tl.where(is_replaced, next_best[:, None], best)
+        is_taken = head == next_best[:, None]
+        head, second = tl.where(is_taken, second, head), tl.where(is_taken, third, second)
+        third, fourth = tl.where(is_taken, fourth, third), tl.where(is_taken, NONE, fourth)
         worst = tl.min(best, 1)
-        next_best = tl.max(packed, 1)
+        next_best = tl.max(head, 1)
     return best
 
 
@@ -227,11 +257,12 @@ def _select(
     visible = visible_windows(position, KERNEL_SIZE, STRIDE)
     per_block: tl.constexpr = BLOCK_SIZE // STRIDE
     before: tl.constexpr = KERNEL_SIZE // STRIDE - 1
+    mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
     step_windows: tl.constexpr = BLOCKS * per_block
     num_steps = (tl.max(own, 0) + BLOCKS) // BLOCKS
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // step_windows
     slot = tl.arange(0, SLOTS)
-    unused = tl.where(slot < TOP_K, -1 - slot.to(tl.int64), FULL)
+    unused = tl.where(slot < TOP_K, LEAST - 1 - slot.to(tl.int64), FULL)
     best = tl.broadcast_to(unused[None, :], (TOKENS, SLOTS))
     row_total = tl.zeros((TOKENS,), tl.float32)
     # The last blocks, whose windows some tokens do not see, and then those before them.
@@ -239,7 +270,7 @@ def _select(
         first_block = (num_steps - 1 - i) * BLOCKS
         first_window = first_block * per_block
         keys = _window_keys(
-            k_ptr, first_window, num_windows, dim_mask, HEAD_DIM, key_row, BLOCKS, per_block, before
+            k_ptr, first_window, num_windows, dim_mask, key_row, BLOCKS, per_block, before, True, mask_dims
         )
         importance = _importance(
             q_ptrs, q_mask, row_max_ptrs, row_share_ptrs, token_mask, num_q_tokens, keys, first_window,
@@ -247,12 +278,12 @@ def _select(
         )  # fmt: skip
         if WITH_IMPORTANCE:
             row_total += tl.sum(importance, 1)
-        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL)
+        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL, True)
     for i in tl.range(0, num_whole, num_stages=1):
         first_block = (num_whole - 1 - i) * BLOCKS
         first_window = first_block * per_block
         keys = _window_keys(
-            k_ptr, first_window, num_windows, dim_mask, HEAD_DIM, key_row, BLOCKS, per_block, before
+            k_ptr, first_window, num_windows, dim_mask, key_row, BLOCKS, per_block, before, False, mask_dims
         )
         importance = _importance(
             q_ptrs, q_mask, row_max_ptrs, row_share_ptrs, token_mask, num_q_tokens, keys, first_window,
@@ -260,11 +291,12 @@ def _select(
         )  # fmt: skip
         if WITH_IMPORTANCE:
             row_total += tl.sum(importance, 1)
-        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL)
+        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL, False)
 
     # In the order of ids; what is no block comes last.
-    is_block = (best >= 0) & (best != FULL)
-    bits = (best >> ID_BITS) & MAX_ID
+    is_block = (best >= LEAST) & (best != FULL)
+    high = (best >> 32).to(tl.int32)
+    bits = tl.where(high < 0, high - NOT_FORCED, high)
     by_id = tl.where(is_block, ((MAX_ID - (best & MAX_ID)) << 32) | bits, FULL)
     by_id = tl.sort(by_id, 1)
     is_block = by_id != FULL

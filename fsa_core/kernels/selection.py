@@ -34,9 +34,9 @@ LEAST = tl.constexpr(-0x7F800001 * (1 << 32))
 NONE = tl.constexpr(-(1 << 63))
 FULL = tl.constexpr((1 << 63) - 1)
 
-# The compressed keys of a step lie in shared memory, beside two query heads.
-STEP_BYTES = 96 * 1024
-MAX_STEP_BYTES = 128 * 1024
+# The compressed keys of a step lie in shared memory, beside two query heads; products of float32 in three
+# parts have them there twice.
+STEP_BYTES, STEP_BYTES_FLOAT32 = 96 * 1024, 80 * 1024
 # No product of matrices is narrower.
 MIN_BLOCKS, MAX_BLOCKS = 16, 64
 # Of the set of the best, in registers: tokens times slots.
@@ -81,64 +81,79 @@ def _window_keys(
     first_window,
     num_windows,
     dim_mask,
+    OFFSET: tl.constexpr,
     ROW: tl.constexpr,
     BLOCKS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
-    BEFORE: tl.constexpr,
     CUT: tl.constexpr,
     MASK_DIMS: tl.constexpr,
 ):
-    """The keys of the windows of ``BLOCKS`` blocks: [dim, BLOCKS] for every offset from a block's start.
+    """[dim, BLOCKS]: of every block, the key of the window that is ``OFFSET`` after its first.
 
-    Those before the first window are keys of another; CUT: those past the last are zeros.
+    Before the first window of all it is another's; past the last it is zeros, where CUT says there may be one.
     """
-    dims = tl.arange(0, dim_mask.shape[0])[:, None]
-    block_window = tl.arange(0, BLOCKS) * PER_BLOCK
-    k_ptr += first_window.to(tl.int64) * ROW
-    keys = ()
-    for i in tl.static_range(PER_BLOCK + BEFORE):
-        window = block_window + (i - BEFORE)
-        if i < BEFORE:
-            window = tl.maximum(window, -first_window)
-        exists = (window < num_windows - first_window)[None, :]
-        key = load_block(k_ptr + (window * ROW)[None, :] + dims, exists, dim_mask[:, None], CUT, MASK_DIMS)
-        # Triton knows no starred expression.
-        keys = keys + (key,)  # type: ignore[assignment]  # noqa: RUF005
-    return keys
+    window = tl.arange(0, BLOCKS) * PER_BLOCK + OFFSET
+    if OFFSET < 0:
+        window = tl.maximum(window, -first_window)
+    exists = (window < num_windows - first_window)[None, :]
+    k_ptrs = k_ptr + first_window.to(tl.int64) * ROW
+    k_ptrs += (window * ROW)[None, :] + tl.arange(0, dim_mask.shape[0])[:, None]
+    return load_block(k_ptrs, exists, dim_mask[:, None], CUT, MASK_DIMS)
 
 
 @triton.jit
 def _importance(
     q_ptrs,
     q_mask,
+    k_ptr,
     row_max_ptrs,
     row_share_ptrs,
     token_mask,
+    dim_mask,
     num_q_tokens,
-    keys,
     first_window,
+    num_windows,
     visible,
     scale,
     HEAD_DIM: tl.constexpr,
+    ROW: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     STAGES: tl.constexpr,
+    KEEP_KEYS: tl.constexpr,
     CUT: tl.constexpr,
 ):
     """float32 [tokens, BLOCKS], of the group's heads one after another. CUT: some windows are not seen."""
+    num_tokens: tl.constexpr = q_mask.shape[0]
+    mask_dims: tl.constexpr = HEAD_DIM != dim_mask.shape[0]
+    keys = ()
+    if KEEP_KEYS:
+        for i in tl.static_range(PER_BLOCK + BEFORE):
+            some = _window_keys(
+                k_ptr, first_window, num_windows, dim_mask, i - BEFORE, ROW, BLOCKS, PER_BLOCK, CUT, mask_dims
+            )
+            # Triton knows no starred expression.
+            keys = keys + (some,)  # type: ignore[assignment]  # noqa: RUF005
     first = first_window + tl.arange(0, BLOCKS) * PER_BLOCK
-    importance = tl.zeros((q_mask.shape[0], BLOCKS), tl.float32)
+    importance = tl.zeros((num_tokens, BLOCKS), tl.float32)
     for head in tl.range(0, GROUP_SIZE, num_stages=STAGES):
         q = tl.load(q_ptrs + head * HEAD_DIM, mask=q_mask, other=0.0)
         head_rows = head * tl.cast(num_q_tokens, tl.int64)
         row_max = tl.load(row_max_ptrs + head_rows, mask=token_mask, other=0.0)
         row_share = tl.load(row_share_ptrs + head_rows, mask=token_mask, other=0.0)
         # The weights of a block are added before they are divided: sums of powers of two are exact.
-        total = tl.zeros((q_mask.shape[0], BLOCKS), tl.float32)
+        total = tl.zeros((num_tokens, BLOCKS), tl.float32)
         for i in tl.static_range(PER_BLOCK + BEFORE):
-            scores = tl.dot(q, keys[i], input_precision="tf32x3")
+            if KEEP_KEYS:
+                key = keys[i]
+            else:
+                key = _window_keys(
+                    k_ptr, first_window, num_windows, dim_mask, i - BEFORE, ROW, BLOCKS, PER_BLOCK, CUT,
+                    mask_dims,
+                )  # fmt: skip
+            scores = tl.dot(q, key, input_precision="tf32x3")
             weights = tl.exp2(scores * scale - row_max[:, None])
             windows = first + (i - BEFORE)
             if CUT:
@@ -229,6 +244,7 @@ def _select(
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
+    KEEP_KEYS: tl.constexpr,
     WITH_IMPORTANCE: tl.constexpr,
 ):
     first, q_end, q_shift, window_start, num_windows = last_tiles_first(
@@ -257,7 +273,6 @@ def _select(
     visible = visible_windows(position, KERNEL_SIZE, STRIDE)
     per_block: tl.constexpr = BLOCK_SIZE // STRIDE
     before: tl.constexpr = KERNEL_SIZE // STRIDE - 1
-    mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
     step_windows: tl.constexpr = BLOCKS * per_block
     num_steps = (tl.max(own, 0) + BLOCKS) // BLOCKS
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // step_windows
@@ -269,12 +284,10 @@ def _select(
     for i in tl.range(0, num_steps - num_whole, num_stages=1):
         first_block = (num_steps - 1 - i) * BLOCKS
         first_window = first_block * per_block
-        keys = _window_keys(
-            k_ptr, first_window, num_windows, dim_mask, key_row, BLOCKS, per_block, before, True, mask_dims
-        )
         importance = _importance(
-            q_ptrs, q_mask, row_max_ptrs, row_share_ptrs, token_mask, num_q_tokens, keys, first_window,
-            visible, scale, HEAD_DIM, GROUP_SIZE, BLOCKS, per_block, before, STAGES, True,
+            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
+            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
+            before, STAGES, KEEP_KEYS, True,
         )  # fmt: skip
         if WITH_IMPORTANCE:
             row_total += tl.sum(importance, 1)
@@ -282,12 +295,10 @@ def _select(
     for i in tl.range(0, num_whole, num_stages=1):
         first_block = (num_whole - 1 - i) * BLOCKS
         first_window = first_block * per_block
-        keys = _window_keys(
-            k_ptr, first_window, num_windows, dim_mask, key_row, BLOCKS, per_block, before, False, mask_dims
-        )
         importance = _importance(
-            q_ptrs, q_mask, row_max_ptrs, row_share_ptrs, token_mask, num_q_tokens, keys, first_window,
-            visible, scale, HEAD_DIM, GROUP_SIZE, BLOCKS, per_block, before, STAGES, False,
+            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
+            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
+            before, STAGES, KEEP_KEYS, False,
         )  # fmt: skip
         if WITH_IMPORTANCE:
             row_total += tl.sum(importance, 1)
@@ -327,6 +338,7 @@ def select_blocks_forward(
     over k_cmp, from ``fsa_core.kernels.compressed``.
     """
     p, tile = problem, _tile(problem, windows, blocks)
+    is_float32 = p.dtype == torch.float32
     rows = (p.num_kv_heads, p.num_q_tokens)
     ids = torch.empty(*rows, blocks.top_k, dtype=torch.int32, device=q.device)
     importance, total = None, None
@@ -341,7 +353,7 @@ def select_blocks_forward(
         HEAD_DIM_PADDED=padded_dim(p.head_dim), KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride,
         BLOCK_SIZE=blocks.block_size, TOP_K=blocks.top_k, SLOTS=power_of_two(blocks.top_k),
         NUM_FIRST=blocks.num_first_blocks, NUM_LOCAL=blocks.num_local_blocks, TOKENS=tile.tokens,
-        BLOCKS=tile.blocks, STAGES=2, WITH_IMPORTANCE=with_importance, num_warps=4,
+        BLOCKS=tile.blocks, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32, WITH_IMPORTANCE=with_importance, num_warps=4,
     )  # fmt: skip
     return Selection(ids, importance, total)
 
@@ -349,13 +361,20 @@ def select_blocks_forward(
 def takes(problem: Problem, windows: Windows, blocks: Blocks) -> bool:
     """Whether a step's keys fit shared memory, and the best blocks of the fewest tokens the registers."""
     few_blocks = MIN_BLOCKS * _block_bytes(problem, windows, blocks)
-    return few_blocks <= MAX_STEP_BYTES and MIN_TOKENS * power_of_two(blocks.top_k) <= MAX_HELD
+    return few_blocks <= _step_bytes(problem) and MIN_TOKENS * power_of_two(blocks.top_k) <= MAX_HELD
 
 
 def _tile(problem: Problem, windows: Windows, blocks: Blocks) -> Tile:
-    tokens = min(MAX_HELD // power_of_two(blocks.top_k), MAX_TOKENS * 2 // problem.dtype.itemsize, MAX_TOKENS)
-    at_once = STEP_BYTES // _block_bytes(problem, windows, blocks)
-    return Tile(tokens=tokens, blocks=min(max(1 << max(at_once.bit_length() - 1, 0), MIN_BLOCKS), MAX_BLOCKS))
+    most_tokens = MAX_TOKENS // 2 if problem.dtype == torch.float32 else MAX_TOKENS
+    at_once = _step_bytes(problem) // _block_bytes(problem, windows, blocks)
+    return Tile(
+        tokens=min(MAX_HELD // power_of_two(blocks.top_k), most_tokens),
+        blocks=min(1 << (at_once.bit_length() - 1), MAX_BLOCKS),
+    )
+
+
+def _step_bytes(problem: Problem) -> int:
+    return STEP_BYTES_FLOAT32 if problem.dtype == torch.float32 else STEP_BYTES
 
 
 def _block_bytes(problem: Problem, windows: Windows, blocks: Blocks) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,9 +25,15 @@ from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from fsa_core.kernels.backward import selected_attention_backward
+from fsa_core.kernels.compressed import compressed_attention_forward, row_shares
 from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.stages import kernel_sizes
+from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
 from tests.fsa_core.conftest import _make_case as make_case
+from tests.fsa_core.nsa.conftest import _make_call as make_call
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Of one program, on compute capability 9.0 (CUDA C++ Programming Guide, table of technical specifications).
@@ -41,6 +48,14 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     {"head_dim": 256, "dtype": torch.bfloat16, "block_size": 256, "group_size": 96, "num_slots": 16},
     {"head_dim": 80, "value_dim": 16, "dtype": torch.float16, "block_size": 16, "group_size": 1},
 )
+WINDOWS: tuple[dict[str, Any], ...] = (
+    {"head_dim": 128, "value_dim": 128, "dtype": torch.bfloat16, "config": NSAConfig(), "group_size": 4},
+    {"head_dim": 256, "value_dim": 256, "dtype": torch.float32, "config": NSAConfig(), "group_size": 1},
+    {
+        "head_dim": 80, "value_dim": 192, "dtype": torch.float16, "group_size": 96,
+        "config": NSAConfig(kernel_size=64, stride=64, block_size=256, top_k=256, top_p=0.9),
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,21 +134,44 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(numbers["REG"]), int(numbers["STACK"])
 
 
+@contextmanager
+def caught() -> Iterator[Launches]:
+    """What is launched inside is compiled instead."""
+    launches, run = Launches(), JITFunction.run
+    JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
 def compile_shape(
     shape: dict[str, Any], paths: tuple[str, ...], limits_bytes: tuple[int, ...]
 ) -> Iterator[Compiled]:
     """The kernels of one shape: forward on ``paths``, backward in one pass or, within 1 byte, in two."""
     case = make_case(torch.device("cpu"), q_lens=(40, 5), num_kv_heads=2, **shape)
-    launches, run = Launches(), JITFunction.run
-    JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
-    try:
+    with caught() as launches:
         for path, limit_bytes in product(paths, limits_bytes):
             answer = selected_attention_forward(case.problem, *case.tensors, path=path)
             given = (*answer, *case.output_gradients())
             options = {"path": path, "workspace_limit_bytes": limit_bytes}
             selected_attention_backward(case.problem, *case.tensors, *given, **options)
-    finally:
-        JITFunction.run = run
+    yield from launches.compiled.values()
+
+
+def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
+    """Compressed attention, with values and without, and selection of one shape."""
+    call = make_call(torch.device("cpu"), q_lens=(300, 40), num_kv_heads=2, **shape)
+    config = call.config
+    checked = Call(config, call.cu_seqlens_q, call.cu_seqlens_k, call.softmax_scale, DEFAULT_WORKSPACE_BYTES)
+    sizes = kernel_sizes(checked, call.q, call.k_cmp, call.v_cmp)
+    blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
+    assert takes(*sizes, blocks)
+    operands = (call.q, call.k_cmp)
+    with caught() as launches:
+        compressed_attention_forward(*sizes, *operands, call.v_cmp)
+        shares = row_shares(*sizes, *operands)
+        select_blocks_forward(*sizes, blocks, *operands, shares, with_importance=config.has_budget)
     yield from launches.compiled.values()
 
 
@@ -163,10 +201,11 @@ def main() -> int:
     paths, limits_bytes = (MIXED,), (DEFAULT_WORKSPACE_BYTES,)
     if parser.parse_args().all:
         shapes, paths, limits_bytes = every_shape(), PATHS, (DEFAULT_WORKSPACE_BYTES, 1)
-    for shape in shapes:
-        for kernel in compile_shape(shape, paths, limits_bytes):
+    found = [(shape, compile_shape(shape, paths, limits_bytes)) for shape in shapes]
+    for shape, kernels in (*found, *((shape, compile_windows(shape)) for shape in WINDOWS)):
+        named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
+        for kernel in kernels:
             fit &= kernel.fits
-            named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
             print(named, kernel, flush=True)
     return 0 if fit else 1
 

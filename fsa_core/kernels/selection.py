@@ -90,7 +90,7 @@ def _window_keys(
 ):
     """[dim, BLOCKS]: of every block, the key of the window that is ``OFFSET`` after its first.
 
-    Before the first window of all it is another's; past the last it is zeros, where CUT says there may be one.
+    Before the first window of all it is another's; past the last, where CUT says some may be, it is zeros.
     """
     window = tl.arange(0, BLOCKS) * PER_BLOCK + OFFSET
     if OFFSET < 0:
@@ -127,7 +127,7 @@ def _importance(
 ):
     """float32 [tokens, BLOCKS], of the group's heads one after another. CUT: some windows are not seen."""
     num_tokens: tl.constexpr = q_mask.shape[0]
-    mask_dims: tl.constexpr = HEAD_DIM != dim_mask.shape[0]
+    mask_dims: tl.constexpr = dim_mask.shape[0] != HEAD_DIM
     keys = ()
     if KEEP_KEYS:
         for i in tl.static_range(PER_BLOCK + BEFORE):
@@ -146,14 +146,14 @@ def _importance(
         # The weights of a block are added before they are divided: sums of powers of two are exact.
         total = tl.zeros((num_tokens, BLOCKS), tl.float32)
         for i in tl.static_range(PER_BLOCK + BEFORE):
-            if KEEP_KEYS:
-                key = keys[i]
-            else:
-                key = _window_keys(
+            if not KEEP_KEYS:
+                some = _window_keys(
                     k_ptr, first_window, num_windows, dim_mask, i - BEFORE, ROW, BLOCKS, PER_BLOCK, CUT,
                     mask_dims,
                 )  # fmt: skip
-            scores = tl.dot(q, key, input_precision="tf32x3")
+            else:
+                some = keys[i]
+            scores = tl.dot(q, some, input_precision="tf32x3")
             weights = tl.exp2(scores * scale - row_max[:, None])
             windows = first + (i - BEFORE)
             if CUT:
@@ -353,7 +353,8 @@ def select_blocks_forward(
         HEAD_DIM_PADDED=padded_dim(p.head_dim), KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride,
         BLOCK_SIZE=blocks.block_size, TOP_K=blocks.top_k, SLOTS=power_of_two(blocks.top_k),
         NUM_FIRST=blocks.num_first_blocks, NUM_LOCAL=blocks.num_local_blocks, TOKENS=tile.tokens,
-        BLOCKS=tile.blocks, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32, WITH_IMPORTANCE=with_importance, num_warps=4,
+        BLOCKS=tile.blocks, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32,
+        WITH_IMPORTANCE=with_importance, num_warps=4,
     )  # fmt: skip
     return Selection(ids, importance, total)
 

@@ -61,7 +61,7 @@ def _attend(
 ) -> tuple[Answer, "RowShares"]:
     from fsa_core.kernels.compressed import compressed_attention_forward
 
-    problem, windows = _sizes(call, q, k_cmp, v_cmp)
+    problem, windows = kernel_sizes(call, q, k_cmp, v_cmp)
     shares = []
 
     def forward(*operands: torch.Tensor) -> Answer:
@@ -95,7 +95,7 @@ def _choose(
 
     config = call.config
     blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
-    problem, windows = _sizes(call, q, k_cmp, k_cmp)
+    problem, windows = kernel_sizes(call, q, k_cmp, k_cmp)
     if not takes(problem, windows, blocks):
         if backend == "triton":
             raise ValueError(
@@ -114,9 +114,10 @@ def _choose(
     return spend_budget(call, selection.ids, selection.importance, selection.total)
 
 
-def _sizes(
+def kernel_sizes(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
 ) -> tuple[Problem, "Windows"]:
+    """A call's sizes and windows as the kernels take them."""
     from fsa_core.kernels.windows import Windows
 
     starts = (call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), call.cu_seqlens_cmp)

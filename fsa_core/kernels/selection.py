@@ -278,7 +278,8 @@ def _select(
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // step_windows
     slot = tl.arange(0, SLOTS)
     unused = tl.where(slot < TOP_K, LEAST - 1 - slot.to(tl.int64), FULL)
-    best = tl.broadcast_to(unused[None, :], (TOKENS, SLOTS))
+    # A row without a query takes nothing, and so keeps no other row waiting.
+    best = tl.where(token_mask[:, None], unused[None, :], FULL)
     row_total = tl.zeros((TOKENS,), tl.float32)
     # The last blocks, whose windows some tokens do not see, and then those before them.
     for i in tl.range(0, num_steps - num_whole, num_stages=1):

@@ -24,6 +24,8 @@ from fsa_core.validation import validate_dense
 if TYPE_CHECKING:
     from fsa_core.kernels.windows import RowShares, Windows
 
+    Sizes = tuple[Problem, Windows]
+
 
 def attend_windows(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
@@ -31,14 +33,14 @@ def attend_windows(
     """Attention over the windows that each query sees: out and lse, differentiable."""
     if not _runs_kernels(backend, q):
         return compressed_attention_torch(call, q, k_cmp, v_cmp)
-    return _attend(call, q, k_cmp, v_cmp)[0]
+    return _attend(call, kernel_sizes(call, q, k_cmp, v_cmp), q, k_cmp, v_cmp)[0]
 
 
 def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> torch.Tensor:
     """int32 [num_kv_heads, num_q_tokens, top_k], ascending, then -1."""
     if not _runs_kernels(backend, q):
         return select_blocks_torch(call, q, k_cmp)
-    return _choose(call, q, k_cmp, None, backend)
+    return _choose(call, kernel_sizes(call, q, k_cmp, k_cmp), q, k_cmp, None, backend)
 
 
 def attend_and_choose(
@@ -47,8 +49,9 @@ def attend_and_choose(
     """out and ids of the two above; what makes scores probabilities is computed once."""
     if not _runs_kernels(backend, q):
         return compressed_attention_torch(call, q, k_cmp, v_cmp)[0], select_blocks_torch(call, q, k_cmp)
-    (out, _), shares = _attend(call, q, k_cmp, v_cmp)
-    return out, _choose(call, q, k_cmp, shares, backend)
+    sizes = kernel_sizes(call, q, k_cmp, v_cmp)
+    (out, _), shares = _attend(call, sizes, q, k_cmp, v_cmp)
+    return out, _choose(call, sizes, q, k_cmp, shares, backend)
 
 
 def _runs_kernels(backend: str, q: torch.Tensor) -> bool:
@@ -57,17 +60,14 @@ def _runs_kernels(backend: str, q: torch.Tensor) -> bool:
 
 
 def _attend(
-    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
+    call: Call, sizes: "Sizes", q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
 ) -> tuple[Answer, "RowShares"]:
     from fsa_core.kernels.compressed import compressed_attention_forward
 
-    problem, windows = kernel_sizes(call, q, k_cmp, v_cmp)
     shares = []
 
     def forward(*operands: torch.Tensor) -> Answer:
-        out, lse, found = compressed_attention_forward(
-            problem, windows, *(x.detach().contiguous() for x in operands)
-        )
+        out, lse, found = compressed_attention_forward(*sizes, *(x.detach().contiguous() for x in operands))
         shares.append(found)
         return out, lse
 
@@ -88,35 +88,35 @@ def _attend(
 
 @torch.no_grad()
 def _choose(
-    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, shares: "RowShares | None", backend: str
+    call: Call,
+    sizes: "Sizes",
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    shares: "RowShares | None",
+    backend: str,
 ) -> torch.Tensor:
     from fsa_core.kernels.compressed import row_shares
     from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 
     config = call.config
     blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
-    problem, windows = kernel_sizes(call, q, k_cmp, k_cmp)
-    if not takes(problem, windows, blocks):
+    if not takes(*sizes, blocks):
         if backend == "triton":
             raise ValueError(
                 f"backend 'triton' does not select {config.top_k} blocks of {config.block_size} keys from "
                 f"windows of {config.kernel_size} at stride {config.stride}, with keys of "
-                f"{problem.head_dim} {problem.dtype}: 'torch' does"
+                f"{q.shape[2]} channels of {q.dtype}; 'auto' does, in torch operations"
             )
         return select_blocks_torch(call, q, k_cmp)
     q, k_cmp = q.detach().contiguous(), k_cmp.detach().contiguous()
-    shares = row_shares(problem, windows, q, k_cmp) if shares is None else shares
-    selection = select_blocks_forward(
-        problem, windows, blocks, q, k_cmp, shares, with_importance=config.has_budget
-    )
+    shares = row_shares(*sizes, q, k_cmp) if shares is None else shares
+    selection = select_blocks_forward(*sizes, blocks, q, k_cmp, shares, with_importance=config.has_budget)
     if selection.importance is None or selection.total is None:
         return selection.ids
     return spend_budget(call, selection.ids, selection.importance, selection.total)
 
 
-def kernel_sizes(
-    call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
-) -> tuple[Problem, "Windows"]:
+def kernel_sizes(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor) -> "Sizes":
     """A call's sizes and windows as the kernels take them."""
     from fsa_core.kernels.windows import Windows
 

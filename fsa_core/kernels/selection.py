@@ -29,7 +29,7 @@ from fsa_core.problem import Problem
 # down from the highest. What is not forced lies below zero.
 NOT_FORCED = tl.constexpr(-0x7F800001)
 MAX_ID = tl.constexpr((1 << 31) - 1)
-# Below every candidate, and below every unused slot; above both.
+# The least candidate, under which lie unused slots; what is under all of them, and what is above all.
 LEAST = tl.constexpr(-0x7F800001 * (1 << 32))
 NONE = tl.constexpr(-(1 << 63))
 FULL = tl.constexpr((1 << 63) - 1)

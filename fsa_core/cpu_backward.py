@@ -85,7 +85,7 @@ def selected_attention_cpu_backward(
         chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
         rows = _rows(chunk, *(x[part.tokens, part.q_heads] for x in (out, lse, grad_out, grad_lse)))
         partial_grad_q = workspace[: part.num_pairs]
-        place = _fill(chunk, rows, partial_grad_q, grad_k, grad_v)
+        place = _fill(chunk, rows, partial_grad_q, grad_k, grad_v, scratch)
         grad_q[part.tokens, part.q_heads] = _summed(chunk, partial_grad_q, place)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
@@ -96,13 +96,17 @@ def _rows(
     heads = chunk.layout.heads_per_unit
     grad_out = grad_out.float()
     delta = (out * grad_out).sum(-1) - grad_lse
-    scaled_q = chunk.q * chunk.problem.softmax_scale
-    rows = (scaled_q, grad_out.reshape(len(scaled_q), -1), lse.reshape(-1, heads), delta.view(-1, heads))
+    rows = (chunk.q, grad_out.reshape(len(chunk.q), -1), lse.reshape(-1, heads), delta.view(-1, heads))
     return _Rows(*(F.pad(x, (0, 0, 0, 1)) for x in rows))
 
 
 def _fill(
-    chunk: Chunk, rows: _Rows, partial_grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor
+    chunk: Chunk,
+    rows: _Rows,
+    partial_grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    scratch: Scratch,
 ) -> torch.Tensor:
     """Fill ``partial_grad_q`` with every pair's own; add to ``grad_k`` and ``grad_v`` what each block gets.
 
@@ -111,7 +115,7 @@ def _fill(
     p, done = chunk.problem, 0
     entries: list[torch.Tensor] = []
     for segments, masked in segment_runs(chunk):
-        blocks = key_and_value_blocks(chunk, segments, masked)
+        blocks = key_and_value_blocks(chunk, segments, masked, scratch)
         of_keys, of_values = (torch.zeros(len(blocks), p.block_size, x) for x in (p.head_dim, p.value_dim))
         for tiles in tile_batches(chunk, segments):
             entry = tiles.entry.flatten()

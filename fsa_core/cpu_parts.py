@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from fsa_core.packing import Placement, place_queries
 from fsa_core.problem import Problem
 
-# The answer costs first touches of fresh memory as much as arithmetic, so the workspace is small and reused.
-CPU_WORKSPACE_BYTES = 64 * 2**20
+# A thread's. The answer costs first touches of fresh memory as much as arithmetic, so the workspace is small
+# and reused.
+CPU_WORKSPACE_BYTES = 32 * 2**20
 # A pair's numbers in the index.
 INDEX_BYTES = 128
 _INDEX_ROWS_AT_ONCE = 65536

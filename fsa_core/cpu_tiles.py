@@ -10,21 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fsa_core.cpu_parts import Layout, Part, is_used
 from fsa_core.packing import Placement
 from fsa_core.problem import Problem
 
 # A segment (all queries of one KV block) is cut greedily into tiles of these rows; only the last kind may
-# have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding;
-# from 768 rows on torch's fused attention takes 256 at a time, from 192 on 64.
-TILE_ROWS = (768, 192, 48, 16)
-# Tiles that are computed together: few enough for the cache, enough to make waking all threads worthwhile
-# where other processes want the cores as well.
-BATCH_BYTES = 4 * 2**20
+# have unused rows. Large tiles amortise the block's copy, small ones keep a decode step from being padding.
+TILE_ROWS = (192, 48, 16)
+# Tiles that are computed together: few enough for the cache, enough to make Python's share of the time small.
+BATCH_BYTES = 8 * 2**20
 # K/V blocks that are laid out for their tiles at once.
 BLOCKS_BYTES = 16 * 2**20
 
@@ -103,7 +99,8 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What a part works on; ``q`` is float32 [num_tokens * num_units, heads_per_unit * head_dim]."""
+    """What a part works on; ``q`` is float32 [num_tokens * num_units, heads_per_unit * head_dim], scaled for
+    the softmax."""
 
     problem: Problem
     layout: Layout
@@ -142,14 +139,14 @@ def chunk_of(
     unit, token, slot = used.nonzero(as_tuple=True)
     pairs = Pairs(unit, token, ids[unit, token, slot].long() * problem.block_size, used.sum(-1).flatten())
     its_q = q[part.tokens, part.q_heads]
-    q_rows = scratch.take("q of part", *its_q.shape).copy_(its_q)
+    q_rows = scratch.take("q of part", *its_q.shape).copy_(its_q).mul_(problem.softmax_scale)
     q_rows = q_rows.view(-1, layout.heads_per_unit * problem.head_dim)
     return Chunk(problem, layout, q_rows, k, v, cu_seqlens_k.long(), part.placed, pairs, kv_heads.start)
 
 
 def segment_runs(chunk: Chunk) -> Iterator[tuple[Segments, bool]]:
-    """Runs of segments whose K/V blocks fit ``BLOCKS_BYTES``; the flag says that they need a mask: that some
-    of their pairs do not see the whole block."""
+    """Runs of segments whose K/V blocks fit ``BLOCKS_BYTES``; the flag says that they need a mask: that none
+    of their pairs sees a key after the block."""
     segments, num_whole = _segments(chunk)
     p, num_segments = chunk.problem, segments.size.numel()
     at_once = max(BLOCKS_BYTES // (4 * p.block_size * (p.head_dim + p.value_dim)), 1)
@@ -169,7 +166,8 @@ def _segments(chunk: Chunk) -> tuple[Segments, int]:
     key = (pairs.unit // layout.units_per_kv_head) * total_blocks + block
     num_visible = chunk.placed.num_visible_keys.index_select(0, pairs.token) - pairs.block_start
     first_cut_key = p.num_kv_heads * total_blocks
-    keys, order = (key + (num_visible < p.block_size) * first_cut_key).sort(stable=True)
+    # The token at a block's end sees all of it, and yet fills up the tile of those before it.
+    keys, order = (key + (num_visible <= p.block_size) * first_cut_key).sort(stable=True)
     segment_key, size = torch.unique_consecutive(keys, return_counts=True)
     first = size.cumsum(0) - size
     leader = order[first]
@@ -187,17 +185,21 @@ def _segments(chunk: Chunk) -> tuple[Segments, int]:
     return segments, int((segment_key < first_cut_key).sum())
 
 
-def key_and_value_blocks(chunk: Chunk, segments: Segments, masked: bool) -> torch.Tensor:
-    """K beside V of each segment's block, float32 [num_segments, block_size * (head_dim + value_dim)]."""
+def key_and_value_blocks(chunk: Chunk, segments: Segments, masked: bool, scratch: Scratch) -> torch.Tensor:
+    """K beside V of each segment's block, float32 [num_segments, block_size * (head_dim + value_dim)].
+
+    It lies in ``scratch``, until the next call.
+    """
     p = chunk.problem
     key = segments.first_key[:, None] + torch.arange(p.block_size)
     row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + segments.kv_head[:, None]).flatten()
-    sides = (_rows_float32(x.view(-1, x.shape[-1]), row) for x in (chunk.k, chunk.v))
-    blocks = np.concatenate(tuple(sides), axis=1)
+    blocks = scratch.take("keys and values", row.numel(), p.head_dim + p.value_dim)
+    for x, side in zip((chunk.k, chunk.v), blocks.split((p.head_dim, p.value_dim), dim=1), strict=True):
+        side.copy_(x.view(-1, x.shape[-1]).index_select(0, row))
     if masked:
         # What lies past a sequence's end is another's: even times zero its NaN would be a NaN.
-        blocks[(key >= segments.end_key[:, None]).flatten().numpy()] = 0
-    return torch.from_numpy(blocks).view(len(key), -1)
+        blocks.masked_fill_((key >= segments.end_key[:, None]).view(-1, 1), 0)
+    return blocks.view(len(key), -1)
 
 
 def tile_batches(chunk: Chunk, segments: Segments) -> Iterator[Tiles]:
@@ -243,13 +245,3 @@ def _at_least_two(tiles: Tiles) -> Tiles:
     is_used = torch.ones_like(tiles.entry, dtype=torch.bool) if tiles.is_used is None else tiles.is_used
     empty = torch.zeros_like(is_used)
     return Tiles(tiles.segment.repeat(2), tiles.entry.repeat(2, 1), torch.cat((is_used, empty)))
-
-
-def _rows_float32(x: torch.Tensor, row: torch.Tensor) -> NDArray[np.float32]:
-    """``x[row]`` in float32, by numpy: too little work to wake torch's threads for."""
-    if x.dtype != torch.bfloat16:
-        rows: NDArray[np.float32] = x.numpy()[row.numpy()].astype(np.float32, copy=False)
-        return rows
-    # The upper half of a float32.
-    bits: NDArray[np.uint32] = x.view(torch.int16).numpy()[row.numpy()].astype(np.uint32)
-    return (bits << 16).view(np.float32)

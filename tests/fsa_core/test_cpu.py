@@ -76,7 +76,7 @@ def test_a_workspace_of_any_size_gives_the_answer(case_on_cpu, assert_close_to_o
 
 @pytest.mark.parametrize(
     ("dtype", "limit_bytes", "threads"),
-    [(torch.bfloat16, CPU_WORKSPACE_BYTES, 2), (torch.float32, 60_000, 1)],
+    [(torch.bfloat16, CPU_WORKSPACE_BYTES, 2), (torch.float32, 60_000, 2)],
     indirect=["threads"],
 )
 @pytest.mark.usefixtures("threads")

@@ -22,6 +22,7 @@ from benchmarks.inputs import Inputs, make_inputs, work_of
 from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, take_turns, timer_for
 from benchmarks.progress import progress_bar
 from benchmarks.results_file import Measured, Results, Row, machine_of
+from service.malloc import restart_tuned
 
 MIB = 1 << 20
 
@@ -191,4 +192,6 @@ def _default_device() -> str:
 
 
 if __name__ == "__main__":
+    # As the server runs its workers: memory that a call frees is there for the next one, in huge pages.
+    restart_tuned()
     sys.exit(main())

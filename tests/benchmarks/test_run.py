@@ -82,18 +82,29 @@ def test_a_wrong_or_failing_rival_loses_its_own_time_only(
 
 
 @pytest.mark.parametrize(
-    "committed", sorted(COMMITTED.glob("selected_attention*.json")), ids=lambda path: path.stem
+    ("name", "goal", "plot", "contenders"),
+    [
+        ("h200", "fastest peer / ours", "latency_forward", ("ours", "fsa", "nsa", "sfnsa", "dense cuDNN")),
+        ("cpu", "time of an attended key, ours / dense causal", "roofline", ("ours",)),
+    ],
 )
 def test_the_report_of_committed_results_prints_goals_and_draws_plots(
-    committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    goal: str,
+    plot: str,
+    contenders: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    committed = COMMITTED / f"selected_attention_{name}.json"
     copy = tmp_path / committed.name
     copy.write_text(committed.read_text())
     monkeypatch.setattr(sys, "argv", ["report", str(copy)])
     report.main()
-    assert "fastest peer / ours" in capsys.readouterr().out
-    drawn = (tmp_path / f"{committed.stem}_latency_forward.svg").read_text()
-    for contender in ("ours", "fsa", "nsa", "sfnsa", "dense cuDNN"):
+    assert goal in capsys.readouterr().out
+    drawn = (tmp_path / f"{committed.stem}_{plot}.svg").read_text()
+    for contender in contenders:
         assert contender in drawn
 
 

@@ -137,9 +137,7 @@ class Bench:
             return None
         # Whatever a compiler or a launch raises says that these sizes are not for this device.
         except Exception as error:
-            # A compiler quotes the whole kernel before it says what is wrong with it.
-            reason = (str(error).splitlines() or [""])[-1]
-            self.rejected.append((candidate, f"{type(error).__name__}: {reason}"))
+            self.rejected.append((candidate, _reason(error)))
             return None
         return statistics.geometric_mean(seconds)
 
@@ -153,6 +151,15 @@ class Bench:
 
 class _WrongAnswer(Exception):
     """How wrong."""
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line."""
+    # The compiler's errors say where; why, the error says that they were raised for.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # A compiler quotes the whole kernel before it says what is wrong with it.
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 The launches of real calls, forward and backward, are caught and compiled instead of run, so what is compiled
 is what the plans choose. A line a kernel: registers, bytes a thread spills, shared memory; exits 1 if one
-does not compile or needs more shared memory than there is. TRITON_INTERPRET must not be set.
+does not compile, is compiled wrongly (see tests.machine_code) or needs more shared memory than there is.
+TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
 from tests.fsa_core.conftest import _make_case as make_case
 from tests.fsa_core.nsa.conftest import _make_call as make_call
+from tests.machine_code import unwritten_uniform_registers
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Of one program, on compute capability 9.0 (CUDA C++ Programming Guide, table of technical specifications).
@@ -47,9 +49,12 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     {"head_dim": 256, "dtype": torch.float32, "block_size": 64, "group_size": 4},
     {"head_dim": 256, "dtype": torch.bfloat16, "block_size": 256, "group_size": 96, "num_slots": 16},
     {"head_dim": 80, "value_dim": 16, "dtype": torch.float16, "block_size": 16, "group_size": 1},
+    # Where v is narrower than k, ptxas was wrong.
+    {"head_dim": 128, "value_dim": 32, "dtype": torch.bfloat16, "block_size": 64, "group_size": 4},
 )
 WINDOWS: tuple[dict[str, Any], ...] = (
     {"head_dim": 128, "value_dim": 128, "dtype": torch.bfloat16, "config": NSAConfig(), "group_size": 4},
+    {"head_dim": 128, "value_dim": 32, "dtype": torch.bfloat16, "config": NSAConfig(), "group_size": 2},
     {"head_dim": 256, "value_dim": 256, "dtype": torch.float32, "config": NSAConfig(), "group_size": 1},
     {
         "head_dim": 80, "value_dim": 192, "dtype": torch.float16, "group_size": 96,
@@ -115,23 +120,26 @@ def _compile(
         constexprs={places[name]: value for name, value in constants.items()},
         attrs={places[name]: [["tt.divisibility", 16]] for name, x in signature.items() if x[0] == "*"},
     )
+    name = kernel.fn.__name__
     try:
         compiled = triton.compile(source, target=HOPPER, options=options)
     except PTXASError as error:
-        return Compiled(kernel.fn.__name__, error=next(x for x in str(error).splitlines() if "fatal" in x))
-    registers, spilled_bytes = _resources(compiled.asm["cubin"])
-    return Compiled(kernel.fn.__name__, registers, spilled_bytes, compiled.metadata.shared)
+        return Compiled(name, error=next(x for x in str(error).splitlines() if "fatal" in x))
+    told = _told(compiled.asm["cubin"])
+    if wrong := unwritten_uniform_registers(told):
+        return Compiled(name, error=f"{wrong[0]}, which nothing has written")
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return Compiled(name, int(numbers["REG"]), int(numbers["STACK"]), compiled.metadata.shared)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def _told(cubin: bytes) -> str:
+    """What cuobjdump says of the machine code: what it needs, and the code."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tools / "cuobjdump", "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
-    return int(numbers["REG"]), int(numbers["STACK"])
+        command = [tools / "cuobjdump", "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextmanager

@@ -109,9 +109,12 @@ class ServerProcess:
         }
 
     def worker_pids(self) -> list[int]:
-        """The server's child processes."""
+        """The server's child processes; not one that is about to become a worker.
+
+        Until that happens the server waits for it: frozen too early, it would freeze the server.
+        """
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children]
+        return [int(pid) for pid in children if b"service.worker" in _command_line(pid)]
 
     def num_descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -126,6 +129,14 @@ class ServerProcess:
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def _command_line(pid: str) -> bytes:
+    """Empty once the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 @contextmanager

@@ -127,8 +127,9 @@ def _attend_windows(
             v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
             v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
         row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, False, WITH_VALUES)
-    # The windows at the end, which some tokens do not see, or which do not exist.
-    for step in tl.range(num_whole, num_steps, num_stages=1):
+    # The windows at the end, which some tokens do not see, or which do not exist. Not with one stage: ptxas
+    # 12.8 loses where v lies in shared memory when a loop has one place for it, and v is narrower than k.
+    for step in tl.range(num_whole, num_steps, num_stages=STAGES):
         first_key = step * step_rows
         windows = step * KEYS + key
         exists = windows < num_windows

@@ -212,6 +212,7 @@ def _attend(
     KEYS: tl.constexpr,
     MAX_SHARED: tl.constexpr,
     STAGES: tl.constexpr,
+    END_STAGES: tl.constexpr,
 ):
     """Attention of a tile's tokens over what they share: out [total_q, q heads, dim], lse natural."""
     group_head = tl.program_id(1)
@@ -270,7 +271,7 @@ def _attend(
         v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, False)
     # The blocks at the end of the list, which some tokens do not see whole, or which are short.
-    for step in tl.range(num_whole * parts, num_shared * parts, num_stages=1):
+    for step in tl.range(num_whole * parts, num_shared * parts, num_stages=END_STAGES):
         first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
         chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
         keys = first_key + key
@@ -373,11 +374,14 @@ def attend_shared(
 def _attending(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel:
     """The kernel with what is the same for all groups."""
     p = problem
+    head_dim_padded, value_dim_padded = padded_dim(p.head_dim), padded_dim(p.value_dim)
+    # ptxas 12.8 loses where v lies in shared memory if a loop has one place for it and v is narrower than k.
+    end_stages = 1 if value_dim_padded == head_dim_padded else tile.num_stages
     return _attend.bind(
         NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
         TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head,
-        HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim),
-        VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, BLOCK_SIZE=p.block_size,
+        HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=head_dim_padded,
+        VALUE_DIM_PADDED=value_dim_padded, CAUSAL=p.causal, BLOCK_SIZE=p.block_size,
         TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
+        STAGES=tile.num_stages, END_STAGES=end_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
     )  # fmt: skip

@@ -71,9 +71,12 @@ class Load:
                 self.lost_at.append(time.monotonic())
 
 
-def kill_worker(server: ServerProcess) -> float:
-    """SIGKILL for the only child; returns when."""
+def kill_full_worker(server: ServerProcess) -> float:
+    """SIGKILL for the only child, in the middle of a batch or two; returns when."""
     (pid,) = server.worker_pids()
+    # A GPU is done with a request before the next ones are there: it would mostly die with nothing to lose.
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: server.metrics()["fsa_queue_depth",] > 0, what="requests queue up")
     os.kill(pid, signal.SIGKILL)
     return time.monotonic()
 
@@ -91,7 +94,7 @@ def test_a_worker_killed_again_and_again_costs_only_what_was_in_it(
             for kill in range(1, KILLS + 1):
                 load.wait_for_more(("OK", ""), CLIENTS)
                 num_lost = len(load.lost_at)
-                killed_at = kill_worker(server)
+                killed_at = kill_full_worker(server)
                 server.wait_for_health("NOT_SERVING", seconds=1.0)
                 load.wait_for_more(LOST, num_lost + 1 - len(load.lost_at), seconds=1.0)
                 server.wait_for_health("SERVING")

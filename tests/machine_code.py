@@ -1,0 +1,87 @@
+"""What the compiler got wrong, seen in a kernel's machine code (SASS, as cuobjdump prints it).
+
+ptxas 12.8 loses definitions of uniform registers: it takes them out of a loop and forgets them. Matrix
+products then read shared memory wherever the register happens to point, which is an illegal access now and
+then and a wrong answer else. Such a register is read on some way through the kernel before it is written.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+NUM_UNIFORM_REGISTERS = 63
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+WRITES = re.compile(r"(U(?!ISETP|PLOP|TMA|BLK|CGABAR|SETMAX)|R2UR|S2UR|CS2UR|REDUX|VOTEU)\w*")
+BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*?(0x[0-9a-f]+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    text: str
+    written: set[int] = field(default_factory=set)
+    read: set[int] = field(default_factory=set)
+
+    @property
+    def target(self) -> int | None:
+        branch = BRANCH.search(self.text)
+        return int(branch[1], 16) if branch else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        if self.target is not None:
+            return self.text.startswith("@") or bool(re.search(r"BRA(\.\w+)* !?U?P", self.text))
+        return not self.text.startswith(("EXIT", "RET"))
+
+
+def unwritten_uniform_registers(sass: str) -> list[str]:
+    """The instructions that may read a uniform register before any has written it, with its name."""
+    instructions = list(_instructions(sass))
+    places = {instruction.address: place for place, instruction in enumerate(instructions)}
+    unwritten = {0: set(range(NUM_UNIFORM_REGISTERS))}
+    to_do = [0]
+    while to_do:
+        place = to_do.pop()
+        instruction = instructions[place]
+        left = unwritten[place] - instruction.written
+        nexts = [place + 1] if instruction.falls_through and place + 1 < len(instructions) else []
+        if instruction.target is not None:
+            nexts.append(places[instruction.target])
+        for following in nexts:
+            known = unwritten.get(following)
+            if known is None or not left <= known:
+                unwritten[following] = left | (known or set())
+                to_do.append(following)
+    return [
+        f"{instruction.text} reads UR{register}"
+        for place, instruction in enumerate(instructions)
+        for register in sorted(instruction.read & unwritten.get(place, set()))
+    ]
+
+
+def _instructions(sass: str) -> Iterator[Instruction]:
+    for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass):
+        yield Instruction(int(address, 16), text.strip(), *_registers(PREDICATE.sub("", text.strip())))
+
+
+def _registers(text: str) -> tuple[set[int], set[int]]:
+    """The uniform registers that an instruction writes, and those that it reads."""
+    operation, _, rest = text.partition(" ")
+    writes = WRITES.fullmatch(operation.split(".")[0]) is not None
+    operands = rest.split(",")
+    is_wide = writes and ".64" in operation
+    is_wide_sum = writes and ".WIDE" in operation  # Of a product of narrow factors and a wide number.
+    written: set[int] = set()
+    read: set[int] = set()
+    for place, operand in enumerate(operands):
+        for register in map(int, re.findall(r"\bUR(\d+)\b", operand)):
+            if "gdesc" in operand:
+                # The descriptors of both factors; the first's are not looked at where that is in registers.
+                read.update(range(register + (2 if place == 2 else 0), register + 4))
+            elif writes and not written and operand.strip().startswith("UR"):
+                written.update((register, register + 1) if is_wide or is_wide_sum else (register,))
+            elif operation not in ("MOV", "UP2UR"):  # Kept for later, used or not; some bits of it changed.
+                is_pair = is_wide or "desc" in operand or (is_wide_sum and place == len(operands) - 1)
+                read.update((register, register + 1) if is_pair else (register,))
+    return written, read

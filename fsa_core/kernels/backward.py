@@ -22,6 +22,7 @@ import torch
 import triton.language as tl
 
 from fsa_core.backward_plan import BackwardPlan, plan_backward
+from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
@@ -30,37 +31,8 @@ from fsa_core.kernels.sorted_index import SortedIndex, sorted_index
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
 from fsa_core.problem import Problem
 
-DELTA_ROWS = 16
 # Few keys a program: a block that everybody chose has many items to add.
 SUM_KEYS = 16
-
-
-@kernel
-def _delta(
-    out_ptr,
-    grad_out_ptr,
-    grad_lse_ptr,
-    delta_ptr,
-    num_tokens,
-    first_delta_head,
-    num_delta_heads,
-    NUM_Q_HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """delta float32 [tokens, num_delta_heads], of the query heads from ``first_delta_head`` on."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tokens = rows // num_delta_heads
-    row_mask = tokens < num_tokens
-    places = tokens * NUM_Q_HEADS + first_delta_head + rows % num_delta_heads
-    dims = tl.arange(0, VALUE_DIM_PADDED)
-    mask = row_mask[:, None] & (dims < VALUE_DIM)[None, :]
-    out = tl.load(out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
-    grad_out = tl.load(grad_out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    delta -= tl.load(grad_lse_ptr + places, mask=row_mask, other=0.0)
-    tl.store(delta_ptr + rows, delta, mask=row_mask)
 
 
 @kernel
@@ -348,11 +320,7 @@ def selected_attention_backward(
     delta = q.new_empty(p.num_q_tokens, num_delta_heads, dtype=torch.float32)
     for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
         first_delta_head = kv_heads.start * p.group_size
-        _delta[(-(-p.num_q_tokens * num_delta_heads // DELTA_ROWS),)](
-            out, grad_out, grad_lse, delta, p.num_q_tokens, first_delta_head, num_delta_heads,
-            NUM_Q_HEADS=p.num_q_heads, VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim),
-            ROWS=DELTA_ROWS,
-        )  # fmt: skip
+        write_delta(out, grad_out, grad_lse, delta, first_delta_head)
         given = Operands(q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, first_delta_head)
         _key_gradients(_Call(p, plan, given, grads, block_indices), kv_heads)
         if plan.queries is not None:

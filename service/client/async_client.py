@@ -37,7 +37,7 @@ class AsyncAttentionClient:
         self.target = target
         self._timeout_seconds = timeout_seconds
         self._retry = retry
-        options = connection.CHANNEL_OPTIONS
+        options = connection.channel_options(retry=retry)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
         else:

@@ -1,5 +1,6 @@
-"""How a client's channel is set up: methods, message sizes and reconnection."""
+"""How a client's channel is set up: methods, message sizes, reconnection and retries."""
 
+import json
 from typing import Any
 
 import grpc
@@ -13,17 +14,37 @@ HEALTH = "/grpc.health.v1.Health/Check"
 DEFAULT_TIMEOUT_SECONDS = 60.0
 READY_POLL_SECONDS = 0.05
 
-
-# The server has the say over sizes: it refuses with a reason.
-CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    # The server has the say over sizes: it refuses with a reason.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # gRPC's default waits up to two minutes before it tries a restarted server again.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # service.client.retry decides what is sent again.
-    ("grpc.enable_retries", 0),
 )
+# For a moment without a server. gRPC makes no more than five attempts, knows nothing of RetryInfo, and would
+# keep a copy of each request above 256 KiB, its buffer for retries: service.client.retry goes on from there.
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": "fsa.v1.AttentionService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 1.5,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+def channel_options(*, retry: bool) -> tuple[tuple[str, Any], ...]:
+    """With ``retry``, the channel itself sends a call that gets UNAVAILABLE again, for up to a second."""
+    if not retry:
+        return (*_OPTIONS, ("grpc.enable_retries", 0))
+    return (*_OPTIONS, ("grpc.enable_retries", 1), ("grpc.service_config", json.dumps(_SERVICE_CONFIG)))
 
 
 def not_ready(target: str, timeout_seconds: float, status: str) -> Unavailable:

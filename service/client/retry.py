@@ -1,7 +1,8 @@
 """When a call that got UNAVAILABLE is sent again: until its deadline, ever more slowly.
 
-Not left to gRPC's own retries, which end after five attempts however much of the deadline is left, and
-do not know when the server said that waiting helps.
+The channel's service config (service.client.connection) does the first of it, within a second. gRPC's own
+retries end after five attempts, however much of the deadline is left, do not know when the server said that
+waiting helps, and take no large requests.
 """
 
 import random
@@ -14,6 +15,9 @@ MAX_PAUSE_SECONDS = 5.0
 PAUSE_GROWTH = 1.5
 # Of a pause, at most: those whom one loss sent away must not all come back at once.
 JITTER = 0.25
+# What the channel's own attempts take at most. Were the deadline to pass meanwhile, the caller would not be
+# told what was wrong.
+CHANNEL_SECONDS = 1.0
 
 
 class Attempts:
@@ -38,4 +42,4 @@ class Attempts:
         asked_seconds = error.retry_after_seconds or 0.0
         pause = max(self._least_seconds, asked_seconds) * random.uniform(1.0, 1.0 + JITTER)
         self._least_seconds = min(PAUSE_GROWTH * self._least_seconds, MAX_PAUSE_SECONDS)
-        return pause if self._retry and pause < self.left_seconds else None
+        return pause if self._retry and pause + CHANNEL_SECONDS < self.left_seconds else None

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +30,9 @@ from service.client import (
     Unavailable,
     VerticalSlash,
 )
-from service.client.retry import FIRST_PAUSE_SECONDS
-from tests.serving import ServerProcess, eventually
+from service.client.connection import ATTEND, channel_options
+from service.client.retry import CHANNEL_SECONDS
+from tests.serving import ServerProcess, eventually, request_of
 
 TOKENS, Q_HEADS, KV_HEADS, DIM, BLOCK_SIZE = 40, 4, 2, 32, 16
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -209,10 +210,10 @@ def test_waiting_for_a_server_that_is_not_there_ends_in_time(client_type: Any) -
 def test_a_server_that_is_not_there_is_asked_until_the_deadline(client_type: Any) -> None:
     q, k, v, _ = torch_tensors()
     start = time.monotonic()
-    with client_type("127.0.0.1:1", timeout_seconds=1.5) as client, pytest.raises(Unavailable) as caught:
+    with client_type("127.0.0.1:1", timeout_seconds=2.5) as client, pytest.raises(Unavailable) as caught:
         client.attend(q, k, v, Dense())
-    # Two attempts take longer than the first pause; no pause ends after the deadline.
-    assert FIRST_PAUSE_SECONDS < time.monotonic() - start < 1.5
+    # Longer than the channel's own attempts; no pause ends after the deadline.
+    assert CHANNEL_SECONDS < time.monotonic() - start < 2.5
     assert caught.value.reason == ""
 
 
@@ -251,9 +252,6 @@ class TestLostWorker:
     def test_its_requests_are_retried_for_as_long_as_no_other_worker_is_there(
         self, worker_dies_in_half_a_second: int, server: ServerProcess
     ) -> None:
-        def refused() -> float:
-            return server.metrics().get(("fsa_requests_total", "UNAVAILABLE", "Attend"), 0)
-
         q = np.ones((2048, 2, 64), np.float32)  # more than the 256 KiB that gRPC's own retries would take
         pattern = BlockIndices(np.zeros((1, 2048, 1), np.int32), 64)
 
@@ -261,15 +259,31 @@ class TestLostWorker:
             with client_type(server.target, timeout_seconds=120) as client:
                 return client.attend(q, q, q, pattern).out
 
-        before = refused()
+        before = num_refused(server)
         with ThreadPoolExecutor(2) as threads:
             answers = [threads.submit(attend, client_type) for client_type in (AttentionClient, Awaited)]
             with next_worker_held_back(server, worker_dies_in_half_a_second):
                 # gRPC's own retries end after five attempts of each.
-                eventually(lambda: refused() > before + 2 * 5, seconds=60, what="more attempts than gRPC's")
+                eventually(
+                    lambda: num_refused(server) > before + 2 * 5, seconds=60, what="more attempts than gRPC's"
+                )
                 assert not any(answer.done() for answer in answers)
             for answer in answers:
                 np.testing.assert_allclose(answer.result(), q, rtol=1e-3)
+
+    def test_the_channel_itself_makes_five_attempts(
+        self, worker_dies_in_half_a_second: int, server: ServerProcess, make_case: Callable[..., Any]
+    ) -> None:
+        with (
+            next_worker_held_back(server, worker_dies_in_half_a_second),
+            grpc.insecure_channel(server.target, channel_options(retry=True)) as channel,
+        ):
+            raw = request_of(make_case()).SerializeToString()
+            before = num_refused(server)
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(ATTEND)(raw, timeout=60)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert num_refused(server) == before + 5
 
     def test_its_request_is_unavailable_when_retries_are_off(
         self, client_type: Any, server: ServerProcess
@@ -281,6 +295,10 @@ class TestLostWorker:
         ):
             client.attend(q, k, v, Dense())
         assert caught.value.reason == "WORKER_LOST"
+
+
+def num_refused(server: ServerProcess) -> float:
+    return server.metrics().get(("fsa_requests_total", "UNAVAILABLE", "Attend"), 0)
 
 
 @contextmanager

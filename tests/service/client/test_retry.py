@@ -3,7 +3,14 @@
 import grpc
 
 from service.client.errors import Unavailable
-from service.client.retry import FIRST_PAUSE_SECONDS, JITTER, MAX_PAUSE_SECONDS, PAUSE_GROWTH, Attempts
+from service.client.retry import (
+    CHANNEL_SECONDS,
+    FIRST_PAUSE_SECONDS,
+    JITTER,
+    MAX_PAUSE_SECONDS,
+    PAUSE_GROWTH,
+    Attempts,
+)
 
 
 def unavailable(retry_after_seconds: float | None = None) -> Unavailable:
@@ -36,8 +43,8 @@ def test_many_who_were_sent_away_together_come_back_apart() -> None:
 
 
 def test_no_attempt_is_waited_for_that_the_deadline_does_not_leave_time_for() -> None:
-    assert Attempts(FIRST_PAUSE_SECONDS / 2, retry=True).pause_after(unavailable()) is None
-    assert Attempts(2.0, retry=True).pause_after(unavailable(2.0)) is None
+    assert Attempts(CHANNEL_SECONDS + FIRST_PAUSE_SECONDS, retry=True).pause_after(unavailable()) is None
+    assert Attempts(CHANNEL_SECONDS + 2.0, retry=True).pause_after(unavailable(2.0)) is None
 
 
 def test_without_retries_there_is_one_attempt() -> None:

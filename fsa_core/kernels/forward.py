@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
@@ -448,19 +449,16 @@ def _attend_group(
 def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[BoundKernel, BoundKernel]:
     """The kernels of partials and of their merge, with what is the same for all chunks."""
     p, is_mixed = problem, plan.query_tile is not None
-    heads = {
-        "NUM_Q_HEADS": p.num_q_heads, "HEADS_PER_PAIR": plan.heads_per_pair,
-        "INDEX_PER_HEAD": plan.index_per_head, "VALUE_DIM": p.value_dim,
-        "VALUE_DIM_PADDED": padded_dim(p.value_dim),
-    }  # fmt: skip
     attend = _partial.bind(
-        **heads, NUM_KV_HEADS=p.num_kv_heads, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
-        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
-        CAUSAL=p.causal, ROWS=plan.tile.rows, KEYS=plan.tile.keys, TILES_PER_ITEM=plan.tile.tiles_per_item,
-        ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps, num_stages=1,
-        maxnreg=plan.tile.max_registers,
+        **attention_constants(p, plan), ROWS=plan.tile.rows, KEYS=plan.tile.keys,
+        TILES_PER_ITEM=plan.tile.tiles_per_item, ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps,
+        num_stages=1, maxnreg=plan.tile.max_registers,
     )  # fmt: skip
-    merge = _merge.bind(**heads, WITH_SHARED=is_mixed, ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1)
+    merge = _merge.bind(
+        NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=plan.heads_per_pair, INDEX_PER_HEAD=plan.index_per_head,
+        VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim), WITH_SHARED=is_mixed,
+        ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1,
+    )  # fmt: skip
     return attend, merge
 
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
@@ -373,15 +374,11 @@ def attend_shared(
 @lru_cache(maxsize=1024)
 def _attending(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel:
     """The kernel with what is the same for all groups."""
-    p = problem
-    head_dim_padded, value_dim_padded = padded_dim(p.head_dim), padded_dim(p.value_dim)
     # ptxas 12.8 loses where v lies in shared memory if a loop has one place for it and v is narrower than k.
-    end_stages = 1 if value_dim_padded == head_dim_padded else tile.num_stages
+    is_as_wide = padded_dim(problem.value_dim) == padded_dim(problem.head_dim)
+    end_stages = 1 if is_as_wide else tile.num_stages
     return _attend.bind(
-        NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
-        TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head,
-        HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=head_dim_padded,
-        VALUE_DIM_PADDED=value_dim_padded, CAUSAL=p.causal, BLOCK_SIZE=p.block_size,
-        TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
-        STAGES=tile.num_stages, END_STAGES=end_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
+        **attention_constants(problem, plan), TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
+        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, END_STAGES=end_stages, num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
     )  # fmt: skip

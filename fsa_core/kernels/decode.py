@@ -55,6 +55,8 @@ class Split:
     num_warps: int
 
 
+# A step asks for it at every layer.
+@lru_cache(maxsize=1024)
 def split(problem: Problem) -> Split:
     """From what a row is, never from how many there are."""
     p = problem

@@ -26,12 +26,17 @@ from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from fsa_core.kernels.backward import selected_attention_backward
-from fsa_core.kernels.compressed import compressed_attention_forward, row_shares
+from fsa_core.kernels.compressed import (
+    compressed_attention_forward,
+    row_shares,
+    window_attention_forward,
+)
 from fsa_core.kernels.decode import paged_selected_attention_forward
 from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.kernels.interval_gradients import interval_attention_backward
 from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.stages import kernel_sizes
+from fsa_core.nsa.stages import kernel_sizes, window_sizes
 from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
 from tests.fsa_core.conftest import _make_case as make_case
@@ -183,18 +188,22 @@ def compile_shape(
 
 
 def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
-    """Compressed attention, with values and without, and selection of one shape."""
+    """Compressed and sliding-window attention with their gradients, and selection of one shape."""
     call = make_call(torch.device("cpu"), q_lens=(300, 40), num_kv_heads=2, **shape)
     config = call.config
     checked = Call(config, call.cu_seqlens_q, call.cu_seqlens_k, call.softmax_scale, DEFAULT_WORKSPACE_BYTES)
     sizes = kernel_sizes(checked, call.q, call.k_cmp, call.v_cmp)
     blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
     assert takes(*sizes, blocks)
-    operands = (call.q, call.k_cmp)
+    over_windows, over_keys = (call.q, call.k_cmp, call.v_cmp), (call.q, call.k, call.v)
+    key_sizes = window_sizes(checked, *over_keys)
     with caught() as launches:
-        compressed_attention_forward(*sizes, *operands, call.v_cmp)
-        shares = row_shares(*sizes, *operands)
-        select_blocks_forward(*sizes, blocks, *operands, shares, with_importance=config.has_budget)
+        out, lse, shares = compressed_attention_forward(*sizes, *over_windows)
+        row_shares(*sizes, call.q, call.k_cmp)
+        select_blocks_forward(*sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget)
+        interval_attention_backward(*sizes, *over_windows, out, lse, out, lse)
+        window_attention_forward(*key_sizes, *over_keys)
+        interval_attention_backward(*key_sizes, *over_keys, out, lse, out, lse)
     yield from launches.compiled.values()
 
 

@@ -13,5 +13,5 @@ def test_the_largest_and_the_oddest_shapes_compile_for_hopper_within_its_shared_
     assert told.returncode == 0, told.stdout + told.stderr
     kernels = ("_partial", "_merge", "_attend", "_gradients", "_of_tiles", "_of_pairs")
     decode = ("_attend_slots", "_merge_splits")
-    for kernel in (*kernels, *decode, "_attend_windows", "_select"):
+    for kernel in (*kernels, *decode, "_attend_windows", "_select", "_of_queries", "_of_keys"):
         assert told.stdout.count(f"{kernel}: ") >= 3

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, load_item, new_inversion
 from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
@@ -90,18 +90,14 @@ def _attend_item(
     TILES_PER_ITEM: tl.constexpr,
 ):
     """The rows of up to TILES_PER_ITEM tiles against one KV block; what it writes as ``_partial`` says."""
-    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
-    block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
-    q_start = tl.load(cu_seqlens_q_ptr + sequence)
-    k_start = tl.load(cu_seqlens_k_ptr + sequence)
-    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
-    q_shift = k_length - (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start) - q_start
+    block_start, k_start, k_length, q_shift = find_block(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE
+    )
     # A tile is whole pairs, so that what a row is of its pair is the same in every tile.
     pairs_in_tile: tl.constexpr = ROWS // HEADS_PER_PAIR
-    first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
-    segment_start = tl.load(offsets_ptr + segment)
-    num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
-    pairs_ptr += segment_start + first_pair
+    pairs_ptr, num_pairs = load_item(
+        pairs_ptr, offsets_ptr, item_offsets_ptr, segment, item, pairs_in_tile * TILES_PER_ITEM
+    )
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, load_item
 from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.kernels.primitives import find_segment_sequence, first_segment
+from fsa_core.kernels.primitives import find_block
 from fsa_core.kernels.query_tiles import mixed_programs
 from fsa_core.kernels.share_sums import sum_shares
 from fsa_core.plan import ForwardPlan, Group, chunks, search_steps
@@ -65,17 +65,14 @@ def _share_item(
     STAGES: tl.constexpr,
 ):
     """The rows of up to TILES_PER_ITEM tiles under one KV block; what it writes as ``_of_pairs`` says."""
-    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
-    block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
-    k_start = tl.load(cu_seqlens_k_ptr + sequence)
-    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
-    q_shift = k_length - tl.load(cu_seqlens_q_ptr + sequence + 1)
+    block_start, k_start, k_length, q_shift = find_block(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE
+    )
     # A tile is whole pairs, so that what a row is of its pair is the same in every tile.
     pairs_in_tile: tl.constexpr = ROWS // HEADS_PER_PAIR
-    first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
-    segment_start = tl.load(offsets_ptr + segment)
-    num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
-    pairs_ptr += segment_start + first_pair
+    pairs_ptr, num_pairs = load_item(
+        pairs_ptr, offsets_ptr, item_offsets_ptr, segment, item, pairs_in_tile * TILES_PER_ITEM
+    )
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)

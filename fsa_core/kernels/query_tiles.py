@@ -154,6 +154,15 @@ def _agree(
 
 
 @triton.jit
+def load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Of the list's part number ``step``, of KEYS keys: its first key, and which rows chose it."""
+    parts: tl.constexpr = BLOCK_SIZE // KEYS
+    first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
+    chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+    return first_key, chose
+
+
+@triton.jit
 def load_block(ptrs, key_mask, dim_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
     """A K or V block; the masks, broadcastable to ``ptrs``, are applied only where they hide something."""
     if MASK_KEYS:
@@ -263,8 +272,7 @@ def _attend(
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
     for step in tl.range(0, num_whole * parts, num_stages=STAGES):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
         k = load_block(k_ptrs, True, dim_mask[:, None], False, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
@@ -273,8 +281,7 @@ def _attend(
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, False)
     # The blocks at the end of the list, which some tokens do not see whole, or which are short.
     for step in tl.range(num_whole * parts, num_shared * parts, num_stages=END_STAGES):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         keys = first_key + key
         exists = keys < k_length
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets

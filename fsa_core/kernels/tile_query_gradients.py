@@ -6,7 +6,13 @@ import triton.language as tl
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import kernel
-from fsa_core.kernels.query_tiles import Agreement, load_block, tile_tokens, tiles_of
+from fsa_core.kernels.query_tiles import (
+    Agreement,
+    load_block,
+    load_shared,
+    tile_tokens,
+    tiles_of,
+)
 from fsa_core.plan import ForwardPlan, Group, QueryTile, search_steps
 from fsa_core.problem import Problem
 
@@ -102,8 +108,7 @@ def _of_tiles(
     v_ptr += first_row * VALUE_DIM
     grad_q = tl.zeros((ROWS, HEAD_DIM_PADDED), tl.float32)
     for step in tl.range(0, num_whole * parts, num_stages=STAGES):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         shift = tl.where(chose, lse_shift, float("inf"))
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
         k = load_block(k_ptrs, True, dim_mask, False, mask_dims)
@@ -112,8 +117,7 @@ def _of_tiles(
         grad_q = add_share(grad_q, q, grad_out, k, v, shift, delta, True, scale, False)
     # The blocks at the end of the list, which some tokens do not see whole, or which are short.
     for step in tl.range(num_whole * parts, num_shared * parts, num_stages=1):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         shift = tl.where(chose, lse_shift, float("inf"))
         keys = first_key + key
         exists = (keys < k_length)[:, None]

@@ -308,7 +308,7 @@ def _constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, int]
 def _query_tile(problem: Problem) -> Tile:
     """128 rows, which read K and V half as often as 64, with 64 keys, or fewer where numbers are wide.
 
-    302 instructions a warp and step at D = 128 in 16 bits (sm_90, Triton 3.7), 230 registers, no spills; 64
+    307 instructions a warp and step at D = 128 in 16 bits (sm_90, Triton 3.7), 224 registers, no spills; 64
     rows and 64 keys in 4 warps take 348, with 128 keys they spill 368 bytes.
     """
     rows, keys = _by_width(problem, narrow=(128, 64), wide=(64, 32))
@@ -318,7 +318,7 @@ def _query_tile(problem: Problem) -> Tile:
 def _key_tile(problem: Problem) -> Tile:
     """64 rows and 128 keys, or fewer where numbers are wide.
 
-    436 instructions a warp and step at D = 128 in 16 bits (sm_90, Triton 3.7), and 1 load of what is spilled;
+    438 instructions a warp and step at D = 128 in 16 bits (sm_90, Triton 3.7), and 1 load of what is spilled;
     64 keys in 4 warps take 544, 50 of them for spills, or with 32 rows twice 274; 128 rows spill more.
     """
     rows, keys = _by_width(problem, narrow=(64, 128), wide=(32, 64))

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -237,17 +237,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", choices=("selected", "windows", "decode"), help="these kernels")
     parser.add_argument("--all", action="store_true", help="every dtype, head dim, block size and path")
+    options = parser.parse_args()
     fit = True
     # The mixed path has the kernels of both others, and one pass the larger ones of the gradients.
     shapes: Iterable[dict[str, Any]] = EXTREMES
     paths, limits_bytes = (MIXED,), (DEFAULT_WORKSPACE_BYTES,)
-    if parser.parse_args().all:
+    if options.all:
         shapes, paths, limits_bytes = every_shape(), PATHS, (DEFAULT_WORKSPACE_BYTES, 1)
-    found = [(shape, compile_shape(shape, paths, limits_bytes)) for shape in shapes]
-    found += [(shape, compile_windows(shape)) for shape in WINDOWS]
-    found += [(shape, compile_decode(shape)) for shape in DECODES]
-    for shape, kernels in found:
+    compiled = {
+        "selected": [(shape, compile_shape(shape, paths, limits_bytes)) for shape in shapes],
+        "windows": [(shape, compile_windows(shape)) for shape in WINDOWS],
+        "decode": [(shape, compile_decode(shape)) for shape in DECODES],
+    }
+    for shape, kernels in chain.from_iterable(
+        found for name, found in compiled.items() if options.only in (None, name)
+    ):
         named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
         for kernel in kernels:
             fit &= kernel.fits

@@ -144,7 +144,7 @@ def test_gradients_are_given_once(make_call, name):
     operands = [x.requires_grad_() for x in branch.operands]
     out, _ = branch.run(*operands)
     (grad,) = torch.autograd.grad(out.square().sum(), operands[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once"):
         grad.sum().backward()
 
 

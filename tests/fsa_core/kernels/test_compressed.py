@@ -7,8 +7,7 @@ import torch
 
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import compressed_attention
-from fsa_core.nsa.reference import compressed_attention_reference
-from tests.fsa_core.nsa.conftest import SMALL, Call, assert_close_to_oracle, eager_attention
+from tests.fsa_core.nsa.conftest import SMALL, Branch
 from tests.fsa_core.nsa.conftest import _make_call as make_call
 
 LENS = {
@@ -23,40 +22,9 @@ def check(device: torch.device) -> Callable[..., None]:
     """Answers and gradients err at most twice as eager attention does, and some roundings."""
 
     def run(**options: object) -> None:
-        call = make_call(device, **options)
-        rest = (call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
-        mask = visible_windows(call)
-
-        def kernel(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return compressed_attention(
-                *operands,
-                config=call.config,
-                cu_seqlens_q=call.cu_seqlens_q,
-                cu_seqlens_k=call.cu_seqlens_k,
-                softmax_scale=call.softmax_scale,
-                backend="triton",
-            )
-
-        assert_close_to_oracle(
-            kernel,
-            lambda *operands: eager_attention(*operands, mask, call.softmax_scale),
-            lambda *operands: compressed_attention_reference(*operands, *rest),
-            (call.q, call.k_cmp, call.v_cmp),
-        )
+        Branch("compressed", make_call(device, **options), backend="triton").check()
 
     return run
-
-
-def visible_windows(call: Call) -> torch.Tensor:
-    """bool [num_q_tokens, num_windows]: the window's last key is not after the query."""
-    masks = []
-    for q_len, k_len in zip(
-        call.cu_seqlens_q.diff().tolist(), call.cu_seqlens_k.diff().tolist(), strict=True
-    ):
-        position = torch.arange(q_len)[:, None] + k_len - q_len
-        last_key = torch.arange(k_len)[call.config.kernel_size - 1 :: call.config.stride]
-        masks.append(last_key <= position)
-    return torch.block_diag(*masks).bool().to(call.q.device)
 
 
 @pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())

@@ -6,9 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsa_core.nsa.functional import sliding_window_attention
-from fsa_core.nsa.reference import sliding_window_attention_reference
-from tests.fsa_core.nsa.conftest import SMALL, Call, assert_close_to_oracle, eager_attention
+from tests.fsa_core.nsa.conftest import SMALL, Branch
 from tests.fsa_core.nsa.conftest import _make_call as make_call
 
 LENS = {
@@ -24,37 +22,9 @@ def check(device: torch.device) -> Callable[..., None]:
 
     def run(window: int = SMALL.window, **options: object) -> None:
         call = make_call(device, config=replace(SMALL, window=window), **options)
-        rest = (call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
-        mask = visible_keys(call)
-
-        def kernel(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return sliding_window_attention(
-                *operands,
-                config=call.config,
-                cu_seqlens_q=call.cu_seqlens_q,
-                cu_seqlens_k=call.cu_seqlens_k,
-                softmax_scale=call.softmax_scale,
-                backend="triton",
-            )
-
-        assert_close_to_oracle(
-            kernel,
-            lambda *operands: eager_attention(*operands, mask, call.softmax_scale),
-            lambda *operands: sliding_window_attention_reference(*operands, *rest),
-            (call.q, call.k, call.v),
-        )
+        Branch("window", call, backend="triton").check()
 
     return run
-
-
-def visible_keys(call: Call) -> torch.Tensor:
-    """bool [num_q_tokens, num_k_tokens]: the key is one of the last ``window`` up to the query."""
-    masks = []
-    lens = (x.diff().tolist() for x in (call.cu_seqlens_q, call.cu_seqlens_k))
-    for q_len, k_len in zip(*lens, strict=True):
-        distance = torch.arange(q_len)[:, None] + k_len - q_len - torch.arange(k_len)
-        masks.append((distance >= 0) & (distance < call.config.window))
-    return torch.block_diag(*masks).bool().to(call.q.device)
 
 
 @pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())

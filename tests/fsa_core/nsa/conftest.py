@@ -1,14 +1,22 @@
 """Calls of the NSA operator that are valid by construction, and bounds of their errors."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.reference import compress_reference, pool_mean
+from fsa_core.nsa.functional import compressed_attention, sliding_window_attention
+from fsa_core.nsa.reference import (
+    compress_reference,
+    compressed_attention_reference,
+    pool_mean,
+    sliding_window_attention_reference,
+)
 
 Answer = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,6 +88,51 @@ def eager_attention(
     scores = scores.masked_fill(~visible & sees_any, -torch.inf)
     out = torch.einsum("hts,shd->thd", scores.softmax(-1) * sees_any, v)
     return out, scores.float().logsumexp(-1).masked_fill(~sees_any[:, 0], -torch.inf).T
+
+
+class Branch:
+    """Compressed ("compressed") or sliding-window ("window") attention of a call: ours, eager, the oracle."""
+
+    def __init__(self, name: str, call: Call, backend: str = "auto") -> None:
+        self.call = call
+        self.backend = backend
+        self.is_compressed = name == "compressed"
+        self.operands = (call.q, call.k_cmp, call.v_cmp) if self.is_compressed else (call.q, call.k, call.v)
+
+    def run(self, *operands: torch.Tensor, **options: Any) -> Answer:
+        function = compressed_attention if self.is_compressed else sliding_window_attention
+        call = self.call
+        starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+        given = {"config": call.config, "softmax_scale": call.softmax_scale, "backend": self.backend}
+        return function(*operands, **{**given, **starts, **options})
+
+    def oracle(self, *operands: torch.Tensor) -> Answer:
+        function = (
+            compressed_attention_reference if self.is_compressed else sliding_window_attention_reference
+        )
+        call = self.call
+        return function(*operands, call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
+
+    def eager(self, *operands: torch.Tensor) -> Answer:
+        return eager_attention(*operands, self.visible(), self.call.softmax_scale)
+
+    def visible(self) -> torch.Tensor:
+        """bool [num_q_tokens, num_k_tokens]: each key, or window, by where it ends and which it is."""
+        call, config = self.call, self.call.config
+        masks = []
+        starts = zip(call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist(), strict=True)
+        for (q_start, k_start), (q_end, k_end) in itertools.pairwise(starts):
+            position = torch.arange(q_end - q_start)[:, None] + (k_end - k_start) - (q_end - q_start)
+            key = torch.arange(k_end - k_start)
+            if self.is_compressed:
+                last_key = key[config.kernel_size - 1 :: config.stride]
+                masks.append(last_key <= position)
+            else:
+                masks.append((key <= position) & (key > position - config.window))
+        return torch.block_diag(*masks).bool().to(call.q.device)
+
+    def check(self) -> None:
+        assert_close_to_oracle(self.run, self.eager, self.oracle, self.operands)
 
 
 def assert_close_to_oracle(

@@ -1,6 +1,5 @@
 """Compressed and sliding-window attention against the oracle: answers, gradients, memory, errors."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsa_core.errors import InputError
 from fsa_core.nsa.functional import compressed_attention, select_blocks, sliding_window_attention
-from fsa_core.nsa.reference import compressed_attention_reference, sliding_window_attention_reference
-from tests.fsa_core.nsa.conftest import SMALL, assert_close_to_oracle, eager_attention
+from tests.fsa_core.nsa.conftest import SMALL, Branch, assert_close_to_oracle
 
 BRANCHES = ("compressed", "window")
 LENS = {
@@ -19,47 +17,6 @@ LENS = {
     "chunked prefill and decode": ((40, 1, 1), (90, 65, 9)),
     "more queries than keys": ((30, 20), (12, 0)),
 }
-
-
-class Branch:
-    """One of the two branches over the tensors of a call: implementation, eager attention, oracle."""
-
-    def __init__(self, name, call):
-        self.call = call
-        self.is_compressed = name == "compressed"
-        self.operands = (call.q, call.k_cmp, call.v_cmp) if self.is_compressed else (call.q, call.k, call.v)
-
-    def run(self, *operands, **options):
-        function = compressed_attention if self.is_compressed else sliding_window_attention
-        call = self.call
-        starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
-        options = {"config": call.config, "softmax_scale": call.softmax_scale, **starts, **options}
-        return function(*operands, **options)
-
-    def oracle(self, *operands):
-        function = (
-            compressed_attention_reference if self.is_compressed else sliding_window_attention_reference
-        )
-        call = self.call
-        return function(*operands, call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
-
-    def eager(self, *operands):
-        return eager_attention(*operands, self.visible(), self.call.softmax_scale)
-
-    def visible(self):
-        """bool [num_q_tokens, num_k_tokens]: each key, or window, by where it ends and which it is."""
-        call, config = self.call, self.call.config
-        masks = []
-        starts = zip(call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist(), strict=True)
-        for (q_start, k_start), (q_end, k_end) in itertools.pairwise(starts):
-            position = torch.arange(q_end - q_start)[:, None] + (k_end - k_start) - (q_end - q_start)
-            key = torch.arange(k_end - k_start)
-            if self.is_compressed:
-                last_key = key[config.kernel_size - 1 :: config.stride]
-                masks.append(last_key <= position)
-            else:
-                masks.append((key <= position) & (key > position - config.window))
-        return torch.block_diag(*masks).bool().to(call.q.device)
 
 
 @pytest.mark.parametrize("limit", [1, 30_000, 2**26], ids=lambda limit: f"{limit} bytes")
@@ -79,28 +36,28 @@ def test_answers_and_gradients_are_the_oracles(make_call, name, lens, limit):
 @pytest.mark.parametrize("name", BRANCHES)
 def test_half_precision_costs_no_more_than_eagerly(make_call, name, dtype):
     branch = Branch(name, make_call(dtype=dtype, group_size=3))
-    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+    branch.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", BRANCHES)
 def test_large_scores_stay_finite_and_right(make_call, name, dtype):
     branch = Branch(name, make_call(q_scale=16.0, dtype=dtype))
-    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+    branch.check()
 
 
 @pytest.mark.parametrize("window", [1, 2, 64, 1000])
 def test_windows_of_any_size(make_call, window):
     config = replace(SMALL, window=window)
     branch = Branch("window", make_call(q_lens=(90, 20), k_lens=(90, 70), config=config))
-    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+    branch.check()
 
 
 @pytest.mark.parametrize("kernel_size", [1, 4, 16, 64])
 def test_compression_windows_of_any_size(make_call, kernel_size):
     config = replace(SMALL, kernel_size=kernel_size, stride=min(kernel_size, 4))
     branch = Branch("compressed", make_call(config=config))
-    assert_close_to_oracle(branch.run, branch.eager, branch.oracle, branch.operands)
+    branch.check()
 
 
 class LargestTensor(TorchDispatchMode):

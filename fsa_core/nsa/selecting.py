@@ -93,9 +93,10 @@ def validate_selecting(
     if gates is not None:
         if gates.dim() != 3:
             refuse("INVALID_RANK", "gates", "rank", gates.dim(), "3, [tokens, query heads, branches]")
+        got, expected = (str(x.dtype).removeprefix("torch.") for x in (gates, q))
+        if got != expected:
+            refuse("INVALID_DTYPE", "gates", "dtype", got, f"{expected}, that of q")
         check_gates(gates, q)
-        if gates.dtype != q.dtype:
-            refuse("INVALID_DTYPE", "gates", "dtype", gates.dtype, f"{q.dtype}, that of q")
     return SelectingProblem.of(dense, config, is_gated=gates is not None)
 
 

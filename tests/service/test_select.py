@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -193,7 +193,12 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "no block": ({"top_k": 0}, "INVALID_TOP_K", "top_k", "at least 1"),
     "fewer than forced": ({"num_local_blocks": 3}, "INVALID_TOP_K", "top_k", "from 4"),
     "negative": ({"num_first_blocks": -1}, "INVALID_NUM_FIRST_BLOCKS", "num_first_blocks", "at least 0"),
-    "negative local": ({"num_local_blocks": -1}, "INVALID_NUM_LOCAL_BLOCKS", "num_local_blocks", "at least 0"),
+    "negative local": (
+        {"num_local_blocks": -1},
+        "INVALID_NUM_LOCAL_BLOCKS",
+        "num_local_blocks",
+        "at least 0",
+    ),
     "a share above 1": ({"top_p": 1.5}, "INVALID_TOP_P", "top_p", "at most 1"),
     "a share of NaN": ({"min_share": math.nan}, "INVALID_MIN_SHARE", "min_share", "above 0"),
     "a window without gates": ({"window": 4}, "INVALID_WINDOW", "window", "expected 0"),
@@ -245,6 +250,4 @@ def test_limits_of_selection_are_named(limit: str, over: dict[str, int]) -> None
 
 
 def test_every_fault_of_the_sizes_has_a_code() -> None:
-    make: Callable[[str], str] = "INVALID_{}".format
-    names = (*SIZES, "window", "top_p", "min_share")
-    assert {make(name.upper()) for name in names} <= set(CODES)
+    assert {f"INVALID_{field.name.upper()}" for field in fields(NSAConfig)} <= set(CODES)

@@ -62,5 +62,9 @@ def row_starts(cu_seqlens_q: torch.Tensor, query_block_size: int) -> torch.Tenso
 
     A sequence of n queries has ceil(n / query_block_size) rows.
     """
-    num_rows = -(-cu_seqlens_q.long().diff() // query_block_size)
-    return torch.nn.functional.pad(num_rows.cumsum(0), (1, 0))
+    return starts_of(-(-cu_seqlens_q.long().diff() // query_block_size))
+
+
+def starts_of(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each of some runs starts, and the total: int64 [n + 1] of lengths [n]."""
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int64), (1, 0))

@@ -53,14 +53,14 @@ def validate_selected(
     ``check_values=False`` leaves the contents of cu_seqlens and block_indices unread. Reading them costs one
     synchronisation on CUDA when they are valid.
     """
-    _check_operands(q, k, v)
-    _check_choice("block_size", block_size, BLOCK_SIZES)
+    check_operands(q, k, v)
+    check_choice("block_size", block_size, BLOCK_SIZES)
     _check_query_block_size(query_block_size)
-    scale = _checked_scale(softmax_scale, q.shape[2])
+    scale = checked_scale(softmax_scale, q.shape[2])
     num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
-    _check_index_shape(q, k, block_indices)
+    check_index_shape(q, k, block_indices)
     if query_block_size == 1:
-        _check_row_count(block_indices, q.shape[0], "one a query token")
+        check_row_count(block_indices, q.shape[0], "one a query token")
     if check_values:
         starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
         options: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
@@ -90,12 +90,12 @@ def validate_dense(
     check_values: bool = True,
 ) -> Problem:
     """The sizes of a call of dense attention, or InputError; arguments as in validate_selected."""
-    _check_operands(q, k, v)
-    scale = _checked_scale(softmax_scale, q.shape[2])
+    check_operands(q, k, v)
+    scale = checked_scale(softmax_scale, q.shape[2])
     num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
     if check_values:
         cu_seqlens_q, cu_seqlens_k = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
-        valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
+        valid = starts_are_valid(cu_seqlens_q, q.shape[0]) & starts_are_valid(cu_seqlens_k, k.shape[0])
         if not valid:
             refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
             refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
@@ -137,7 +137,7 @@ def validate_compact(
         softmax_scale=softmax_scale,
         causal=causal,
     )
-    _check_choice("block_size", pattern.block_size, BLOCK_SIZES)
+    check_choice("block_size", pattern.block_size, BLOCK_SIZES)
     _check_query_block_size(pattern.query_block_size)
     index_heads, num_slots = pattern.check(problem, *sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k))
     return replace(problem, index_heads=index_heads, num_slots=num_slots, block_size=pattern.block_size)
@@ -156,16 +156,19 @@ def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> 
     )
 
 
-def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, "[tokens, heads, dim]", 3)
+def check_operands(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, k_name: str = "k", v_name: str = "v"
+) -> None:
+    """Refuse operands that do not go together, each [tokens, heads, dim]."""
+    for name, x in (("q", q), (k_name, k), (v_name, v)):
+        check_tensor(name, x, "[tokens, heads, dim]", 3)
         if x.dtype not in DTYPES:
             refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "float16, bfloat16 or float32")
-    for name, x in (("k", k), ("v", v)):
+    for name, x in ((k_name, k), (v_name, v)):
         if x.dtype != q.dtype:
             refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), f"{_name(q.dtype)}, that of q")
-        _check_device(name, x, q.device)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_device(name, x, q.device)
+    for name, x in (("q", q), (k_name, k), (v_name, v)):
         if not MIN_HEAD_DIM <= x.shape[2] <= MAX_HEAD_DIM:
             refuse("INVALID_HEAD_DIM", name, "head dim", x.shape[2], f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
         if x.shape[1] == 0:
@@ -173,22 +176,22 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if x.shape[0] > MAX_TOKENS:
             refuse("INVALID_TOKENS", name, "token count", x.shape[0], f"at most {MAX_TOKENS}")
     if k.shape[2] != q.shape[2]:
-        refuse("INVALID_HEAD_DIM", "k", "head dim", k.shape[2], f"{q.shape[2]}, that of q")
+        refuse("INVALID_HEAD_DIM", k_name, "head dim", k.shape[2], f"{q.shape[2]}, that of q")
     if v.shape[0] != k.shape[0]:
-        refuse("INVALID_TOKENS", "v", "token count", v.shape[0], f"{k.shape[0]}, that of k")
+        refuse("INVALID_TOKENS", v_name, "token count", v.shape[0], f"{k.shape[0]}, that of {k_name}")
     if v.shape[1] != k.shape[1]:
-        refuse("INVALID_HEADS", "v", "head count", v.shape[1], f"{k.shape[1]}, that of k")
+        refuse("INVALID_HEADS", v_name, "head count", v.shape[1], f"{k.shape[1]}, that of {k_name}")
     if q.shape[1] % k.shape[1]:
         raise InputError(
             "INVALID_HEADS",
             "q",
-            f"k has {k.shape[1]} heads, q has {q.shape[1]}: q's must be a multiple",
+            f"{k_name} has {k.shape[1]} heads, q has {q.shape[1]}: q's must be a multiple",
             got=q.shape[1],
             expected=f"a multiple of {k.shape[1]}",
         )
 
 
-def _check_tensor(name: str, x: object, layout: str, rank: int) -> None:
+def check_tensor(name: str, x: object, layout: str, rank: int) -> None:
     if not isinstance(x, torch.Tensor):
         refuse("INVALID_TYPE", name, "type", type(x).__name__, "torch.Tensor")
     if x.dim() != rank:
@@ -196,12 +199,20 @@ def _check_tensor(name: str, x: object, layout: str, rank: int) -> None:
         refuse("INVALID_RANK", name, "rank", shape, f"{rank}, {layout}")
 
 
-def _check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+def check_ints(name: str, x: torch.Tensor, layout: str, rank: int, device: torch.device) -> None:
+    """Refuse what is not an int32 tensor of ``rank`` on the device of q."""
+    check_tensor(name, x, layout, rank)
+    if x.dtype != torch.int32:
+        refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
+    check_device(name, x, device)
+
+
+def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
     if x.device != device:
         refuse("INVALID_DEVICE", name, "device", x.device, f"{device}, that of q")
 
 
-def _check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
     if not _is_int(value) or value not in choices:
         expected = f"one of {', '.join(map(str, choices))}"
         raise InputError(
@@ -225,7 +236,7 @@ def _check_query_block_size(value: object) -> None:
         )
 
 
-def _checked_scale(softmax_scale: float | None, head_dim: int) -> float:
+def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
     is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
@@ -249,10 +260,7 @@ def _checked_sequences(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if x is None:
             continue
-        _check_tensor(name, x, "[num_sequences + 1]", 1)
-        if x.dtype != torch.int32:
-            refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
-        _check_device(name, x, q.device)
+        check_ints(name, x, "[num_sequences + 1]", 1, q.device)
         lengths[name] = x.numel()
         if lengths[name] < 2:
             refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")
@@ -262,11 +270,8 @@ def _checked_sequences(
     return lengths["cu_seqlens_q"] - 1
 
 
-def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:
-    _check_tensor("block_indices", block_indices, "[heads, rows, slots]", 3)
-    if block_indices.dtype != torch.int32:
-        refuse("INVALID_DTYPE", "block_indices", "dtype", _name(block_indices.dtype), "int32")
-    _check_device("block_indices", block_indices, q.device)
+def check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:
+    check_ints("block_indices", block_indices, "[heads, rows, slots]", 3, q.device)
     heads, _, slots = block_indices.shape
     allowed = sorted({1, k.shape[1], q.shape[1]})
     if heads not in allowed:
@@ -276,7 +281,7 @@ def _check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Te
         refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", slots, f"1 to {MAX_SLOTS}")
 
 
-def _check_row_count(block_indices: torch.Tensor, expected: int, why: str) -> None:
+def check_row_count(block_indices: torch.Tensor, expected: int, why: str) -> None:
     rows = block_indices.shape[1]
     if rows != expected:
         refuse("INVALID_INDEX_SHAPE", "block_indices", "row count", rows, f"{expected}, {why}")
@@ -302,7 +307,7 @@ def _check_values(
         query_block_size=query_block_size,
         causal=causal,
     )
-    valid = _starts_are_valid(cu_seqlens_q, q.shape[0]) & _starts_are_valid(cu_seqlens_k, k.shape[0])
+    valid = starts_are_valid(cu_seqlens_q, q.shape[0]) & starts_are_valid(cu_seqlens_k, k.shape[0])
     valid &= row_starts(cu_seqlens_q, query_block_size)[-1] == num_rows
     # On CUDA the verdicts meet on the device and are read once; on the CPU the costly one is last.
     if (q.is_cuda or valid) and valid & ids_are_valid(block_indices, index_rows):
@@ -310,11 +315,11 @@ def _check_values(
     refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
     refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
     expected_rows = int(row_starts(cu_seqlens_q, query_block_size)[-1])
-    _check_row_count(block_indices, expected_rows, f"one for {query_block_size} queries of a sequence")
+    check_row_count(block_indices, expected_rows, f"one for {query_block_size} queries of a sequence")
     raise first_offender(block_indices, index_rows, block_size=block_size, per_token=query_block_size == 1)
 
 
-def _starts_are_valid(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def starts_are_valid(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
 
 

@@ -26,14 +26,21 @@ from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
 from fsa_core.kernels.backward import selected_attention_backward
-from fsa_core.kernels.compressed import compressed_attention_forward, row_shares
+from fsa_core.kernels.compressed import (
+    compressed_attention_forward,
+    row_shares,
+    window_attention_forward,
+)
+from fsa_core.kernels.decode import paged_selected_attention_forward
 from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.kernels.interval_gradients import interval_attention_backward
 from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.stages import kernel_sizes
+from fsa_core.nsa.stages import kernel_sizes, window_sizes
 from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
 from tests.fsa_core.conftest import _make_case as make_case
+from tests.fsa_core.conftest import _make_paged as make_paged
 from tests.fsa_core.nsa.conftest import _make_call as make_call
 from tests.machine_code import unwritten_uniform_registers
 
@@ -59,6 +66,19 @@ WINDOWS: tuple[dict[str, Any], ...] = (
     {
         "head_dim": 80, "value_dim": 192, "dtype": torch.float16, "group_size": 96,
         "config": NSAConfig(kernel_size=64, stride=64, block_size=256, top_k=256, top_p=0.9),
+    },
+)  # fmt: skip
+DECODES: tuple[dict[str, Any], ...] = (
+    {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "group_size": 4, "num_slots": 16},
+    # Products of 64 rows, where v is narrower than k, and a merge of as many splits as there may be.
+    {
+        "head_dim": 128, "value_dim": 32, "dtype": torch.bfloat16, "block_size": 64, "group_size": 96,
+        "num_slots": 4096,
+    },
+    {"head_dim": 256, "dtype": torch.float32, "block_size": 256, "group_size": 96, "num_slots": 16},
+    {
+        "head_dim": 80, "value_dim": 256, "dtype": torch.float16, "block_size": 16, "group_size": 3,
+        "num_slots": 40,
     },
 )  # fmt: skip
 
@@ -168,18 +188,33 @@ def compile_shape(
 
 
 def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
-    """Compressed attention, with values and without, and selection of one shape."""
+    """Compressed and sliding-window attention with their gradients, and selection of one shape."""
     call = make_call(torch.device("cpu"), q_lens=(300, 40), num_kv_heads=2, **shape)
     config = call.config
     checked = Call(config, call.cu_seqlens_q, call.cu_seqlens_k, call.softmax_scale, DEFAULT_WORKSPACE_BYTES)
     sizes = kernel_sizes(checked, call.q, call.k_cmp, call.v_cmp)
     blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
     assert takes(*sizes, blocks)
-    operands = (call.q, call.k_cmp)
+    over_windows, over_keys = (call.q, call.k_cmp, call.v_cmp), (call.q, call.k, call.v)
+    key_sizes = window_sizes(checked, *over_keys)
     with caught() as launches:
-        compressed_attention_forward(*sizes, *operands, call.v_cmp)
-        shares = row_shares(*sizes, *operands)
-        select_blocks_forward(*sizes, blocks, *operands, shares, with_importance=config.has_budget)
+        out, lse, shares = compressed_attention_forward(*sizes, *over_windows)
+        row_shares(*sizes, call.q, call.k_cmp)
+        select_blocks_forward(*sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget)
+        interval_attention_backward(*sizes, *over_windows, out, lse, out, lse)
+        window_attention_forward(*key_sizes, *over_keys)
+        interval_attention_backward(*key_sizes, *over_keys, out, lse, out, lse)
+    yield from launches.compiled.values()
+
+
+def compile_decode(shape: dict[str, Any]) -> Iterator[Compiled]:
+    """A step of one query a sequence, and one of any number, over a paged cache."""
+    page_size = 2 * shape["block_size"]
+    paged = make_paged(torch.device("cpu"), page_size=page_size, k_lens=(300, 40), **shape)
+    *tensors, starts = paged.tensors.values()
+    with caught() as launches:
+        paged_selected_attention_forward(paged.case.problem, *tensors, None)
+        paged_selected_attention_forward(paged.case.problem, *tensors, starts)
     yield from launches.compiled.values()
 
 
@@ -210,7 +245,9 @@ def main() -> int:
     if parser.parse_args().all:
         shapes, paths, limits_bytes = every_shape(), PATHS, (DEFAULT_WORKSPACE_BYTES, 1)
     found = [(shape, compile_shape(shape, paths, limits_bytes)) for shape in shapes]
-    for shape, kernels in (*found, *((shape, compile_windows(shape)) for shape in WINDOWS)):
+    found += [(shape, compile_windows(shape)) for shape in WINDOWS]
+    found += [(shape, compile_decode(shape)) for shape in DECODES]
+    for shape, kernels in found:
         named = " ".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in shape.items())
         for kernel in kernels:
             fit &= kernel.fits

@@ -12,5 +12,6 @@ def test_the_largest_and_the_oddest_shapes_compile_for_hopper_within_its_shared_
     told = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout + told.stderr
     kernels = ("_partial", "_merge", "_attend", "_gradients", "_of_tiles", "_of_pairs")
-    for kernel in (*kernels, "_attend_windows", "_select"):
+    decode = ("_attend_slots", "_merge_splits")
+    for kernel in (*kernels, *decode, "_attend_windows", "_select", "_of_queries", "_of_keys"):
         assert told.stdout.count(f"{kernel}: ") >= 3

@@ -22,11 +22,13 @@ import torch
 import triton.language as tl
 
 from fsa_core.backward_plan import BackwardPlan, plan_backward
+from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
-from fsa_core.kernels.query_gradients import Operands, query_gradients, sum_shares
+from fsa_core.kernels.query_gradients import query_gradients
+from fsa_core.kernels.share_sums import sum_shares
 from fsa_core.kernels.sorted_index import SortedIndex, sorted_index
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
 from fsa_core.problem import Problem

@@ -1,11 +1,10 @@
 """Attention over compressed keys, query tile by query tile: one launch, an online softmax, no workspace.
 
 A tile is a few consecutive tokens of one sequence with the query heads of a KV head. Every window before a
-bound is seen by all of its tokens, and only those of the last steps need a mask. Tiles are cut from the start
-of each sequence, so an answer is bitwise the same alone and in any company.
+bound is seen by all of its tokens, and only those of the last steps need a mask; in sliding-window attention,
+whose windows are keys, those of the first steps as well. Tiles are cut from the start of each sequence, so an
+answer is bitwise the same alone and in any company.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,25 +13,12 @@ import triton.language as tl
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
 from fsa_core.kernels.query_tiles import load_block
-from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visible_windows
+from fsa_core.kernels.windows import RowShares, Tile, Windows, last_tiles_first, visible_windows
 from fsa_core.plan import padded_dim, search_steps
 from fsa_core.problem import Problem
 
 # K and V of a step where heads are wide: shared memory holds two steps.
 WIDE_STEP_BYTES = 32 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """``tokens`` tokens with ``heads`` query heads of a KV head, or of one of its ``parts``, in ``rows``."""
-
-    tokens: int
-    heads: int
-    parts: int
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -75,6 +61,7 @@ def _attend_windows(
     VALUE_DIM_PADDED: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    REACH: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -104,8 +91,14 @@ def _attend_windows(
 
     visible = visible_windows(tokens + q_shift, KERNEL_SIZE, STRIDE)
     last = tl.minimum(first + TOKENS, q_end) - 1
-    num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // KEYS
-    num_steps = (visible_windows(last + q_shift, KERNEL_SIZE, STRIDE) + KEYS - 1) // KEYS
+    num_visible = visible_windows(last + q_shift, KERNEL_SIZE, STRIDE)
+    end_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // KEYS
+    end_step = (num_visible + KEYS - 1) // KEYS
+    first_step, first_whole = 0, 0
+    if REACH:
+        first_step = tl.maximum(visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) - REACH, 0) // KEYS
+        first_whole = (tl.maximum(num_visible - REACH, 0) + KEYS - 1) // KEYS
+        end_whole = tl.maximum(end_whole, first_whole)
     mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
     mask_values: tl.constexpr = VALUE_DIM != VALUE_DIM_PADDED
     key = tl.arange(0, KEYS)
@@ -118,7 +111,7 @@ def _attend_windows(
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
-    for step in tl.range(0, num_whole, num_stages=STAGES):
+    for step in tl.range(first_whole, end_whole, num_stages=STAGES):
         first_key = step * step_rows
         k = load_block(k_ptr + first_key * HEAD_DIM + k_offsets, True, dim_mask[:, None], False, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
@@ -127,9 +120,12 @@ def _attend_windows(
             v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
             v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
         row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, False, WITH_VALUES)
-    # The windows at the end, which some tokens do not see, or which do not exist. Not with one stage: ptxas
+    # The windows at both ends, which some tokens do not see, or which do not exist. Not with one stage: ptxas
     # 12.8 loses where v lies in shared memory when a loop has one place for it, and v is narrower than k.
-    for step in tl.range(num_whole, num_steps, num_stages=STAGES):
+    for i in tl.range(end_whole, end_step + (first_whole - first_step), num_stages=STAGES):
+        step = i
+        if REACH:
+            step = tl.where(i < end_step, i, i - end_step + first_step)
         first_key = step * step_rows
         windows = step * KEYS + key
         exists = windows < num_windows
@@ -137,7 +133,10 @@ def _attend_windows(
         k = load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
         v = k
-        scores = tl.where(windows[None, :] < visible[:, None], scores, float("-inf"))
+        seen = windows[None, :] < visible[:, None]
+        if REACH:
+            seen &= windows[None, :] >= visible[:, None] - REACH
+        scores = tl.where(seen, scores, float("-inf"))
         if WITH_VALUES:
             v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
             v = load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
@@ -181,6 +180,16 @@ def row_shares(problem: Problem, windows: Windows, q: torch.Tensor, k_cmp: torch
     return shares
 
 
+def window_attention_forward(
+    problem: Problem, windows: Windows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse as ``compressed_attention_forward``, of windows with a ``reach``."""
+    out = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _launch(problem, windows, q, k, v, out, lse, None, with_values=True)
+    return out, lse
+
+
 def _new_shares(q: torch.Tensor) -> RowShares:
     size = (q.shape[1], q.shape[0])
     return RowShares(*(torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2)))
@@ -194,21 +203,22 @@ def _launch(
     v_cmp: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    shares: RowShares,
+    shares: RowShares | None,
     *,
     with_values: bool,
 ) -> None:
     p, tile = problem, _tile(problem)
+    row_max, row_share = (lse, lse) if shares is None else (shares.max, shares.share)
     num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
     _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
-        q, k_cmp, v_cmp, out, lse, shares.max, shares.share, *windows.starts,
+        q, k_cmp, v_cmp, out, lse, row_max, row_share, *windows.starts,
         p.softmax_scale * LOG2_E.value, p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences),
         NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, GROUP_SIZE=p.group_size, HEADS=tile.heads,
         PARTS=tile.parts, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
         HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
-        KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride, TOKENS=tile.tokens, ROWS=tile.rows,
-        KEYS=tile.keys, STAGES=tile.num_stages, WITH_VALUES=with_values, WITH_SHARES=True,
-        num_warps=tile.num_warps,
+        KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride, REACH=windows.reach, TOKENS=tile.tokens,
+        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, WITH_VALUES=with_values,
+        WITH_SHARES=shares is not None, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
@@ -222,14 +232,5 @@ def _tile(problem: Problem) -> Tile:
     widest_bytes = padded_dim(max(p.head_dim, p.value_dim)) * p.dtype.itemsize
     is_wide = widest_bytes > 256
     rows = 64 if is_wide else 128
-    parts = -(-p.group_size // rows)
-    heads = -(-p.group_size // parts)
-    return Tile(
-        tokens=rows // heads,
-        heads=heads,
-        parts=parts,
-        rows=rows,
-        keys=max(WIDE_STEP_BYTES // (2 * widest_bytes), 16) if is_wide else 128,
-        num_warps=rows // 16,
-        num_stages=2,
-    )
+    keys = max(WIDE_STEP_BYTES // (2 * widest_bytes), 16) if is_wide else 128
+    return Tile.of(p.group_size, rows=rows, keys=keys, num_warps=rows // 16, num_stages=2)

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, new_inversion
+from fsa_core.kernels.constants import attention_constants
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, load_item, new_inversion
 from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
+from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
@@ -89,18 +90,14 @@ def _attend_item(
     TILES_PER_ITEM: tl.constexpr,
 ):
     """The rows of up to TILES_PER_ITEM tiles against one KV block; what it writes as ``_partial`` says."""
-    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
-    block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
-    q_start = tl.load(cu_seqlens_q_ptr + sequence)
-    k_start = tl.load(cu_seqlens_k_ptr + sequence)
-    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
-    q_shift = k_length - (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start) - q_start
+    block_start, k_start, k_length, q_shift = find_block(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE
+    )
     # A tile is whole pairs, so that what a row is of its pair is the same in every tile.
     pairs_in_tile: tl.constexpr = ROWS // HEADS_PER_PAIR
-    first_pair = (item - tl.load(item_offsets_ptr + segment)) * pairs_in_tile * TILES_PER_ITEM
-    segment_start = tl.load(offsets_ptr + segment)
-    num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
-    pairs_ptr += segment_start + first_pair
+    pairs_ptr, num_pairs = load_item(
+        pairs_ptr, offsets_ptr, item_offsets_ptr, segment, item, pairs_in_tile * TILES_PER_ITEM
+    )
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
@@ -448,19 +445,16 @@ def _attend_group(
 def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[BoundKernel, BoundKernel]:
     """The kernels of partials and of their merge, with what is the same for all chunks."""
     p, is_mixed = problem, plan.query_tile is not None
-    heads = {
-        "NUM_Q_HEADS": p.num_q_heads, "HEADS_PER_PAIR": plan.heads_per_pair,
-        "INDEX_PER_HEAD": plan.index_per_head, "VALUE_DIM": p.value_dim,
-        "VALUE_DIM_PADDED": padded_dim(p.value_dim),
-    }  # fmt: skip
     attend = _partial.bind(
-        **heads, NUM_KV_HEADS=p.num_kv_heads, TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head,
-        HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
-        CAUSAL=p.causal, ROWS=plan.tile.rows, KEYS=plan.tile.keys, TILES_PER_ITEM=plan.tile.tiles_per_item,
-        ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps, num_stages=1,
-        maxnreg=plan.tile.max_registers,
+        **attention_constants(p, plan), ROWS=plan.tile.rows, KEYS=plan.tile.keys,
+        TILES_PER_ITEM=plan.tile.tiles_per_item, ITEM_A_PROGRAM=not is_mixed, num_warps=plan.tile.num_warps,
+        num_stages=1, maxnreg=plan.tile.max_registers,
     )  # fmt: skip
-    merge = _merge.bind(**heads, WITH_SHARED=is_mixed, ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1)
+    merge = _merge.bind(
+        NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=plan.heads_per_pair, INDEX_PER_HEAD=plan.index_per_head,
+        VALUE_DIM=p.value_dim, VALUE_DIM_PADDED=padded_dim(p.value_dim), WITH_SHARED=is_mixed,
+        ROWS=merge_rows, num_warps=MERGE_WARPS, num_stages=1,
+    )  # fmt: skip
     return attend, merge
 
 

@@ -82,6 +82,22 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
+@triton.jit
+def store_offsets(offsets_ptr, segments, inside, first, sizes):
+    """Writes where each segment begins, the first of them at ``first``; returns where the last one ends."""
+    tl.store(offsets_ptr + segments, first + tl.cumsum(sizes, 0) - sizes, mask=inside)
+    return first + tl.sum(sizes, 0)
+
+
+@triton.jit
+def load_item(pairs_ptr, offsets_ptr, item_offsets_ptr, segment, item, PAIRS_PER_ITEM: tl.constexpr):
+    """Where an item's pairs begin, and how many are left there of its segment's."""
+    first_pair = (item - tl.load(item_offsets_ptr + segment)) * PAIRS_PER_ITEM
+    segment_start = tl.load(offsets_ptr + segment)
+    num_pairs = tl.load(offsets_ptr + segment + 1) - segment_start - first_pair
+    return pairs_ptr + (segment_start + first_pair), num_pairs
+
+
 @kernel
 def _count(
     indices_ptr,
@@ -146,10 +162,8 @@ def _scan(
         counts = tl.load(counts_ptr + segments * COUNTER_STRIDE, mask=inside, other=0)
         tl.store(counts_ptr + segments * COUNTER_STRIDE, tl.zeros_like(counts), mask=inside)
         items = (counts + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
-        tl.store(offsets_ptr + segments, offset + tl.cumsum(counts, 0) - counts, mask=inside)
-        tl.store(item_offsets_ptr + segments, item_offset + tl.cumsum(items, 0) - items, mask=inside)
-        offset += tl.sum(counts, 0)
-        item_offset += tl.sum(items, 0)
+        offset = store_offsets(offsets_ptr, segments, inside, offset, counts)
+        item_offset = store_offsets(item_offsets_ptr, segments, inside, item_offset, items)
     tl.store(offsets_ptr + num_segments, offset)
     tl.store(item_offsets_ptr + num_segments, item_offset)
 

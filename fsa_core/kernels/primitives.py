@@ -60,6 +60,23 @@ def first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def find_block(
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE: tl.constexpr
+):
+    """Of KV block number ``segment``: its first key in its sequence, and that sequence's keys and queries.
+
+    Returns block_start; k_start and k_length, the sequence's first packed key and how many it has; and
+    q_shift, which turns a packed query token into its position among the sequence's keys.
+    """
+    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
+    block_start = (segment - first_segment(cu_seqlens_k_ptr, sequence, BLOCK_SIZE)) * BLOCK_SIZE
+    k_start = tl.load(cu_seqlens_k_ptr + sequence)
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
+    q_shift = k_length - tl.load(cu_seqlens_q_ptr + sequence + 1)
+    return block_start, k_start, k_length, q_shift
+
+
+@triton.jit
 def load_segments(
     indices_ptr,
     cu_seqlens_q_ptr,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
@@ -153,6 +154,15 @@ def _agree(
 
 
 @triton.jit
+def load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
+    """Of the list's part number ``step``, of KEYS keys: its first key, and which rows chose it."""
+    parts: tl.constexpr = BLOCK_SIZE // KEYS
+    first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
+    chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+    return first_key, chose
+
+
+@triton.jit
 def load_block(ptrs, key_mask, dim_mask, MASK_KEYS: tl.constexpr, MASK_DIMS: tl.constexpr):
     """A K or V block; the masks, broadcastable to ``ptrs``, are applied only where they hide something."""
     if MASK_KEYS:
@@ -262,8 +272,7 @@ def _attend(
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
     for step in tl.range(0, num_whole * parts, num_stages=STAGES):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
         k = load_block(k_ptrs, True, dim_mask[:, None], False, mask_dims)
         scores = tl.dot(q, k, input_precision="tf32x3")
@@ -272,8 +281,7 @@ def _attend(
         row_max, row_sum, acc = _add_block(row_max, row_sum, acc, scores, chose, v, scale, False)
     # The blocks at the end of the list, which some tokens do not see whole, or which are short.
     for step in tl.range(num_whole * parts, num_shared * parts, num_stages=END_STAGES):
-        first_key = (tl.load(blocks_ptr + step // parts) * BLOCK_SIZE + step % parts * KEYS).to(tl.int64)
-        chose = ((tl.load(masks_ptr + step // parts) >> tile_bit) & 1) != 0
+        first_key, chose = load_shared(blocks_ptr, masks_ptr, step, tile_bit, BLOCK_SIZE, KEYS)
         keys = first_key + key
         exists = keys < k_length
         k_ptrs = k_ptr + first_key * NUM_KV_HEADS * HEAD_DIM + k_offsets
@@ -373,15 +381,11 @@ def attend_shared(
 @lru_cache(maxsize=1024)
 def _attending(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel:
     """The kernel with what is the same for all groups."""
-    p = problem
-    head_dim_padded, value_dim_padded = padded_dim(p.head_dim), padded_dim(p.value_dim)
     # ptxas 12.8 loses where v lies in shared memory if a loop has one place for it and v is narrower than k.
-    end_stages = 1 if value_dim_padded == head_dim_padded else tile.num_stages
+    is_as_wide = padded_dim(problem.value_dim) == padded_dim(problem.head_dim)
+    end_stages = 1 if is_as_wide else tile.num_stages
     return _attend.bind(
-        NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, HEADS_PER_PAIR=plan.heads_per_pair,
-        TILE_HEADS_PER_KV_HEAD=plan.tile_heads_per_kv_head, INDEX_PER_HEAD=plan.index_per_head,
-        HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, HEAD_DIM_PADDED=head_dim_padded,
-        VALUE_DIM_PADDED=value_dim_padded, CAUSAL=p.causal, BLOCK_SIZE=p.block_size,
-        TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
-        STAGES=tile.num_stages, END_STAGES=end_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
+        **attention_constants(problem, plan), TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
+        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, END_STAGES=end_stages, num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
     )  # fmt: skip

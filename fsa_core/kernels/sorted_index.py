@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from fsa_core.kernels.index import MAX_SLOTS_IN_TILE, PAIRS_IN_TILE, SEGMENTS_IN_TILE, SLOT_BITS
+from fsa_core.kernels.index import (
+    MAX_SLOTS_IN_TILE,
+    PAIRS_IN_TILE,
+    SEGMENTS_IN_TILE,
+    SLOT_BITS,
+    store_offsets,
+)
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import load_segments
 from fsa_core.plan import search_steps
@@ -96,10 +102,8 @@ def _items(
         pairs -= tl.load(offsets_ptr + segments, mask=inside, other=0)
         items = (pairs + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
         splits = tl.where(items > 1, items, 0)
-        tl.store(item_offsets_ptr + segments, num_items + tl.cumsum(items, 0) - items, mask=inside)
-        tl.store(split_offsets_ptr + segments, num_splits + tl.cumsum(splits, 0) - splits, mask=inside)
-        num_items += tl.sum(items, 0)
-        num_splits += tl.sum(splits, 0)
+        num_items = store_offsets(item_offsets_ptr, segments, inside, num_items, items)
+        num_splits = store_offsets(split_offsets_ptr, segments, inside, num_splits, splits)
     tl.store(item_offsets_ptr + num_segments, num_items)
     tl.store(split_offsets_ptr + num_segments, num_splits)
 

@@ -1,4 +1,7 @@
-"""What the kernels over compressed keys share: where windows lie, and which of them a query sees."""
+"""What the kernels over compressed keys share: where windows lie, and which of them a query sees.
+
+Keys as they are, are windows of one key at stride 1: sliding-window attention has the same kernels.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +17,8 @@ class Windows:
     """Window i of a sequence covers its keys [i * stride, i * stride + kernel_size); only whole ones exist.
 
     cu_seqlens_q, cu_seqlens_k (of the keys before compression) and cu_seqlens_cmp (of the windows) are int32
-    [num_sequences + 1].
+    [num_sequences + 1]. Of the windows whose last key is not after a query it sees the last ``reach``, or all
+    if that is 0.
     """
 
     kernel_size: int
@@ -22,6 +26,7 @@ class Windows:
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     cu_seqlens_cmp: torch.Tensor
+    reach: int = 0
 
     @property
     def starts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,6 +43,26 @@ class RowShares:
 
     max: torch.Tensor
     share: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """``tokens`` tokens with ``heads`` query heads of a KV head, or of one of its ``parts``, in ``rows``."""
+
+    tokens: int
+    heads: int
+    parts: int
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, group_size: int, *, rows: int, keys: int, num_warps: int, num_stages: int) -> "Tile":
+        """As many whole tokens as ``rows`` hold."""
+        parts = -(-group_size // rows)
+        heads = -(-group_size // parts)
+        return cls(rows // heads, heads, parts, rows, keys, num_warps, num_stages)
 
 
 @triton.jit
@@ -61,3 +86,9 @@ def last_tiles_first(
 def visible_windows(position, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """How many windows, from the first, end at or before ``position``."""
     return tl.maximum(position + 1 - KERNEL_SIZE + STRIDE, 0) // STRIDE
+
+
+@triton.jit
+def first_position(window, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """The first position from which ``window`` is among the visible ones: that of its last key."""
+    return window * STRIDE + (KERNEL_SIZE - 1)

@@ -12,7 +12,7 @@ import torch
 from fsa_core.api import selected_attention
 from fsa_core.nsa.compression import Compression
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.stages import attend_and_choose, attend_windows, choose_blocks
+from fsa_core.nsa.stages import attend_and_choose, attend_last_keys, attend_windows, choose_blocks
 from fsa_core.nsa.validation import (
     Call,
     check_compressed,
@@ -21,7 +21,6 @@ from fsa_core.nsa.validation import (
     validate_over_keys,
     validate_over_windows,
 )
-from fsa_core.nsa.window import sliding_window_attention_torch
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 
 Answer = tuple[torch.Tensor, torch.Tensor]
@@ -50,7 +49,7 @@ def compressed_attention(
         cu_seqlens_k: of the keys before compression; None: as many keys as queries.
         softmax_scale: default 1 / sqrt(head_dim).
         backend: "auto" (Triton kernels for CUDA tensors, torch operations for others), "triton" or "torch".
-            Gradients are torch's in any case. A named backend runs or raises.
+            A named backend runs or raises.
 
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],
@@ -119,12 +118,14 @@ def sliding_window_attention(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     softmax_scale: float | None = None,
+    backend: str = "auto",
     workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> Answer:
     """Attention over the last ``config.window`` keys up to a query's own.
 
     q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
-    v: [num_k_tokens, num_kv_heads, value_dim]. Returns out and lse as ``compressed_attention``.
+    v: [num_k_tokens, num_kv_heads, value_dim]. Backend and the returned out and lse as in
+    ``compressed_attention``.
     """
     call = validate_over_keys(
         q,
@@ -136,7 +137,7 @@ def sliding_window_attention(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
-    return sliding_window_attention_torch(call, q, k, v)
+    return attend_last_keys(call, q, k, v, backend)
 
 
 def gated_sum(branches: tuple[torch.Tensor, ...], gates: torch.Tensor) -> torch.Tensor:
@@ -173,8 +174,8 @@ def nsa_attention(
         gates: [num_q_tokens, num_q_heads, 3], for the compressed, the selected and the window branch.
         compress_k, compress_v: how windows of k and of v become one; of ``config``'s kernel_size and stride.
         softmax_scale: of all branches, default 1 / sqrt(head_dim).
-        backend: as in ``fsa_core.api``. With "triton" the compressed branch and selection have kernels, too,
-            and else torch operations; sliding-window attention has torch operations alone.
+        backend: as in ``fsa_core.api``, for selected attention. With "triton" the other stages have kernels,
+            too, and else torch operations.
 
     Returns:
         [num_q_tokens, num_q_heads, value_dim] in q's dtype. Gradients flow to q, k, v, gates and the
@@ -273,5 +274,5 @@ def _attend(
         validate=False,
         workspace_limit_bytes=call.workspace_limit_bytes,
     )
-    window, _ = sliding_window_attention_torch(call, q, k, v)
+    window, _ = attend_last_keys(call, q, k, v, backend)
     return gated_sum((compressed, selected, window), gates)

@@ -7,7 +7,7 @@ than a checkpoint a chunk: autograd would give every chunk a gradient of all key
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ MAX_ROWS = 256
 FLOATS_A_SCORE = 3
 
 Answer = tuple[torch.Tensor, torch.Tensor]
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +52,16 @@ def interval_attention(
     *,
     softmax_scale: float,
     workspace_limit_bytes: int,
-    forward: Forward | None = None,
 ) -> Answer:
     """softmax(q k^T * softmax_scale) v over each query's interval of keys; differentiable, out and lse.
 
     q: [num_q_tokens, num_q_heads, head_dim], k: [num_k_tokens, num_kv_heads, head_dim],
     v: [num_k_tokens, num_kv_heads, value_dim]. Returns out [num_q_tokens, num_q_heads, value_dim] in q's
     dtype, lse float32 [num_q_tokens, num_q_heads]; an empty interval gives 0 and -inf. Sums are float32. The
-    scores held at once take at most ``workspace_limit_bytes``, or one query's if that is more. ``forward`` of
-    q, k and v computes the same in another way; gradients are computed here.
+    scores held at once take at most ``workspace_limit_bytes``, or one query's if that is more.
     """
     answer: Answer = _IntervalAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, intervals, softmax_scale, workspace_limit_bytes, forward
+        q, k, v, intervals, softmax_scale, workspace_limit_bytes
     )
     return answer
 
@@ -79,12 +76,8 @@ class _IntervalAttention(torch.autograd.Function):
         intervals: Intervals,
         softmax_scale: float,
         workspace_limit_bytes: int,
-        forward: Forward | None,
     ) -> Answer:
-        if forward is None:
-            out, lse = _attend(q, k, v, intervals, softmax_scale, workspace_limit_bytes)
-        else:
-            out, lse = forward(q, k, v)
+        out, lse = _attend(q, k, v, intervals, softmax_scale, workspace_limit_bytes)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.intervals = intervals
         ctx.softmax_scale = softmax_scale
@@ -114,7 +107,7 @@ class _IntervalAttention(torch.autograd.Function):
             d_scores.add_(_grouped(shift[..., None], num_kv_heads)).mul_(weights).mul_(scale)
             dq[rows] = _ungrouped(torch.bmm(d_scores, _by_head(k[keys])), num_rows)
             dk[keys] += torch.bmm(d_scores.transpose(1, 2), q_rows).transpose(0, 1)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _attend(

@@ -1,22 +1,18 @@
-"""Which implementation runs compressed attention and selection: Triton kernels, or torch operations.
+"""Which implementation runs the operator's own stages: Triton kernels, or torch operations.
 
-Gradients of compressed attention are torch's in both. ``backend`` is one of ``fsa_core.api`` or "torch"; what
-does not come to "triton" is torch.
+``backend`` is one of ``fsa_core.api`` or "torch"; what does not come to "triton" is torch.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from fsa_core.api import resolve_backend
-from fsa_core.nsa.intervals import Answer, interval_attention
-from fsa_core.nsa.selection import (
-    compressed_attention_torch,
-    compressed_intervals,
-    select_blocks_torch,
-    spend_budget,
-)
+from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
+from fsa_core.nsa.selection import compressed_attention_torch, select_blocks_torch, spend_budget
 from fsa_core.nsa.validation import Call
+from fsa_core.nsa.window import sliding_window_attention_torch
 from fsa_core.problem import Problem
 from fsa_core.validation import validate_dense
 
@@ -26,6 +22,9 @@ if TYPE_CHECKING:
 
     Sizes = tuple[Problem, Windows]
 
+# A window that reaches further sees the whole sequence. Kernels add it to positions in 32 bits.
+MAX_REACH = 2**30
+
 
 def attend_windows(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
@@ -34,6 +33,21 @@ def attend_windows(
     if not _runs_kernels(backend, q):
         return compressed_attention_torch(call, q, k_cmp, v_cmp)
     return _attend(call, kernel_sizes(call, q, k_cmp, v_cmp), q, k_cmp, v_cmp)[0]
+
+
+def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> Answer:
+    """Attention over the last ``window`` keys up to a query's own: out and lse, differentiable."""
+    if not _runs_kernels(backend, q):
+        return sliding_window_attention_torch(call, q, k, v)
+    from fsa_core.kernels.compressed import window_attention_forward
+
+    problem, windows = window_sizes(call, q, k, v)
+
+    def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
+        return window_attention_forward(problem, windows, *operands)
+
+    implementation = Implementation(forward, partial(_gradients, windows))
+    return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
 
 
 def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> torch.Tensor:
@@ -64,26 +78,24 @@ def _attend(
 ) -> tuple[Answer, "RowShares"]:
     from fsa_core.kernels.compressed import compressed_attention_forward
 
+    problem, windows = sizes
     shares = []
 
-    def forward(*operands: torch.Tensor) -> Answer:
-        out, lse, found = compressed_attention_forward(*sizes, *(x.detach().contiguous() for x in operands))
+    def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
+        out, lse, found = compressed_attention_forward(problem, windows, *operands)
         shares.append(found)
         return out, lse
 
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cmp, v_cmp)):
-        answer = interval_attention(
-            q,
-            k_cmp,
-            v_cmp,
-            compressed_intervals(call, q),
-            softmax_scale=call.softmax_scale,
-            workspace_limit_bytes=call.workspace_limit_bytes,
-            forward=forward,
-        )
-    else:
-        answer = forward(q, k_cmp, v_cmp)
-    return answer, shares[0]
+    implementation = Implementation(forward, partial(_gradients, windows))
+    answer = differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k_cmp, v_cmp)))
+    # Taken out: autograd keeps the implementation, and with it the list, until the backward pass.
+    return answer, shares.pop()
+
+
+def _gradients(windows: "Windows", problem: Problem, *tensors: torch.Tensor) -> Gradients:
+    from fsa_core.kernels.interval_gradients import interval_attention_backward
+
+    return interval_attention_backward(problem, windows, *tensors)
 
 
 @torch.no_grad()
@@ -121,14 +133,34 @@ def kernel_sizes(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.
     from fsa_core.kernels.windows import Windows
 
     starts = (call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), call.cu_seqlens_cmp)
-    problem = validate_dense(
+    windows = Windows(call.config.kernel_size, call.config.stride, *starts)
+    return _problem(call, q, k_cmp, v_cmp, starts[0], starts[2]), windows
+
+
+def window_sizes(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> "Sizes":
+    """The same of sliding-window attention: every key is a window of its own."""
+    from fsa_core.kernels.windows import Windows
+
+    starts = (call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous())
+    windows = Windows(1, 1, *starts, starts[1], reach=min(call.config.window, MAX_REACH))
+    return _problem(call, q, k, v, *starts), windows
+
+
+def _problem(
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> Problem:
+    return validate_dense(
         q,
-        k_cmp,
-        v_cmp,
-        cu_seqlens_q=starts[0],
-        cu_seqlens_k=starts[2],
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         softmax_scale=call.softmax_scale,
         causal=True,
         check_values=False,
     )
-    return problem, Windows(call.config.kernel_size, call.config.stride, *starts)

@@ -138,6 +138,51 @@ def _make_case(
     )
 
 
+@dataclass(frozen=True)
+class PagedCase:
+    """A case whose keys lie in the pages of a cache, in any order, among NaN that nothing may read."""
+
+    case: Case
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """What paged_selected_attention takes of them, by name."""
+        return {
+            "q": self.case.q,
+            "k_cache": self.k_cache,
+            "v_cache": self.v_cache,
+            "page_table": self.page_table,
+            "block_indices": self.case.block_indices,
+            "seq_lens": self.seq_lens,
+            "cu_seqlens_q": self.case.cu_seqlens_q,
+        }
+
+
+def _make_paged(device: torch.device, *, page_size: int = 32, **options: Any) -> PagedCase:
+    """``_make_case`` with one query a sequence unless ``q_lens`` says otherwise.
+
+    There are two pages more than needed, and the table names none where none is needed.
+    """
+    options.setdefault("q_lens", [1] * len(options["k_lens"]))
+    case = _make_case(device, **options)
+    lens = case.cu_seqlens_k.diff().tolist()
+    counts = [-(-n // page_size) for n in lens]
+    pages = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(1)).tolist()
+    page_table = torch.full((len(lens), max(counts) + 1), 2**31 - 1, dtype=torch.int32)
+    caches = [x.new_full((len(pages), page_size, *x.shape[1:]), torch.nan) for x in (case.k, case.v)]
+    for sequence, runs in enumerate(zip(case.k.split(lens), case.v.split(lens), strict=True)):
+        for column in range(counts[sequence]):
+            page = page_table[sequence, column] = pages.pop()
+            for cache, run in zip(caches, runs, strict=True):
+                keys = run[column * page_size : (column + 1) * page_size]
+                cache[page, : len(keys)] = keys
+    return PagedCase(case, *caches, page_table.to(device), case.cu_seqlens_k.diff())
+
+
 def _cumulative(lens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *lens]).cumsum(0).int()
 
@@ -362,6 +407,11 @@ def case_on_cpu() -> Callable[..., Case]:
 @pytest.fixture(scope="session")
 def make_case(device: torch.device) -> Callable[..., Case]:
     return partial(_make_case, device)
+
+
+@pytest.fixture(scope="session")
+def make_paged(device: torch.device) -> Callable[..., PagedCase]:
+    return partial(_make_paged, device)
 
 
 @pytest.fixture(scope="session", name="assert_close_to_oracle")

@@ -1,4 +1,4 @@
-"""Attention over windows by its kernel against the oracle, and its gradients, which are torch's."""
+"""Attention over windows by its kernels, forward and backward, against the oracle."""
 
 from collections.abc import Callable
 
@@ -71,7 +71,7 @@ def test_float32(check: Callable) -> None:
 # Tiles of 128, 42 and 2 tokens, and two programs a token.
 @pytest.mark.parametrize("group_size", [1, 3, 64, 150])
 def test_every_group_size(check: Callable, dtype: torch.dtype, group_size: int) -> None:
-    check(q_lens=(25,), group_size=group_size, num_kv_heads=1, dtype=dtype)
+    check(q_lens=(15,), group_size=group_size, num_kv_heads=1, dtype=dtype)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(80, 48), (192, 128), (16, 256)])

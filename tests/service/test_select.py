@@ -1,4 +1,4 @@
-"""Selection on the server: its answers and ids against the oracle, alone and in company, and what it refuses."""
+"""Selection on the server: answers and ids against the oracle, alone and in company, and refusals."""
 
 import itertools
 import math

@@ -249,7 +249,7 @@ def test_lse_and_timings_come_with_the_answer() -> None:
         ),
         ({"pattern": BlockCsr(np.zeros((1, 1), np.int64), CSR[1], 16)}, "offsets is int64"),
         ({"pattern": VerticalSlash(LINES[0], [0], 16)}, "slash must be a numpy array or a torch tensor"),
-        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "VerticalSlash or Dense, not ndarray"),
+        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "Dense or Select, not ndarray"),
         ({"cu_seqlens_q": 4}, "cu_seqlens_q must be a sequence of integers, not int"),
     ],
 )

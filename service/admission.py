@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fsa_core.nsa import selecting
+from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.plan import workspace_bytes
 from fsa_core.problem import Problem
 from service.arena import ArenaFull, ArenaPool, Lease
@@ -11,6 +13,8 @@ from service.job import Layout
 
 # A typical request is done by then; a client that comes back earlier only costs both sides work.
 RETRY_AFTER_SECONDS = 0.1
+# Of windows that the server selects by, in keys: each of their strides is an addition a query and block.
+MAX_KERNEL_SIZE = 256
 
 
 class Permit:
@@ -58,7 +62,7 @@ class Admission:
         RetryInfo) when others must finish first.
         """
         check_limits(problem, self._settings)
-        cost = Cost(Layout.of(problem).total_bytes, workspace_bytes(problem))
+        cost = Cost(Layout.of(problem).total_bytes, _workspace_bytes(problem))
         self._check_budgets(cost)
         self.num_requests += 1
         self.host_bytes += cost.host_bytes
@@ -96,7 +100,18 @@ def check_limits(problem: Problem, settings: Settings) -> None:
     _check("max_sequences", "sequences", problem.num_sequences, settings)
     _check("max_q_heads", "query heads", problem.num_q_heads, settings)
     _check("max_slots", "slots in a row of block indices", problem.num_slots, settings)
-    _check("max_message_bytes", "bytes of answer", layout.out.num_bytes + layout.lse.num_bytes, settings)
+    _check("max_message_bytes", "bytes of answer", layout.answer_bytes, settings)
+    if isinstance(problem, SelectingProblem):
+        size = problem.config.kernel_size
+        if size > MAX_KERNEL_SIZE:
+            what = f"the request has windows of {size} keys"
+            raise limit_exceeded("max_kernel_size", what, size, MAX_KERNEL_SIZE)
+
+
+def _workspace_bytes(problem: Problem) -> int:
+    if isinstance(problem, SelectingProblem):
+        return selecting.workspace_bytes(problem)
+    return workspace_bytes(problem)
 
 
 def _check(setting: str, what: str, size: int, settings: Settings) -> None:

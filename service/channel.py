@@ -20,6 +20,8 @@ from typing import ClassVar, Self
 
 import torch
 
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.problem import BLOCK_SIZES, Problem
 from service.devices import DeviceInfo
 from service.job import Job, Slice, compatible
@@ -150,7 +152,8 @@ class Submit:
     batch: int
     jobs: tuple[Job, ...]
     # What the jobs share: batch, job count | dtype, heads, dims, index heads, block size, causal, scale.
-    _COMMON = struct.Struct("<QI BIIIIIIBd")
+    # Of those that select also: kernel size (else 0), stride, forced blocks, window, shares (or 0), gated.
+    _COMMON = struct.Struct("<QI BIIIIIIBd IIIIIddB")
     # What they do not: slice | query tokens, key tokens, sequences, slots.
     _JOB = struct.Struct("<IQQ QQII")
 
@@ -196,12 +199,29 @@ def _common_fields(p: Problem) -> tuple[int | float, ...]:
         p.block_size,
         p.causal,
         p.softmax_scale,
+        *_selection_fields(p),
+    )
+
+
+def _selection_fields(p: Problem) -> tuple[int | float, ...]:
+    if not isinstance(p, SelectingProblem):
+        return (0,) * 8
+    config = p.config
+    return (
+        config.kernel_size,
+        config.stride,
+        config.num_first_blocks,
+        config.num_local_blocks,
+        config.window,
+        config.top_p or 0.0,
+        config.min_share or 0.0,
+        p.is_gated,
     )
 
 
 def _problem(common: list[int | float], sizes: list[int]) -> Problem:
     """The Problem of a job, or ProtocolError where its sizes contradict one another."""
-    dtype, q_heads, kv_heads, head_dim, value_dim, index_heads, block_size, causal, scale = common
+    dtype, q_heads, kv_heads, head_dim, value_dim, index_heads, block_size, causal, scale, *selection = common
     num_q_tokens, num_k_tokens, num_sequences, num_slots = sizes
     is_dense = block_size == 0
     sound = (
@@ -216,7 +236,7 @@ def _problem(common: list[int | float], sizes: list[int]) -> Problem:
     )
     if not sound:
         raise ProtocolError(f"no attention call has the sizes {common} {sizes}")
-    return Problem(
+    problem = Problem(
         num_q_tokens=num_q_tokens,
         num_k_tokens=num_k_tokens,
         num_sequences=num_sequences,
@@ -231,6 +251,26 @@ def _problem(common: list[int | float], sizes: list[int]) -> Problem:
         causal=bool(causal),
         softmax_scale=scale,
     )
+    return _selecting(problem, selection) if selection[0] else problem
+
+
+def _selecting(p: Problem, selection: list[int | float]) -> SelectingProblem:
+    """``p`` with what it selects by. Raises ValueError, or ProtocolError, where that contradicts itself."""
+    kernel_size, stride, first, local, window, top_p, min_share, is_gated = selection
+    if not (p.causal and p.index_heads == p.num_kv_heads and is_gated in (0, 1)):
+        raise ProtocolError(f"no call that selects has the sizes {p} {selection}")
+    config = NSAConfig(
+        kernel_size=int(kernel_size),
+        stride=int(stride),
+        block_size=p.block_size,
+        top_k=p.num_slots,
+        num_first_blocks=int(first),
+        num_local_blocks=int(local),
+        window=int(window),
+        top_p=top_p or None,
+        min_share=min_share or None,
+    )
+    return SelectingProblem.of(p, config, is_gated=bool(is_gated))
 
 
 def _encode_text(text: str) -> bytes:

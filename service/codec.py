@@ -41,6 +41,10 @@ class AttendCall:
     return_lse: bool
     priority: int
 
+    @property
+    def returns_block_indices(self) -> bool:
+        return isinstance(self.pattern, selection.Select) and self.pattern.return_block_indices
+
 
 def decode_attend(raw: bytes) -> AttendCall:
     """Everything that can be wrong with a request is found here.
@@ -63,14 +67,17 @@ def decode_attend(raw: bytes) -> AttendCall:
 
 
 def write_inputs(call: AttendCall, memory: memoryview) -> None:
-    """Copies the call's tensors to where ``Layout.of(call.problem)`` says, the indices in normal form."""
+    """Copies the call's tensors to where ``Layout.of(call.problem)`` says, block indices in normal form."""
     layout = Layout.of(call.problem)
     for field, payload in ((layout.q, call.q), (layout.k, call.k), (layout.v, call.v)):
         if field.num_bytes:
             np.copyto(_raw(memory, field), np.frombuffer(payload, np.uint8))
     _tensor(memory, layout.cu_seqlens_q).copy_(call.cu_seqlens_q)
     _tensor(memory, layout.cu_seqlens_k).copy_(call.cu_seqlens_k)
-    if call.pattern is not None:
+    if isinstance(call.pattern, selection.Select):
+        if call.pattern.gates is not None:
+            _tensor(memory, layout.gates).copy_(call.pattern.gates)
+    elif call.pattern is not None:
         block_indices = _tensor(memory, layout.block_indices)
         starts = (call.cu_seqlens_q, call.cu_seqlens_k)
         selection.write(call.pattern, block_indices, *starts, causal=call.problem.causal)
@@ -101,6 +108,9 @@ def encode_attend(
     parts += wire.length_delimited(_RESPONSE.OUT_FIELD_NUMBER, _tensor_parts(layout.out, memory))
     if call.return_lse:
         parts += wire.length_delimited(_RESPONSE.LSE_FIELD_NUMBER, _tensor_parts(layout.lse, memory))
+    if call.returns_block_indices:
+        chosen = _tensor_parts(layout.block_indices, memory)
+        parts += wire.length_delimited(_RESPONSE.BLOCK_INDICES_FIELD_NUMBER, chosen)
     # Any value but 0 takes the same eight bytes, so the size is known before the time is.
     timings.send = timings.total = 1.0
     tail_bytes = attention_pb2.AttendResponse(timings=timings).ByteSize()
@@ -128,6 +138,9 @@ def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path,
         softmax_scale=message.softmax_scale if message.HasField("softmax_scale") else None,
         causal=message.causal,
     )
+    if message.return_lse and isinstance(pattern, selection.Select) and pattern.gates is not None:
+        text = "return_lse with gates: a gated sum has no log-sum-exp"
+        raise FsaError("INVALID_GATES", text, metadata={"field": "return_lse", "expected": "false"})
     return AttendCall(
         request_id=message.request_id,
         problem=problem,

@@ -17,10 +17,18 @@ from typing import NoReturn
 import torch
 
 from fsa_core.api import attend
+from fsa_core.nsa.selecting import SelectingProblem, select_and_attend
 from service.channel import Done, Failed, FailureKind, Memory, Record
 from service.devices import DeviceInfo
 from service.job import packed
-from service.worker_memory import PackedInputs, PlacedJob, host_cu_seqlens, pack_inputs, unpack_outputs
+from service.worker_memory import (
+    PackedInputs,
+    PackedOutputs,
+    PlacedJob,
+    host_cu_seqlens,
+    pack_inputs,
+    unpack_outputs,
+)
 
 log = logging.getLogger("fsa.worker")
 
@@ -69,10 +77,14 @@ class Executor(ABC):
         inputs: PackedInputs,
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> PackedOutputs:
         problem = packed([placed.job.problem for placed in jobs])
-        tensors = (inputs.q, inputs.k, inputs.v, inputs.block_indices, cu_seqlens_q, cu_seqlens_k)
-        return attend(problem, *tensors, backend=self._backend)
+        qkv, starts = (inputs.q, inputs.k, inputs.v), (cu_seqlens_q, cu_seqlens_k)
+        if isinstance(problem, SelectingProblem):
+            gates = inputs.gates if problem.is_gated else None
+            selected = select_and_attend(problem, *qkv, gates, *starts, backend=self._backend)
+            return PackedOutputs(selected.out, selected.lse, selected.block_indices)
+        return PackedOutputs(*attend(problem, *qkv, inputs.block_indices, *starts, backend=self._backend))
 
     def _finish(self, done: Done) -> None:
         self._report(done)
@@ -144,9 +156,9 @@ class CpuExecutor(Executor):
         inputs = pack_inputs([placed.layout for placed in jobs], [placed.memory for placed in jobs])
         cu_seqlens_q, cu_seqlens_k = host_cu_seqlens(jobs)
         copied_in = time.perf_counter()
-        out, lse = self._attend(jobs, inputs, cu_seqlens_q, cu_seqlens_k)
+        outputs = self._attend(jobs, inputs, cu_seqlens_q, cu_seqlens_k)
         computed = time.perf_counter()
-        unpack_outputs(jobs, out, lse)
+        unpack_outputs(jobs, outputs)
         ended = time.perf_counter()
         return Done(batch, copied_in - started, computed - copied_in, ended - computed)
 
@@ -242,21 +254,21 @@ class CudaExecutor(Executor):
             self._compute.wait_event(h2d.end)
             kernel.start.record()
             inputs = pack_inputs([placed.layout for placed in jobs], staged)
-            out, lse = self._attend(jobs, inputs, cu_seqlens_q, cu_seqlens_k)
+            outputs = self._attend(jobs, inputs, cu_seqlens_q, cu_seqlens_k)
             kernel.end.record()
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(kernel.end)
             d2h.start.record()
-            unpack_outputs(jobs, out, lse)
+            unpack_outputs(jobs, outputs)
             d2h.end.record()
-        return _InFlight(batch, h2d, kernel, d2h, (staged, cu_seqlens_q, cu_seqlens_k, inputs, out, lse))
+        return _InFlight(batch, h2d, kernel, d2h, (staged, cu_seqlens_q, cu_seqlens_k, inputs, outputs))
 
     def _stage_inputs(self, jobs: Sequence[PlacedJob]) -> list[torch.Tensor]:
         """Each job's inputs on the device, laid out as in its slice: one transfer a job, not one a tensor.
 
         Packing them there costs little: the device's memory is about 80 times faster than the bus.
         """
-        ends = [placed.layout.out.offset for placed in jobs]
+        ends = [placed.layout.input_bytes for placed in jobs]
         buffer = torch.empty(sum(ends), dtype=torch.uint8, device=self._device)
         staged = list(torch.split(buffer, ends))
         for target, placed in zip(staged, jobs, strict=True):

@@ -10,6 +10,7 @@ import torch
 
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM
 from service import __version__
+from service.admission import MAX_KERNEL_SIZE
 from service.config import Backend, Settings
 from service.device_worker import DeviceWorker
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
@@ -54,7 +55,8 @@ def _pattern_limits(variant: Any, settings: Settings) -> attention_pb2.PatternLi
         name=variant.name,
         max_slots=0 if variant.name == "dense" else min(settings.max_slots, MAX_SLOTS),
         shared_rows="query_block_size" in variant.message_type.fields_by_name,
-        causal_only=variant.name == "vertical_slash",
+        causal_only=variant.name in ("vertical_slash", "select"),
+        max_kernel_size=MAX_KERNEL_SIZE if variant.name == "select" else 0,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.plan import slot_class
 from fsa_core.problem import Problem
 
@@ -31,7 +32,8 @@ class Field:
 class Layout:
     """Where each tensor of one request lies, from the start of its slice: inputs, then outputs.
 
-    The front end and the worker both derive it from the Problem, so it never crosses between them.
+    The front end and the worker both derive it from the Problem, so it never crosses between them. ``gates``
+    are empty but for a gated sum, and ``block_indices`` are an output where the server chooses them.
     """
 
     q: Field
@@ -39,20 +41,24 @@ class Layout:
     v: Field
     cu_seqlens_q: Field
     cu_seqlens_k: Field
+    gates: Field
     block_indices: Field
     out: Field
     lse: Field
+    input_bytes: int
     total_bytes: int
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
         p = problem
+        num_gates = 3 if isinstance(p, SelectingProblem) and p.is_gated else 0
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((p.num_q_tokens, p.num_q_heads, p.head_dim), p.dtype),
             ((p.num_k_tokens, p.num_kv_heads, p.head_dim), p.dtype),
             ((p.num_k_tokens, p.num_kv_heads, p.value_dim), p.dtype),
             ((p.num_sequences + 1,), torch.int32),
             ((p.num_sequences + 1,), torch.int32),
+            ((p.num_q_tokens, p.num_q_heads, num_gates), p.dtype),
             ((p.index_heads, p.num_q_tokens, p.num_slots), torch.int32),
             ((p.num_q_tokens, p.num_q_heads, p.value_dim), p.dtype),
             ((p.num_q_tokens, p.num_q_heads), torch.float32),
@@ -62,8 +68,26 @@ class Layout:
             field = Field(offset, shape, dtype)
             fields.append(field)
             offset = -(-(offset + field.num_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        q, k, v, cu_seqlens_q, cu_seqlens_k, block_indices, out, lse = fields
-        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, block_indices, out, lse, total_bytes=offset)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, gates, block_indices, out, lse = fields
+        return cls(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            gates,
+            block_indices,
+            out,
+            lse,
+            input_bytes=(block_indices if isinstance(p, SelectingProblem) else out).offset,
+            total_bytes=offset,
+        )
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of all that can be answered; less may be asked for."""
+        outputs = (self.block_indices, self.out, self.lse)
+        return sum(field.num_bytes for field in outputs if field.offset >= self.input_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,10 @@
-"""A request's SparsityPattern: read, checked, and written out as block indices of every query token."""
+"""A request's SparsityPattern: read, checked, and written out as what the worker takes.
+
+That is block indices of every query token, or what is needed to choose them there.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -8,6 +12,9 @@ import torch
 from fsa_core.block_csr import BlockCsr
 from fsa_core.block_mask import BlockMask
 from fsa_core.compact import CompactPattern
+from fsa_core.errors import refuse
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.selecting import validate_selecting
 from fsa_core.packing import row_starts
 from fsa_core.patterns import BlockIndices, expand_query_blocks
 from fsa_core.problem import Problem
@@ -16,7 +23,17 @@ from fsa_core.vertical_slash import VerticalSlash
 from service import strict, tensors
 from service.pb.fsa.v1 import pattern_pb2
 
-Pattern: TypeAlias = BlockIndices | CompactPattern
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """The worker is to choose; ``gates`` as in ``validate_selecting``."""
+
+    config: NSAConfig
+    gates: torch.Tensor | None
+    return_block_indices: bool
+
+
+Pattern: TypeAlias = BlockIndices | CompactPattern | Select
 
 _Payloads: TypeAlias = Mapping[strict.Path, memoryview]
 
@@ -45,6 +62,8 @@ def validate(
     """The sizes of the call with the options of validate_dense, or InputError."""
     if pattern is None:
         return validate_dense(q, k, v, **options)
+    if isinstance(pattern, Select):
+        return validate_selecting(q, k, v, pattern.gates, config=pattern.config, **options)
     if isinstance(pattern, CompactPattern):
         return validate_compact(q, k, v, pattern, **options)
     options |= {"block_size": pattern.block_size, "query_block_size": pattern.query_block_size}
@@ -52,7 +71,7 @@ def validate(
 
 
 def write(
-    pattern: Pattern,
+    pattern: BlockIndices | CompactPattern,
     block_indices: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
@@ -101,11 +120,27 @@ def _vertical_slash(variant: Any, tensor: Callable[..., torch.Tensor]) -> Patter
     return VerticalSlash(tensor("vertical"), tensor("slash"), variant.block_size)
 
 
+def _select(variant: Any, tensor: Callable[..., torch.Tensor]) -> Pattern:
+    gates = tensor("gates") if variant.HasField("gates") else None
+    if gates is None and variant.window:
+        refuse("INVALID_WINDOW", "window", "value", variant.window, "0, as only a gated sum has a window")
+    names = ("kernel_size", "stride", "block_size", "top_k", "num_first_blocks", "num_local_blocks")
+    shares = ("top_p", "min_share")
+    config = NSAConfig(
+        **{name: getattr(variant, name) for name in names},
+        **{name: getattr(variant, name) for name in shares if variant.HasField(name)},
+        # Of no effect without gates, and then the same for all, so that they ride together.
+        window=1 if gates is None else variant.window,
+    )
+    return Select(config, gates, variant.return_block_indices)
+
+
 _READERS: Mapping[str, Callable[[Any, Callable[..., torch.Tensor]], Pattern]] = {
     "block_indices": _block_indices,
     "block_csr": _block_csr,
     "block_mask": _block_mask,
     "vertical_slash": _vertical_slash,
+    "select": _select,
 }
 
 

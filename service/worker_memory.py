@@ -66,11 +66,15 @@ def field_of(memory: torch.Tensor, field: Field) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedInputs:
-    """The tensors of one varlen call. q, k, v: [tokens, heads, dim]; block_indices None when dense."""
+    """The tensors of one varlen call. q, k, v: [tokens, heads, dim].
+
+    gates: [tokens, heads, 3], or 0 instead of 3; block_indices: None when dense or not yet chosen.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    gates: torch.Tensor
     block_indices: torch.Tensor | None
 
 
@@ -85,14 +89,16 @@ def pack_inputs(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> 
         q=joined(layout.q for layout in layouts),
         k=joined(layout.k for layout in layouts),
         v=joined(layout.v for layout in layouts),
+        gates=joined(layout.gates for layout in layouts),
         block_indices=_pack_block_indices(layouts, memories),
     )
 
 
 def _pack_block_indices(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """int32 [index_heads, tokens, slots of the widest job]. Ids count from their own sequence: no shift."""
-    index_heads, _, _ = layouts[0].block_indices.shape
-    if index_heads == 0:
+    field = layouts[0].block_indices
+    is_input = field.offset < layouts[0].input_bytes
+    if not is_input or field.shape[0] == 0:
         return None
     num_slots = max(layout.block_indices.shape[2] for layout in layouts)
     rows = []
@@ -103,13 +109,31 @@ def _pack_block_indices(layouts: Sequence[Layout], memories: Sequence[torch.Tens
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
-def unpack_outputs(jobs: Sequence[PlacedJob], out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Copy each job's rows of ``out`` and ``lse`` into its slice; from a GPU: in the current stream."""
+@dataclass(frozen=True, slots=True)
+class PackedOutputs:
+    """What one varlen call answers. out: [tokens, heads, dim]; lse: [tokens, heads], where there is one.
+
+    block_indices: int32 [heads, tokens, slots], where they were chosen.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    block_indices: torch.Tensor | None = None
+
+
+def unpack_outputs(jobs: Sequence[PlacedJob], outputs: PackedOutputs) -> None:
+    """Copy each job's rows of the outputs into its slice; from a GPU: in the current stream."""
     start = 0
     for placed in jobs:
         end = start + placed.job.problem.num_q_tokens
-        field_of(placed.memory, placed.layout.out).copy_(out[start:end], non_blocking=True)
-        field_of(placed.memory, placed.layout.lse).copy_(lse[start:end], non_blocking=True)
+        layout = placed.layout
+        parts = [(layout.out, outputs.out[start:end])]
+        if outputs.lse is not None:
+            parts.append((layout.lse, outputs.lse[start:end]))
+        if outputs.block_indices is not None:
+            parts.append((layout.block_indices, outputs.block_indices[:, start:end]))
+        for field, rows in parts:
+            field_of(placed.memory, field).copy_(rows, non_blocking=True)
         start = end
 
 

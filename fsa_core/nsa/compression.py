@@ -57,19 +57,22 @@ class Compression(nn.Module, ABC):
 
         x: [num_tokens, heads, head_dim]; cu_seqlens: int32 [num_sequences + 1], None: one sequence. Returns
         [num_windows, heads, dim], the windows of the first sequence first; ``compressed_cu_seqlens`` says
-        where each sequence's start. Reads cu_seqlens, which synchronises on CUDA.
+        where each sequence's start. Bitwise the same in any company. Reads cu_seqlens, which synchronises on
+        CUDA.
         """
         cu_seqlens = single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
         lengths = cu_seqlens.diff().tolist()
-        # Views on x, and by split, whose gradient is one concatenation however many sequences there are.
-        views = [
-            part.unfold(0, self.kernel_size, self.stride)
+        # Views on x, and by split, whose gradient is one concatenation however many sequences there are. Each
+        # sequence is pooled by itself: sums are then in the same order in any company, and a mean, at least,
+        # copies no windows.
+        pooled = [
+            self.pool(part.unfold(0, self.kernel_size, self.stride))
             for part in x.split(lengths)
             if len(part) >= self.kernel_size
         ]
-        if not views:
+        if not pooled:
             return self.pool(x.new_empty(0, *x.shape[1:], self.kernel_size))
-        return self.pool(views[0] if len(views) == 1 else torch.cat(views))
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
 
     def extend(
         self, x: torch.Tensor, state: CompressionState | None = None

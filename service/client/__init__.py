@@ -12,7 +12,7 @@ from service.client.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, VerticalSlash
+from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, Select, VerticalSlash
 from service.client.results import AttendResult, Device, Limits, PatternLimits, ServerInfo, Timings
 from service.client.sync_client import AttentionClient
 
@@ -33,6 +33,7 @@ __all__ = [
     "Pattern",
     "PatternLimits",
     "ResourceExhausted",
+    "Select",
     "ServerInfo",
     "Timings",
     "Unavailable",

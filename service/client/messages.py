@@ -14,13 +14,18 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from service import wire
 from service.client.arrays import FLOATING, INDEX, MASK, ArrayT, WireTensor, from_wire, to_wire
-from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, VerticalSlash
+from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, Select, VerticalSlash
 from service.client.results import AttendResult, Device, Limits, PatternLimits, ServerInfo, Timings
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 
 _REQUEST = attention_pb2.AttendRequest
 _RESPONSE = attention_pb2.AttendResponse
 _PATTERN = pattern_pb2.SparsityPattern
+_RESPONSE_TENSORS = {
+    _RESPONSE.OUT_FIELD_NUMBER,
+    _RESPONSE.LSE_FIELD_NUMBER,
+    _RESPONSE.BLOCK_INDICES_FIELD_NUMBER,
+}
 
 
 class AttendOptions(TypedDict, total=False):
@@ -86,17 +91,21 @@ class AttendCall(Generic[ArrayT]):
         tensors: dict[int, WireTensor] = {}
         rest: list[memoryview] = []
         for number, whole, value in wire.fields(memoryview(reply)):
-            if number in (_RESPONSE.OUT_FIELD_NUMBER, _RESPONSE.LSE_FIELD_NUMBER):
+            if number in _RESPONSE_TENSORS:
                 tensors[number] = _parse_tensor(value)
             else:
                 rest.append(whole)
         response = _RESPONSE.FromString(b"".join(rest))
-        lse = tensors.get(_RESPONSE.LSE_FIELD_NUMBER)
+        lse, block_indices = (
+            from_wire(tensors[number], self.like) if number in tensors else None
+            for number in (_RESPONSE.LSE_FIELD_NUMBER, _RESPONSE.BLOCK_INDICES_FIELD_NUMBER)
+        )
         return AttendResult(
             out=from_wire(tensors[_RESPONSE.OUT_FIELD_NUMBER], self.like),
-            lse=None if lse is None else from_wire(lse, self.like),
+            lse=lse,
             timings=_timings(response.timings),
             request_id=response.request_id,
+            block_indices=block_indices,
         )
 
 
@@ -172,8 +181,26 @@ def _pattern(pattern: Pattern) -> list[wire.Buffer]:
             lines = pattern_pb2.VerticalSlash(block_size=pattern.block_size)
             tensors = {name: to_wire(name, getattr(pattern, name), INDEX) for name in ("vertical", "slash")}
             return _variant(_PATTERN.VERTICAL_SLASH_FIELD_NUMBER, lines, tensors)
-    kinds = "BlockIndices, BlockCsr, BlockMask, VerticalSlash or Dense"
+        case Select():
+            return _variant(_PATTERN.SELECT_FIELD_NUMBER, *_select(pattern))
+    kinds = "BlockIndices, BlockCsr, BlockMask, VerticalSlash, Dense or Select"
     raise TypeError(f"pattern must be {kinds}, not {type(pattern).__name__}")
+
+
+def _select(pattern: Select) -> tuple[Message, Mapping[str, WireTensor]]:
+    select = pattern_pb2.Select(
+        kernel_size=pattern.kernel_size,
+        stride=pattern.stride,
+        block_size=pattern.block_size,
+        top_k=pattern.top_k,
+        num_first_blocks=pattern.num_first_blocks,
+        num_local_blocks=pattern.num_local_blocks,
+        top_p=pattern.top_p,
+        min_share=pattern.min_share,
+        window=0 if pattern.gates is None else pattern.window,
+        return_block_indices=pattern.return_block_indices,
+    )
+    return select, {} if pattern.gates is None else {"gates": to_wire("gates", pattern.gates, FLOATING)}
 
 
 def _variant(number: int, sizes: Message, tensors: Mapping[str, WireTensor]) -> list[wire.Buffer]:

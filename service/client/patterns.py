@@ -66,4 +66,33 @@ class Dense:
     """Every key: full attention."""
 
 
-Pattern = BlockIndices | BlockCsr | BlockMask | VerticalSlash | Dense
+@dataclass(frozen=True, slots=True)
+class Select:
+    """The server chooses, as Native Sparse Attention does with mean-compressed keys. Needs causal.
+
+    ``kernel_size``, ``stride``: window i of a sequence, whose keys become one, covers [i * stride,
+    i * stride + kernel_size). ``block_size``: 16, 32, 64, 128 or 256 keys; it and ``kernel_size`` are
+    multiples of ``stride``. ``top_k``: blocks that a query attends to at most, among them the first
+    ``num_first_blocks`` and the ``num_local_blocks`` up to its own. ``top_p``: no more once the blocks hold
+    this share of the row's importance; ``min_share``: none that holds less.
+
+    ``gates``: [q tokens, q heads, 3] in the dtype of q, of the compressed, the selected and the
+    sliding-window branch, whose sum is then the answer, without an lse; None: selected attention alone.
+    ``window``: keys that the sliding window sees; counts with gates only. ``return_block_indices``: ask for
+    what was chosen. The defaults are the paper's (arXiv 2502.11089).
+    """
+
+    kernel_size: int = 32
+    stride: int = 16
+    block_size: int = 64
+    top_k: int = 16
+    num_first_blocks: int = 1
+    num_local_blocks: int = 2
+    top_p: float | None = None
+    min_share: float | None = None
+    gates: Any = None
+    window: int = 512
+    return_block_indices: bool = False
+
+
+Pattern = BlockIndices | BlockCsr | BlockMask | VerticalSlash | Dense | Select

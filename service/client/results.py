@@ -31,13 +31,15 @@ class AttendResult(Generic[ArrayT]):
 
     ``out``: [q tokens, q heads, value_dim] in the dtype of q; zeros for a token without keys.
     ``lse``: float32 [q tokens, q heads], natural log-sum-exp of each row's scores, -inf for a token
-    without keys; None unless asked for.
+    without keys; None unless asked for. ``block_indices``: int32 [kv heads, q tokens, top_k], what the server
+    chose for Select, ascending, then -1; None unless asked for.
     """
 
     out: ArrayT
     lse: ArrayT | None
     timings: Timings
     request_id: str
+    block_indices: ArrayT | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,15 @@ class PatternLimits:
     """What a pattern can be.
 
     ``max_slots``: blocks that a row may select, 0 for no limit. ``shared_rows``: whether it takes a
-    query_block_size. ``causal_only``: whether the request has to be causal.
+    query_block_size. ``causal_only``: whether the request has to be causal. ``max_kernel_size``: keys in a
+    window of Select, at most; 0 where there are no windows.
     """
 
     name: str
     max_slots: int
     shared_rows: bool
     causal_only: bool
+    max_kernel_size: int
 
 
 @dataclass(frozen=True, slots=True)

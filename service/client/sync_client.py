@@ -11,7 +11,7 @@ from service.client import connection
 from service.client.arrays import ArrayT
 from service.client.errors import DeadlineExceeded, Unavailable, error_from_rpc
 from service.client.messages import AttendCall, AttendOptions, parse_health, parse_server_info
-from service.client.patterns import BlockIndices, Pattern
+from service.client.patterns import BlockIndices, Pattern, Select
 from service.client.results import AttendResult, ServerInfo
 from service.client.retry import Attempts
 
@@ -101,6 +101,17 @@ class AttentionClient:
     ) -> AttendResult[ArrayT]:
         """``attend`` over selected KV blocks, with the arguments of ``fsa_core.selected_attention``."""
         return self.attend(q, k, v, BlockIndices(block_indices, block_size, query_block_size), **options)
+
+    def select(
+        self,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
+        selection: Select | None = None,
+        **options: Unpack[AttendOptions],
+    ) -> AttendResult[ArrayT]:
+        """``attend`` over blocks that the server selects; None: by the sizes of the NSA paper."""
+        return self.attend(q, k, v, selection or Select(), **options)
 
     def server_info(self, *, timeout_seconds: float | None = None) -> ServerInfo:
         """What the server is, what it takes, and its limits. Raises AttentionError."""

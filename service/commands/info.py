@@ -74,6 +74,8 @@ def _pattern(limits: "PatternLimits") -> str:
         facts.append("a row a query or a block of queries")
     if limits.causal_only:
         facts.append("causal only")
+    if limits.max_kernel_size:
+        facts.append(f"windows of at most {limits.max_kernel_size} keys")
     return ", ".join(facts)
 
 

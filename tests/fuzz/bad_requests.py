@@ -36,7 +36,11 @@ TENSORS = {
     "block_csr": {"offsets": "offsets", "indices": "indices"},
     "block_mask": {"mask": "mask"},
     "vertical_slash": {"vertical": "vertical", "slash": "slash"},
+    "select": {"gates": "gates"},
 }
+
+
+CAUSAL = ("vertical_slash", "select")
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,25 @@ def _valid(dtype: torch.dtype, index_heads: int, causal: bool, kind: str) -> byt
         q=tensor_message(q),
         k=tensor_message(k),
         v=tensor_message(v),
-        pattern=_pattern(kind, indices),
+        pattern=_select(dtype) if kind == "select" else _pattern(kind, indices),
         cu_seqlens_q=[0, *accumulate(Q_LENS)],
         cu_seqlens_k=[0, *accumulate(K_LENS)],
         causal=causal,
     ).SerializeToString()
+
+
+def _select(dtype: torch.dtype) -> pattern_pb2.SparsityPattern:
+    select = pattern_pb2.Select(
+        kernel_size=8,
+        stride=4,
+        block_size=BLOCK,
+        top_k=SLOTS,
+        num_first_blocks=1,
+        num_local_blocks=1,
+        gates=tensor_message(torch.ones(sum(Q_LENS), 4, 3, dtype=dtype)),
+        window=20,
+    )
+    return pattern_pb2.SparsityPattern(select=select)
 
 
 def _pattern(kind: str, indices: torch.Tensor) -> pattern_pb2.SparsityPattern:
@@ -109,7 +127,7 @@ def _valid_request(draw: Draw, *kinds: str) -> Request:
     dtype, index_heads, causal, kind = draw(
         one_of(*product(FLOATS, (1, 2, 4), (False, True), kinds or TENSORS))
     )
-    return Request.FromString(_valid(dtype, index_heads, causal or kind == "vertical_slash", kind))
+    return Request.FromString(_valid(dtype, index_heads, causal or kind in CAUSAL, kind))
 
 
 valid_requests = st.composite(_valid_request)
@@ -371,6 +389,29 @@ def wrong_pattern_shape(draw: Draw, request: Request) -> BadRequest:
     return BadRequest(request.SerializeToString(), "INVALID_INDEX_SHAPE")
 
 
+def wrong_selection(draw: Draw, request: Request) -> BadRequest:
+    """Sizes that do not fit one another, gates of other branches, or what a gated sum does not have."""
+    select = request.pattern.select
+    name, value = draw(
+        one_of(
+            *product(("kernel_size", "stride", "top_k", "window"), (-(2**31), -1, 0)),
+            *product(("num_first_blocks", "num_local_blocks"), (-(2**31), -1)),
+            *product(("top_p", "min_share"), (-1.0, 0.0, 1.5, math.nan, math.inf)),
+            *product(("kernel_size",), (1, 6, 2**31 - 1)),
+            *product(("top_k",), (1, 4097, 2**31 - 1)),
+            *product(("gates",), (1, 2, 4)),
+            ("causal", False),
+            ("return_lse", True),
+        )
+    )
+    reason = {"causal": "INVALID_PATTERN", "return_lse": "INVALID_GATES"}.get(name, f"INVALID_{name.upper()}")
+    if name == "gates":
+        select.gates.CopyFrom(tensor_message(_resized(tensor_of(select.gates), 2, value)))
+    else:
+        setattr(request if name in ("causal", "return_lse") else select, name, value)
+    return BadRequest(request.SerializeToString(), reason, metadata={"field": name})
+
+
 def unknown_field(draw: Draw, request: Request) -> BadRequest:
     """A field of a later version, in any of the messages."""
     owner = draw(one_of("", "q", "k", "v", "pattern", "variant"))
@@ -460,6 +501,8 @@ FAULTS = (
     bad_ragged_index,
     bad_mark,
     bad_entry,
+    wrong_selection,
+    wrong_selection,
     unknown_field,
     cut_off,
     bad_request_id,
@@ -468,6 +511,8 @@ FAULTS = (
 # The patterns that a fault can be put into; those not named here can be put into any.
 SHARED_ROWS = ("block_indices", "block_csr", "block_mask")
 KINDS: Mapping[Fault, tuple[str, ...]] = {
+    # Gates may be left out.
+    missing_pattern_tensor: (*SHARED_ROWS, "vertical_slash"),
     wrong_query_block_size: SHARED_ROWS,
     wrong_row_count: SHARED_ROWS,
     wrong_index_shape: ("block_indices",),
@@ -477,6 +522,7 @@ KINDS: Mapping[Fault, tuple[str, ...]] = {
     bad_ragged_index: ("block_csr",),
     bad_mark: ("block_mask",),
     bad_entry: ("vertical_slash",),
+    wrong_selection: ("select",),
     over_a_limit: ("block_indices",),
 }
 

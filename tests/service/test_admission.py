@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.plan import workspace_bytes
 from fsa_core.problem import Problem
 from service.admission import Admission, check_limits
@@ -97,6 +99,24 @@ def test_each_limit_of_one_request_is_named_with_its_value(limit: str, over: Pro
     assert caught.value.reason == "LIMIT_EXCEEDED"
     assert caught.value.metadata["limit"] == limit
     assert int(caught.value.metadata["value"]) > int(caught.value.metadata["max"])
+
+
+def test_what_selection_needs_besides_counts_as_workspace() -> None:
+    """With a window a key, compressed keys are as many bytes as the keys."""
+    config = NSAConfig(kernel_size=16, stride=1)
+    by_branch = [SelectingProblem.of(PROBLEM, config, is_gated=is_gated) for is_gated in (False, True)]
+    compressed_bytes = Layout.of(PROBLEM).k.num_bytes
+    held = []
+    for problem in by_branch:
+        budget = admission()
+        permit = asyncio.run(budget.admit(problem))
+        held.append(budget.workspace_bytes)
+        permit.release()
+        assert budget.workspace_bytes == 0
+    assert held[0] >= workspace_bytes(by_branch[0]) + compressed_bytes
+    assert held[1] >= held[0] + compressed_bytes
+    error = refusal(admission(max_workspace_bytes=held[0]), by_branch[1])
+    assert (error.reason, error.metadata["limit"]) == ("LIMIT_EXCEEDED", "max_workspace_bytes")
 
 
 def test_releasing_gives_everything_back_once() -> None:

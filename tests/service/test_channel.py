@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsa_core.problem import BLOCK_SIZES, Problem
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.selecting import SelectingProblem
+from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS, Problem
 from service import channel
 from service.channel import (
     MAX_BATCH_JOBS,
@@ -42,7 +44,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=channel.MAX_T
 def problems(draw: st.DrawFn) -> Problem:
     kv_heads, group = draw(st.integers(1, 64)), draw(st.integers(1, 32))
     block_size = draw(st.sampled_from((0, *BLOCK_SIZES)))
-    return Problem(
+    problem = Problem(
         num_q_tokens=draw(u64),
         num_k_tokens=draw(u64),
         num_sequences=draw(st.integers(1, 2**32 - 1)),
@@ -56,6 +58,25 @@ def problems(draw: st.DrawFn) -> Problem:
         block_size=block_size,
         causal=draw(st.booleans()),
         softmax_scale=draw(st.floats(allow_nan=False, allow_infinity=False)),
+    )
+    if not (block_size and problem.causal and draw(st.booleans())):
+        return problem
+    return SelectingProblem.of(problem, draw(configs(block_size)), is_gated=draw(st.booleans()))
+
+
+@st.composite
+def configs(draw: st.DrawFn, block_size: int) -> NSAConfig:
+    stride, share = draw(st.sampled_from((1, 4, 16))), st.none() | st.floats(1e-9, 1.0)
+    return NSAConfig(
+        kernel_size=stride * draw(st.integers(1, 1000)),
+        stride=stride,
+        block_size=block_size,
+        top_k=draw(st.integers(8, MAX_SLOTS)),
+        num_first_blocks=draw(st.integers(0, 4)),
+        num_local_blocks=draw(st.integers(0, 4)),
+        window=draw(st.integers(1, 2**31 - 1)),
+        top_p=draw(share),
+        min_share=draw(share),
     )
 
 

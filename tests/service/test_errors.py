@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 
 from fsa_core import block_csr, block_mask, compact, validation, vertical_slash
+from fsa_core.nsa import selecting
 from service import codec, dispatcher, selection, tensors
 from service.errors import CODES, MAX_TEXT_LENGTH, FsaError
 from service.interceptors import RequestInterceptor
@@ -99,7 +100,7 @@ def test_texts_that_quote_a_client_are_cut_to_fit_the_trailers() -> None:
 
 
 def test_every_reason_in_the_source_is_in_the_table() -> None:
-    library = (validation, compact, block_csr, block_mask, vertical_slash)
+    library = (validation, compact, block_csr, block_mask, vertical_slash, selecting)
     for module in (*library, codec, selection, tensors, dispatcher):
         for reason in literal_reasons(Path(inspect.getfile(module))):
             assert reason in CODES, f"{reason} of {module.__name__}"

@@ -247,16 +247,18 @@ def test_a_request_past_its_deadline_or_cancelled_in_the_queue_is_never_started(
 
 def test_the_server_says_what_it_is_and_its_limits(server: ServerProcess) -> None:
     info = server.info()
-    patterns = ["block_indices", "block_csr", "vertical_slash", "dense", "block_mask"]
+    patterns = ["block_indices", "block_csr", "vertical_slash", "select", "dense", "block_mask"]
     assert (info.protocol, list(info.patterns)) == ("fsa.v1", patterns)
     told = [(p.name, p.max_slots, p.shared_rows, p.causal_only) for p in info.pattern_limits]
     assert told == [
         ("block_indices", 1024, True, False),
         ("block_csr", 1024, True, False),
         ("vertical_slash", 1024, False, True),
+        ("select", 1024, False, True),
         ("dense", 0, False, False),
         ("block_mask", 1024, True, False),
     ]
+    assert {p.name: p.max_kernel_size for p in info.pattern_limits if p.max_kernel_size} == {"select": 256}
     assert [device.up for device in info.devices] == [True]
     assert info.devices[0].memory_bytes > 1 << 28
     assert info.kernels

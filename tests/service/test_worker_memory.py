@@ -7,7 +7,14 @@ import torch
 from service.arena import ArenaPool
 from service.channel import ProtocolError
 from service.job import Job, Slice
-from service.worker_memory import PlacedJob, Segments, host_cu_seqlens, pack_inputs, unpack_outputs
+from service.worker_memory import (
+    PackedOutputs,
+    PlacedJob,
+    Segments,
+    host_cu_seqlens,
+    pack_inputs,
+    unpack_outputs,
+)
 from tests.jobs import DENSE, SELECTED, Request
 
 
@@ -87,7 +94,7 @@ def test_each_job_gets_its_own_rows_back(pool: ArenaPool, segments: Segments) ->
     num_tokens = sum(request.problem.num_q_tokens for request in requests)
     out = torch.randn(num_tokens, SELECTED.num_q_heads, SELECTED.value_dim).to(SELECTED.dtype)
     lse = torch.randn(num_tokens, SELECTED.num_q_heads)
-    unpack_outputs(placed(segments, requests), out, lse)
+    unpack_outputs(placed(segments, requests), PackedOutputs(out, lse))
     assert torch.equal(torch.cat([request.tensor("out") for request in requests]), out)
     assert torch.equal(torch.cat([request.tensor("lse") for request in requests]), lse)
 

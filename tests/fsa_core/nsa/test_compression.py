@@ -118,3 +118,11 @@ def test_learned_pools_start_as_a_mean(device, kind):
 def test_a_stride_that_skips_keys_is_refused():
     with pytest.raises(ValueError, match="stride is 9: expected from 1 to the kernel size, 8"):
         MeanCompression(8, 9)
+
+
+def test_a_sequence_has_the_same_windows_in_any_company(device):
+    """Bit by bit, with windows long enough for the order of a sum to show."""
+    compression = make("mean", 32, 16)
+    sequences = [torch.randn(length, HEADS, 30, device=device) for length in (70, 20, 130)]
+    together = compression(torch.cat(sequences), cumulative((70, 20, 130)).to(device))
+    assert torch.equal(together, torch.cat([compression(x) for x in sequences]))

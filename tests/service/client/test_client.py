@@ -1,6 +1,7 @@
 """Both clients against a real server: right answers in the caller's arrays, and failures worth catching."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import threading
@@ -17,6 +18,9 @@ import pytest
 import torch
 
 from fsa_core.api import dense_attention, selected_attention
+from fsa_core.nsa.compression import MeanCompression
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.functional import nsa_attention, select_blocks
 from service.client import (
     AsyncAttentionClient,
     AttentionClient,
@@ -27,6 +31,7 @@ from service.client import (
     Dense,
     InvalidRequest,
     ResourceExhausted,
+    Select,
     Unavailable,
     VerticalSlash,
 )
@@ -188,6 +193,38 @@ def test_a_deadline_is_kept_while_the_worker_stands_still(client: Any, server: S
     with server.frozen_worker(), pytest.raises(DeadlineExceeded):
         client.attend(q, k, v, Dense(), timeout_seconds=0.3)
     assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("is_gated", [False, True], ids=["selected", "gated"])
+def test_select_chooses_attends_and_says_what_it_chose(client: Any, is_gated: bool) -> None:
+    q, k, v, _ = torch_tensors()
+    gates = torch.rand(TOKENS, Q_HEADS, 3) if is_gated else None
+    sizes = {"kernel_size": 8, "stride": 4, "block_size": BLOCK_SIZE, "top_k": 2, "num_local_blocks": 1}
+    selection = Select(**sizes, gates=gates, window=20, return_block_indices=True)
+    answer = client.select(q, k, v, selection, return_lse=not is_gated)
+    config, compress = NSAConfig(**sizes, window=20), MeanCompression(8, 4)
+    chosen = select_blocks(q, compress(k), config=config)
+    assert torch.equal(answer.block_indices, chosen)
+    if gates is None:
+        out, lse = selected_attention(q, k, v, chosen, block_size=BLOCK_SIZE)
+        torch.testing.assert_close(answer.lse, lse, atol=1e-5, rtol=1e-5)
+    else:
+        out = nsa_attention(q, k, v, gates, compress, compress, config=config)
+        assert answer.lse is None
+    torch.testing.assert_close(answer.out, out, atol=1e-5, rtol=1e-5)
+    as_numpy = dataclasses.replace(selection, gates=None if gates is None else gates.numpy())
+    again = client.select(*(x.numpy() for x in (q, k, v)), as_numpy)
+    assert isinstance(again.block_indices, np.ndarray)
+    assert again.out.tobytes() == answer.out.numpy().tobytes()
+    assert again.block_indices.tobytes() == answer.block_indices.numpy().tobytes()
+
+
+def test_select_alone_is_by_the_sizes_of_the_paper(client: Any) -> None:
+    q, k, v, _ = torch_tensors()
+    answer = client.select(q, k, v)
+    assert answer.block_indices is None
+    # All of so few keys.
+    torch.testing.assert_close(answer.out, dense_attention(q, k, v)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_server_says_what_it_is(client: Any, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """What the client writes is what protobuf would write, and what it reads keeps every bit."""
 
+import dataclasses
 from typing import Any
 
 import ml_dtypes
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.client import BlockCsr, BlockIndices, BlockMask, Dense, VerticalSlash
+from service.client import BlockCsr, BlockIndices, BlockMask, Dense, Select, VerticalSlash
 from service.client.messages import AttendCall
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 
@@ -144,6 +145,21 @@ def test_each_pattern_is_what_protobuf_would_have_written(
     assert message.SerializeToString() in call.payload
 
 
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_a_selection_is_what_protobuf_would_have_written(convert: Any) -> None:
+    q, gates = np.ones((2, 1, 16), np.float32), np.full((2, 1, 3), 0.5, np.float32)
+    selection = Select(8, 4, 16, 3, 0, 1, top_p=0.9, gates=convert(gates), window=20)
+    sizes = {"kernel_size": 8, "stride": 4, "block_size": 16, "top_k": 3, "num_local_blocks": 1, "top_p": 0.9}
+    message = pattern_pb2.Select(
+        **sizes, gates=wire_tensor(tensor_pb2.DTYPE_FLOAT32, (2, 1, 3), gates.tobytes()), window=20
+    )
+    assert decoded(encode(q, q, q, selection)).pattern.select == message
+    # A window is one of the branches that gates add.
+    alone = dataclasses.replace(selection, gates=None, return_block_indices=True)
+    expected = pattern_pb2.Select(**sizes, return_block_indices=True)
+    assert decoded(encode(q, q, q, alone)).pattern.select == expected
+
+
 def test_dense_and_non_causal_arrive() -> None:
     q = np.ones((2, 1, 16), np.float32)
     request = decoded(encode(q, q, q, Dense(), causal=False))
@@ -233,7 +249,7 @@ def test_lse_and_timings_come_with_the_answer() -> None:
         ),
         ({"pattern": BlockCsr(np.zeros((1, 1), np.int64), CSR[1], 16)}, "offsets is int64"),
         ({"pattern": VerticalSlash(LINES[0], [0], 16)}, "slash must be a numpy array or a torch tensor"),
-        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "VerticalSlash or Dense, not ndarray"),
+        ({"pattern": np.zeros((1, 1, 1), np.int32)}, "Dense or Select, not ndarray"),
         ({"cu_seqlens_q": 4}, "cu_seqlens_q must be a sequence of integers, not int"),
     ],
 )

@@ -35,16 +35,18 @@ class AttendRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., q: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., k: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., v: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., pattern: _Optional[_Union[_pattern_pb2.SparsityPattern, _Mapping]] = ..., cu_seqlens_q: _Optional[_Iterable[int]] = ..., cu_seqlens_k: _Optional[_Iterable[int]] = ..., softmax_scale: _Optional[float] = ..., causal: bool = ..., return_lse: bool = ..., priority: _Optional[int] = ...) -> None: ...
 
 class AttendResponse(_message.Message):
-    __slots__ = ("request_id", "out", "lse", "timings")
+    __slots__ = ("request_id", "out", "lse", "timings", "block_indices")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_INDICES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     out: _tensor_pb2.Tensor
     lse: _tensor_pb2.Tensor
     timings: Timings
-    def __init__(self, request_id: _Optional[str] = ..., out: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lse: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    block_indices: _tensor_pb2.Tensor
+    def __init__(self, request_id: _Optional[str] = ..., out: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., lse: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., block_indices: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue", "receive", "h2d", "kernel", "d2h", "send", "total", "batch_requests", "batch_tokens")
@@ -102,16 +104,18 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., protocol: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., dtypes: _Optional[_Iterable[_Union[_tensor_pb2.Dtype, str]]] = ..., patterns: _Optional[_Iterable[str]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kernels: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pattern_limits: _Optional[_Iterable[_Union[PatternLimits, _Mapping]]] = ...) -> None: ...
 
 class PatternLimits(_message.Message):
-    __slots__ = ("name", "max_slots", "shared_rows", "causal_only")
+    __slots__ = ("name", "max_slots", "shared_rows", "causal_only", "max_kernel_size")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     SHARED_ROWS_FIELD_NUMBER: _ClassVar[int]
     CAUSAL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    MAX_KERNEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_slots: int
     shared_rows: bool
     causal_only: bool
-    def __init__(self, name: _Optional[str] = ..., max_slots: _Optional[int] = ..., shared_rows: bool = ..., causal_only: bool = ...) -> None: ...
+    max_kernel_size: int
+    def __init__(self, name: _Optional[str] = ..., max_slots: _Optional[int] = ..., shared_rows: bool = ..., causal_only: bool = ..., max_kernel_size: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("index", "kind", "name", "memory_bytes", "up")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from service.pb.fsa.v1 import tensor_pb2 as fsa_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66sa/v1/pattern.proto\x12\x06\x66sa.v1\x1a\x13\x66sa/v1/tensor.proto\"\xe9\x01\n\x0fSparsityPattern\x12-\n\rblock_indices\x18\x01 \x01(\x0b\x32\x14.fsa.v1.BlockIndicesH\x00\x12%\n\tblock_csr\x18\x02 \x01(\x0b\x32\x10.fsa.v1.BlockCsrH\x00\x12/\n\x0evertical_slash\x18\x03 \x01(\x0b\x32\x15.fsa.v1.VerticalSlashH\x00\x12\x1e\n\x05\x64\x65nse\x18\x05 \x01(\x0b\x32\r.fsa.v1.DenseH\x00\x12\'\n\nblock_mask\x18\x06 \x01(\x0b\x32\x11.fsa.v1.BlockMaskH\x00\x42\x06\n\x04kind\"]\n\x0c\x42lockIndices\x12\x1f\n\x07indices\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"z\n\x08\x42lockCsr\x12\x1f\n\x07offsets\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1f\n\x07indices\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x18\n\x10query_block_size\x18\x04 \x01(\x05\"W\n\tBlockMask\x12\x1c\n\x04mask\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"d\n\rVerticalSlash\x12 \n\x08vertical\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1d\n\x05slash\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\"\x07\n\x05\x44\x65nseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66sa/v1/pattern.proto\x12\x06\x66sa.v1\x1a\x13\x66sa/v1/tensor.proto\"\x8b\x02\n\x0fSparsityPattern\x12-\n\rblock_indices\x18\x01 \x01(\x0b\x32\x14.fsa.v1.BlockIndicesH\x00\x12%\n\tblock_csr\x18\x02 \x01(\x0b\x32\x10.fsa.v1.BlockCsrH\x00\x12/\n\x0evertical_slash\x18\x03 \x01(\x0b\x32\x15.fsa.v1.VerticalSlashH\x00\x12 \n\x06select\x18\x04 \x01(\x0b\x32\x0e.fsa.v1.SelectH\x00\x12\x1e\n\x05\x64\x65nse\x18\x05 \x01(\x0b\x32\r.fsa.v1.DenseH\x00\x12\'\n\nblock_mask\x18\x06 \x01(\x0b\x32\x11.fsa.v1.BlockMaskH\x00\x42\x06\n\x04kind\"]\n\x0c\x42lockIndices\x12\x1f\n\x07indices\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"z\n\x08\x42lockCsr\x12\x1f\n\x07offsets\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1f\n\x07indices\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x18\n\x10query_block_size\x18\x04 \x01(\x05\"W\n\tBlockMask\x12\x1c\n\x04mask\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x02 \x01(\x05\x12\x18\n\x10query_block_size\x18\x03 \x01(\x05\"d\n\rVerticalSlash\x12 \n\x08vertical\x18\x01 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x1d\n\x05slash\x18\x02 \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x12\n\nblock_size\x18\x03 \x01(\x05\"\x95\x02\n\x06Select\x12\x13\n\x0bkernel_size\x18\x01 \x01(\x05\x12\x0e\n\x06stride\x18\x02 \x01(\x05\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x18\n\x10num_first_blocks\x18\x05 \x01(\x05\x12\x18\n\x10num_local_blocks\x18\x06 \x01(\x05\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmin_share\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1d\n\x05gates\x18\t \x01(\x0b\x32\x0e.fsa.v1.Tensor\x12\x0e\n\x06window\x18\n \x01(\x05\x12\x1c\n\x14return_block_indices\x18\x0b \x01(\x08\x42\x08\n\x06_top_pB\x0c\n\n_min_share\"\x07\n\x05\x44\x65nseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fsa.v1.pattern_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SPARSITYPATTERN']._serialized_start=54
-  _globals['_SPARSITYPATTERN']._serialized_end=287
-  _globals['_BLOCKINDICES']._serialized_start=289
-  _globals['_BLOCKINDICES']._serialized_end=382
-  _globals['_BLOCKCSR']._serialized_start=384
-  _globals['_BLOCKCSR']._serialized_end=506
-  _globals['_BLOCKMASK']._serialized_start=508
-  _globals['_BLOCKMASK']._serialized_end=595
-  _globals['_VERTICALSLASH']._serialized_start=597
-  _globals['_VERTICALSLASH']._serialized_end=697
-  _globals['_DENSE']._serialized_start=699
-  _globals['_DENSE']._serialized_end=706
+  _globals['_SPARSITYPATTERN']._serialized_end=321
+  _globals['_BLOCKINDICES']._serialized_start=323
+  _globals['_BLOCKINDICES']._serialized_end=416
+  _globals['_BLOCKCSR']._serialized_start=418
+  _globals['_BLOCKCSR']._serialized_end=540
+  _globals['_BLOCKMASK']._serialized_start=542
+  _globals['_BLOCKMASK']._serialized_end=629
+  _globals['_VERTICALSLASH']._serialized_start=631
+  _globals['_VERTICALSLASH']._serialized_end=731
+  _globals['_SELECT']._serialized_start=734
+  _globals['_SELECT']._serialized_end=1011
+  _globals['_DENSE']._serialized_start=1013
+  _globals['_DENSE']._serialized_end=1020
 # @@protoc_insertion_point(module_scope)

@@ -76,7 +76,7 @@ def test_a_variant_that_comes_twice_is_merged_unless_another_came_between() -> N
         (b"\xa8\x06\x01", "AttendRequest", "101"),
         (Request(q=tensor_pb2.Tensor()).SerializeToString()[:-1] + b"\x02\x28\x01", "Tensor", "5"),
         (b"\x10\x01", "AttendRequest", "2"),
-        (b"\x2a\x04\x22\x02\x08\x01", "SparsityPattern", "4"),
+        (b"\x2a\x04\x3a\x02\x08\x01", "SparsityPattern", "7"),
     ],
     ids=["top level", "a later transport", "another wire type", "a later pattern"],
 )

@@ -143,7 +143,7 @@ def assert_close_to_oracle(
 ) -> None:
     """Answers, and gradients through both, err at most twice as eager attention does, and some roundings.
 
-    In float32 on a GPU four times: the kernels' products are three of tf32, which keep 21 of 24 bits.
+    In float32 on a GPU eight times: the kernels' products are three of tf32, which keep 21 of 24 bits.
     """
     (out, lse), (eager_out, eager_lse), (true_out, true_lse) = (
         function(*operands) for function in (run, eager, oracle)
@@ -193,7 +193,7 @@ def assert_error(
     if not true.numel():
         return
     error, eager_error = ((x.double() - true).abs().amax().item() for x in (got, eager))
-    factor = 4 if dtype == torch.float32 and got.is_cuda else 2
+    factor = 8 if dtype == torch.float32 and got.is_cuda else 2
     bound = factor * eager_error + roundings * torch.finfo(dtype).eps * true.abs().amax().item()
     # Written so that a NaN error fails.
     assert error <= bound, f"{what}: error {error:.3g}, eager {eager_error:.3g}, bound {bound:.3g}"

@@ -1,8 +1,8 @@
 """The values of block_indices: in range, causal, unique in a row; the first offender is named.
 
 The check runs beside the receipt of a request, so on the CPU it is numpy on chunks that fit the cache: one
-thread, near the speed of memory, where torch would wake all threads for every small step. Chunks whose rows
-all ascend and then end are not sorted. On CUDA nothing synchronises: the verdict is a tensor.
+thread, near the speed of memory, where torch would wake all threads for every small step. Rows that all
+ascend and then end are not sorted, on any device.
 """
 
 from collections.abc import Iterator
@@ -64,10 +64,7 @@ def ids_are_valid(block_indices: torch.Tensor, rows: IndexRows) -> torch.Tensor:
     """bool []: every id of ``block_indices`` [heads, num_rows, num_slots] is in range, causal and unique."""
     if not block_indices.is_cuda:
         return torch.tensor(_are_valid_on_cpu(block_indices.numpy(), rows.num_allowed.numpy()))
-    verdict = torch.ones((), dtype=torch.bool, device=block_indices.device)
-    for _, _, ids, part in _parts(block_indices, rows):
-        verdict &= _in_range(ids, part.num_allowed).all() & ~_repeats(ids).any()
-    return verdict
+    return _are_valid_on_cuda(block_indices, rows.num_allowed)
 
 
 def first_offender(
@@ -101,6 +98,30 @@ def _parts(
             part = slice(start, start + size)
             facts = (rows.sequence, rows.first_token, rows.num_blocks, rows.num_allowed)
             yield head, start, ids[part], IndexRows(*(fact[part] for fact in facts))
+
+
+def _are_valid_on_cuda(block_indices: torch.Tensor, num_allowed: torch.Tensor) -> torch.Tensor:
+    heads, num_rows, num_slots = block_indices.shape
+    size = max(CUDA_IDS_AT_ONCE // max(heads * num_slots, 1), 1)
+    parts = [slice(start, start + size) for start in range(0, num_rows, size)]
+    verdict = torch.ones((), dtype=torch.bool, device=block_indices.device)
+    ascend = verdict.clone()
+    for part in parts:
+        ids = block_indices[:, part]
+        verdict &= _in_range(ids, num_allowed[part]).all()
+        ascend &= _ascend(ids).all()
+    # Reading this costs microseconds, sorting what ascends milliseconds.
+    if not ascend:
+        for part in parts:
+            verdict &= ~_repeats(block_indices[:, part]).any()
+    return verdict
+
+
+def _ascend(ids: torch.Tensor) -> torch.Tensor:
+    """bool [..., num_slots - 1], from the second slot on: larger than the slot before, or unused."""
+    # Cleared of its sign an unused slot is the largest id.
+    as_last = ids & _INT32_MAX
+    return (as_last[..., 1:] > as_last[..., :-1]) | (ids[..., 1:] < 0)
 
 
 def _are_valid_on_cpu(block_indices: NDArray[np.int32], num_allowed: NDArray[np.int32]) -> bool:
@@ -142,9 +163,10 @@ def _in_range(ids: torch.Tensor, num_allowed: torch.Tensor) -> torch.Tensor:
 
 def _repeats(ids: torch.Tensor) -> torch.Tensor:
     """bool like ids: the id stands in an earlier slot of its row already."""
-    values, slot = ids.sort(dim=1, stable=True)
+    values, slot = ids.sort(dim=-1, stable=True)
     repeated = torch.zeros_like(ids, dtype=torch.bool)
-    return repeated.scatter_(1, slot[:, 1:], (values[:, 1:] == values[:, :-1]) & (values[:, 1:] >= 0))
+    same = (values[..., 1:] == values[..., :-1]) & (values[..., 1:] >= 0)
+    return repeated.scatter_(-1, slot[..., 1:], same)
 
 
 def offence(

@@ -128,7 +128,7 @@ def _check_values(
     num_used = -(-seq_lens // page_size)
     unused = torch.arange(max_pages, device=seq_lens.device) >= num_used[:, None]
     exists = unused | ((page_table >= 0) & (page_table < num_pages))
-    # On CUDA the verdicts meet on the device and are read once.
+    # On CUDA the verdicts meet on the device.
     if starts_are_valid(starts, num_tokens) & fits.all() & exists.all() & ids_are_valid(block_indices, rows):
         return
     refuse_bad_starts("cu_seqlens_q", starts.tolist(), num_tokens)

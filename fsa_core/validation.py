@@ -309,7 +309,7 @@ def _check_values(
     )
     valid = starts_are_valid(cu_seqlens_q, q.shape[0]) & starts_are_valid(cu_seqlens_k, k.shape[0])
     valid &= row_starts(cu_seqlens_q, query_block_size)[-1] == num_rows
-    # On CUDA the verdicts meet on the device and are read once; on the CPU the costly one is last.
+    # On CUDA the verdicts meet on the device; on the CPU the costly one is last.
     if (q.is_cuda or valid) and valid & ids_are_valid(block_indices, index_rows):
         return
     refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])

@@ -201,9 +201,13 @@ def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
         out, lse, shares = compressed_attention_forward(*sizes, *over_windows)
         row_shares(*sizes, call.q, call.k_cmp)
         select_blocks_forward(*sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget)
-        interval_attention_backward(*sizes, *over_windows, out, lse, out, lse)
+        interval_attention_backward(
+            *sizes, *over_windows, out, lse, out, lse, workspace_limit_bytes=DEFAULT_WORKSPACE_BYTES
+        )
         window_attention_forward(*key_sizes, *over_keys)
-        interval_attention_backward(*key_sizes, *over_keys, out, lse, out, lse)
+        interval_attention_backward(
+            *key_sizes, *over_keys, out, lse, out, lse, workspace_limit_bytes=DEFAULT_WORKSPACE_BYTES
+        )
     yield from launches.compiled.values()
 
 

@@ -13,7 +13,14 @@ import triton.language as tl
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
 from fsa_core.kernels.query_tiles import load_block
-from fsa_core.kernels.windows import RowShares, Tile, Windows, last_tiles_first, visible_windows
+from fsa_core.kernels.windows import (
+    RowShares,
+    Tile,
+    Windows,
+    last_tiles_first,
+    visible_windows,
+    walk_constants,
+)
 from fsa_core.plan import padded_dim, search_steps
 from fsa_core.problem import Problem
 
@@ -213,12 +220,8 @@ def _launch(
     _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
         q, k_cmp, v_cmp, out, lse, row_max, row_share, *windows.starts,
         p.softmax_scale * LOG2_E.value, p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences),
-        NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads, GROUP_SIZE=p.group_size, HEADS=tile.heads,
-        PARTS=tile.parts, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim,
-        HEAD_DIM_PADDED=padded_dim(p.head_dim), VALUE_DIM_PADDED=padded_dim(p.value_dim),
-        KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride, REACH=windows.reach, TOKENS=tile.tokens,
-        ROWS=tile.rows, KEYS=tile.keys, STAGES=tile.num_stages, WITH_VALUES=with_values,
-        WITH_SHARES=shares is not None, num_warps=tile.num_warps,
+        **walk_constants(p, windows, tile), WITH_VALUES=with_values, WITH_SHARES=shares is not None,
+        num_warps=tile.num_warps,
     )  # fmt: skip
 
 

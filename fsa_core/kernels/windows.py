@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.query_tiles import tile_tokens
+from fsa_core.plan import padded_dim
+from fsa_core.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,31 @@ class Tile:
         parts = -(-group_size // rows)
         heads = -(-group_size // parts)
         return cls(rows // heads, heads, parts, rows, keys, num_warps, num_stages)
+
+
+def gradient_tile(problem: Problem, narrow: tuple[int, int], wide: tuple[int, int]) -> Tile:
+    """Tiles of (rows, keys) where 256 bytes hold the numbers of a row, or where they do not.
+
+    float32, multiplied in three parts, takes shared memory for each part.
+    """
+    p = problem
+    width = padded_dim(max(p.head_dim, p.value_dim))
+    rows, keys = narrow if width * p.dtype.itemsize <= 256 else wide
+    if p.dtype.itemsize == 4 and width > 64:
+        rows, keys = 32, 4096 // width
+    return Tile.of(p.group_size, rows=rows, keys=keys, num_warps=8, num_stages=2)
+
+
+def walk_constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, int]:
+    """What is compiled into the kernels that walk tiles of rows and tiles of windows."""
+    p = problem
+    return {
+        "NUM_Q_HEADS": p.num_q_heads, "NUM_KV_HEADS": p.num_kv_heads, "GROUP_SIZE": p.group_size,
+        "HEADS": tile.heads, "PARTS": tile.parts, "HEAD_DIM": p.head_dim, "VALUE_DIM": p.value_dim,
+        "HEAD_DIM_PADDED": padded_dim(p.head_dim), "VALUE_DIM_PADDED": padded_dim(p.value_dim),
+        "KERNEL_SIZE": windows.kernel_size, "STRIDE": windows.stride, "REACH": windows.reach,
+        "TOKENS": tile.tokens, "ROWS": tile.rows, "KEYS": tile.keys, "STAGES": tile.num_stages,
+    }  # fmt: skip
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
         return window_attention_forward(problem, windows, *operands)
 
-    implementation = Implementation(forward, partial(_gradients, windows))
+    implementation = Implementation(forward, partial(_gradients, call, windows))
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
 
 
@@ -86,16 +86,17 @@ def _attend(
         shares.append(found)
         return out, lse
 
-    implementation = Implementation(forward, partial(_gradients, windows))
+    implementation = Implementation(forward, partial(_gradients, call, windows))
     answer = differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k_cmp, v_cmp)))
     # Taken out: autograd keeps the implementation, and with it the list, until the backward pass.
     return answer, shares.pop()
 
 
-def _gradients(windows: "Windows", problem: Problem, *tensors: torch.Tensor) -> Gradients:
+def _gradients(call: Call, windows: "Windows", problem: Problem, *tensors: torch.Tensor) -> Gradients:
     from fsa_core.kernels.interval_gradients import interval_attention_backward
 
-    return interval_attention_backward(problem, windows, *tensors)
+    limit = call.workspace_limit_bytes
+    return interval_attention_backward(problem, windows, *tensors, workspace_limit_bytes=limit)
 
 
 @torch.no_grad()

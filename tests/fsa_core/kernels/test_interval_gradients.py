@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fsa_core.nsa.functional import compressed_attention, sliding_window_attention
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from tests.fsa_core.nsa.conftest import SMALL, Call
 from tests.fsa_core.nsa.conftest import _make_call as make_call
 
@@ -21,11 +22,13 @@ def gradients(
     operands: Sequence[torch.Tensor],
     grad_out: torch.Tensor,
     starts: torch.Tensor | None = None,
+    workspace_limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
     **options: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Of q, k and v, through out alone; each sequence has as many keys as queries."""
     leaves = [x.detach().requires_grad_() for x in operands]
-    out, _ = branch(*leaves, config=SMALL, cu_seqlens_q=starts, cu_seqlens_k=starts, backend="triton")
+    given = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "workspace_limit_bytes": workspace_limit_bytes}
+    out, _ = branch(*leaves, config=SMALL, backend="triton", **given)
     return torch.autograd.grad(out, leaves, grad_out, **options)
 
 
@@ -41,6 +44,15 @@ def test_gradients_have_the_same_bits_on_every_run(branch: Callable, device: tor
         gradients(branch, operands_of(branch, call), grad_out_of(call), call.cu_seqlens_q) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_heads_that_do_not_fit_the_workspace_together_take_turns(device: torch.device) -> None:
+    call = make_call(device, q_lens=(60,), num_kv_heads=3, dtype=torch.float16)
+    given = (compressed_attention, operands_of(compressed_attention, call), grad_out_of(call))
+    # 14 windows of 16 + 24 numbers in float32, from 4 programs each: 8,960 bytes a head.
+    at_once, *in_turns = (gradients(*given, workspace_limit_bytes=limit) for limit in (2**20, 20000, 1))
+    for turns in in_turns:
+        assert all(torch.equal(a, b) for a, b in zip(at_once, turns, strict=True))
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

@@ -299,6 +299,14 @@ def _check_values(
     causal: bool,
 ) -> None:
     num_rows = block_indices.shape[1]
+    if q.is_cuda and query_block_size == 1 and num_rows == q.shape[0] > 0:
+        # Triton is imported when a kernel is first needed.
+        from fsa_core.kernels.index_check import certainly_valid
+
+        ids = block_indices if block_indices[0].is_contiguous() else block_indices.contiguous()
+        starts = (cu_seqlens_q, cu_seqlens_k)
+        if certainly_valid(ids, *starts, k.shape[0], block_size=block_size, causal=causal):
+            return
     index_rows = IndexRows.of(
         cu_seqlens_q,
         cu_seqlens_k,

@@ -50,7 +50,7 @@ def _check(ids: torch.Tensor) -> None:
     rows = IndexRows.of(
         cu_seqlens, cu_seqlens, ids.shape[1], block_size=BLOCK_SIZE, query_block_size=1, causal=True
     )
-    if not ids_are_valid(ids, rows):
+    if not ids_are_valid(ids, rows, torch.tensor(True)):
         raise SystemExit("valid indices were refused")
 
 

@@ -68,9 +68,9 @@ def selected_attention(
             the tokens that chose them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks
             that any of them chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest).
             A named path runs or raises. Gradients of k and v are computed the same way on every path.
-        validate: False leaves the values of block_indices and cu_seqlens unread, which saves a
-            synchronisation and works inside a CUDA graph. Ids that break the contract are then ignored or
-            give a wrong answer, but touch no foreign memory; cu_seqlens must be right.
+        validate: False leaves the values of block_indices and cu_seqlens unread, which saves waiting for the
+            device and works inside a CUDA graph. Ids that break the contract are then ignored or give a wrong
+            answer, but touch no foreign memory; cu_seqlens must be right.
         workspace_limit_bytes: device memory that the Triton kernels may take beyond inputs and outputs.
 
     Returns:

@@ -50,7 +50,7 @@ def paged_selected_attention(
         backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
             "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
         validate: False leaves the values of page_table, block_indices, seq_lens and cu_seqlens_q unread,
-            which saves a synchronisation a step and works inside a CUDA graph. Ids and pages that break the
+            which saves waiting for the device and works inside a CUDA graph. Ids and pages that break the
             contract are then ignored or give a wrong answer, but touch no foreign memory; cu_seqlens_q must
             be right.
 

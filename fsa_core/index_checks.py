@@ -60,11 +60,15 @@ class IndexRows:
         return cls(sequence, first_token, num_blocks.int(), num_allowed.int())
 
 
-def ids_are_valid(block_indices: torch.Tensor, rows: IndexRows) -> torch.Tensor:
-    """bool []: every id of ``block_indices`` [heads, num_rows, num_slots] is in range, causal and unique."""
-    if not block_indices.is_cuda:
-        return torch.tensor(_are_valid_on_cpu(block_indices.numpy(), rows.num_allowed.numpy()))
-    return _are_valid_on_cuda(block_indices, rows.num_allowed)
+def ids_are_valid(block_indices: torch.Tensor, rows: IndexRows, others: torch.Tensor) -> bool:
+    """Whether every id of ``block_indices`` [heads, num_rows, num_slots] is in range, causal and unique.
+
+    False too if ``others``, bool [], the verdict of cheaper checks, is. On CUDA all is read together, in one
+    synchronisation if rows ascend, and two if they do not.
+    """
+    if block_indices.is_cuda:
+        return _are_valid_on_cuda(block_indices, rows.num_allowed, others)
+    return bool(others) and _are_valid_on_cpu(block_indices.numpy(), rows.num_allowed.numpy())
 
 
 def first_offender(
@@ -100,21 +104,20 @@ def _parts(
             yield head, start, ids[part], IndexRows(*(fact[part] for fact in facts))
 
 
-def _are_valid_on_cuda(block_indices: torch.Tensor, num_allowed: torch.Tensor) -> torch.Tensor:
+def _are_valid_on_cuda(block_indices: torch.Tensor, num_allowed: torch.Tensor, others: torch.Tensor) -> bool:
     heads, num_rows, num_slots = block_indices.shape
     size = max(CUDA_IDS_AT_ONCE // max(heads * num_slots, 1), 1)
     parts = [slice(start, start + size) for start in range(0, num_rows, size)]
-    verdict = torch.ones((), dtype=torch.bool, device=block_indices.device)
-    ascend = verdict.clone()
+    in_range, ascend = others, torch.ones_like(others)
     for part in parts:
         ids = block_indices[:, part]
-        verdict &= _in_range(ids, num_allowed[part]).all()
+        in_range = in_range & _in_range(ids, num_allowed[part]).all()
         ascend &= _ascend(ids).all()
-    # Reading this costs microseconds, sorting what ascends milliseconds.
-    if not ascend:
-        for part in parts:
-            verdict &= ~_repeats(block_indices[:, part]).any()
-    return verdict
+    all_in_range, all_ascend = torch.stack((in_range, ascend)).tolist()
+    # Reading that costs microseconds, sorting what ascends milliseconds.
+    if not all_in_range or all_ascend:
+        return bool(all_in_range)
+    return not torch.stack([_repeats(block_indices[:, part]).any() for part in parts]).any()
 
 
 def _ascend(ids: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ def validate_paged(
     """The sizes of a call, its keys being all that the cache has room for, or InputError.
 
     Arguments as in ``fsa_core.decode``. ``check_values=False`` leaves the contents of page_table, seq_lens,
-    cu_seqlens_q and block_indices unread. Reading them costs one synchronisation on CUDA when they are valid.
+    cu_seqlens_q and block_indices unread. Reading them, when they are valid, costs one synchronisation on
+    CUDA if rows ascend, and two if they do not.
     """
     _check_caches(q, k_cache, v_cache)
     check_choice("block_size", block_size, BLOCK_SIZES)
@@ -128,8 +129,7 @@ def _check_values(
     num_used = -(-seq_lens // page_size)
     unused = torch.arange(max_pages, device=seq_lens.device) >= num_used[:, None]
     exists = unused | ((page_table >= 0) & (page_table < num_pages))
-    # On CUDA the verdicts meet on the device.
-    if starts_are_valid(starts, num_tokens) & fits.all() & exists.all() & ids_are_valid(block_indices, rows):
+    if ids_are_valid(block_indices, rows, starts_are_valid(starts, num_tokens) & fits.all() & exists.all()):
         return
     refuse_bad_starts("cu_seqlens_q", starts.tolist(), num_tokens)
     if not fits.all():

@@ -50,8 +50,8 @@ def validate_selected(
     v: [num_k_tokens, num_kv_heads, value_dim], all float16, bfloat16 or float32, on one device, of any
     strides. block_indices: int32 [1 | num_kv_heads | num_q_heads, rows, num_slots], with a row for every
     ``query_block_size`` queries of a sequence. cu_seqlens_*: int32 [num_sequences + 1]; None: one sequence.
-    ``check_values=False`` leaves the contents of cu_seqlens and block_indices unread. Reading them costs one
-    synchronisation on CUDA when they are valid.
+    ``check_values=False`` leaves the contents of cu_seqlens and block_indices unread. Reading them, when they
+    are valid, costs one synchronisation on CUDA if rows ascend, and at most three if they do not.
     """
     check_operands(q, k, v)
     check_choice("block_size", block_size, BLOCK_SIZES)
@@ -317,8 +317,7 @@ def _check_values(
     )
     valid = starts_are_valid(cu_seqlens_q, q.shape[0]) & starts_are_valid(cu_seqlens_k, k.shape[0])
     valid &= row_starts(cu_seqlens_q, query_block_size)[-1] == num_rows
-    # On CUDA the verdicts meet on the device; on the CPU the costly one is last.
-    if (q.is_cuda or valid) and valid & ids_are_valid(block_indices, index_rows):
+    if ids_are_valid(block_indices, index_rows, valid):
         return
     refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
     refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])

@@ -9,6 +9,8 @@ from fsa_core.api import attend, dense_attention, selected_attention
 from fsa_core.plan import plan_forward
 from fsa_core.validation import InputError
 
+LAST = 2**31 - 1
+
 
 def run(case, **options):
     return selected_attention(case.q, case.k, case.v, case.block_indices, **(case.options | options))
@@ -153,11 +155,23 @@ def test_the_public_module_loads_without_triton():
 
 
 @pytest.mark.skipif("config.getoption('--device') != 'cuda'", reason="counts CUDA synchronisations")
-@pytest.mark.parametrize(("validate", "synchronisations"), [(True, 1), (False, 0)])
-@pytest.mark.parametrize("query_block_size", [1, 200])
-def test_a_call_synchronises_once_to_be_checked(make_case, validate, synchronisations, query_block_size):
+@pytest.mark.parametrize(
+    ("validate", "ascending", "query_block_size", "synchronisations"),
+    [
+        (True, True, 1, 1),
+        (True, True, 200, 1),
+        (True, False, 1, 3),
+        (True, False, 200, 2),
+        (False, False, 1, 0),
+    ],
+)
+def test_how_often_a_call_waits_for_the_device(
+    make_case, validate, ascending, query_block_size, synchronisations
+):
     case = make_case()
     rows = case.block_indices if query_block_size == 1 else case.block_indices[:, [69, 102]]
+    rows = rows.where(rows >= 0, LAST).sort(descending=not ascending).values
+    rows = rows.where(rows < LAST, -1)
     options = {"block_indices": rows, "query_block_size": query_block_size, "validate": validate}
     call = {"q": case.q, "k": case.k, "v": case.v, **case.options, **options}
     selected_attention(**call)

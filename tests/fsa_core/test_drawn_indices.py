@@ -50,7 +50,7 @@ def test_drawn_indices_obey_the_contract_however_they_are_cut_into_pieces(
     starts = torch.tensor([0, 1500], dtype=torch.int32)
     rows = IndexRows.of(starts, starts, 1500, block_size=BLOCK, query_block_size=1, causal=True)
     assert ids.shape == (HEADS, 1500, SLOTS)
-    assert ids_are_valid(ids, rows)
+    assert ids_are_valid(ids, rows, torch.tensor(True))
     expected = (
         1 if kind == "same" else torch.arange(1500).div(BLOCK, rounding_mode="floor").add(1).clamp(max=SLOTS)
     )

@@ -1,7 +1,7 @@
 """The public functions: validate, choose an implementation, run it."""
 
 import os
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -173,6 +173,7 @@ def attend(
     return differentiable_attention(implementation, problem, *tensors)
 
 
+@lru_cache(maxsize=64)
 def _selected(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
     if backend == "triton":
         forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import padded_dim, power_of_two
 from fsa_core.problem import Problem
 
@@ -264,54 +265,74 @@ def paged_selected_attention_forward(
 
     Beside the answer it takes ``split(problem).num_splits`` times that in float32, if there is more than one.
     """
+    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    starts = () if cu_seqlens_q is None else (cu_seqlens_q.contiguous(),)
+    tensors = (q, k_cache, v_cache, page_table, block_indices, seq_lens, *starts)
+    cache = _Cache(k_cache.shape[0], k_cache.shape[1], k_cache.stride(), v_cache.stride())
+    out, lse = _replayed(tensors, problem, cache, page_table.shape[1], page_table.stride(0))
+    return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """The sizes of a paged cache; strides by page, key, head and dim."""
+
+    num_pages: int
+    page_size: int
+    k_strides: tuple[int, ...]
+    v_strides: tuple[int, ...]
+
+
+def _forward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    cache: _Cache,
+    max_pages: int,
+    page_table_stride: int,
+) -> None:
+    """Arguments and answers of ``paged_selected_attention_forward``, cu_seqlens_q last if there are any."""
     p, cut = problem, split(problem)
+    q, k_cache, v_cache, page_table, block_indices, seq_lens, *starts = tensors
     shape = (p.num_q_tokens, p.num_q_heads, p.value_dim)
-    out, lse = q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+    out, lse = memory.answer(*shape), memory.answer(*shape[:2], dtype=torch.float32)
     if p.num_q_tokens == 0:
-        return out, lse
+        return
     split_out, split_lse = out, lse
     if cut.num_splits > 1:
-        split_out = q.new_empty(cut.num_splits, *shape, dtype=torch.float32)
-        split_lse = q.new_empty(cut.num_splits, *shape[:2], dtype=torch.float32)
-    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
-    starts = seq_lens if cu_seqlens_q is None else cu_seqlens_q.contiguous()
-    attend, merge = _kernels(
-        p, cut, k_cache.shape[1], k_cache.stride(), v_cache.stride(), one_token=cu_seqlens_q is None
-    )
+        split_out = memory.new_empty(cut.num_splits, *shape, dtype=torch.float32)
+        split_lse = memory.new_empty(cut.num_splits, *shape[:2], dtype=torch.float32)
+    attend, merge = _kernels(p, cut, cache, one_token=not starts)
     num_units = max(p.index_heads, p.num_kv_heads)
     attend[p.num_q_tokens, num_units * cut.parts, cut.num_splits](
-        q, k_cache, v_cache, split_out, split_lse, page_table, block_indices, seq_lens, starts,
-        p.softmax_scale * LOG2_E.value, p.num_sequences, p.num_slots, k_cache.shape[0],
-        page_table.shape[1], page_table.stride(0),
+        q, k_cache, v_cache, split_out, split_lse, page_table, block_indices, seq_lens,
+        starts[0] if starts else seq_lens, p.softmax_scale * LOG2_E.value, p.num_sequences, p.num_slots,
+        cache.num_pages, max_pages, page_table_stride,
     )  # fmt: skip
     if cut.num_splits > 1:
         num_rows, rows = p.num_q_tokens * p.num_q_heads, _merged_rows(p)
         merge[(-(-num_rows // rows),)](split_out, split_lse, out, lse, num_rows)
-    return out, lse
+
+
+_replayed = Replayed(_forward)
 
 
 @lru_cache(maxsize=1024)
 def _kernels(
-    problem: Problem,
-    cut: Split,
-    page_size: int,
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    *,
-    one_token: bool,
+    problem: Problem, cut: Split, cache: _Cache, *, one_token: bool
 ) -> tuple[BoundKernel, BoundKernel]:
     """Both kernels for a cache. Its strides are constants, which tells that rows begin at whole 16 bytes."""
     p, num_units = problem, max(problem.index_heads, problem.num_kv_heads)
     of_values = {"VALUE_DIM": p.value_dim, "VALUE_DIM_PADDED": padded_dim(p.value_dim)}
     names = ("PAGE", "KEY", "HEAD", "DIM")
-    strides = {f"K_{name}": stride for name, stride in zip(names, k_strides, strict=True)}
-    strides |= {f"V_{name}": stride for name, stride in zip(names, v_strides, strict=True)}
+    strides = {f"K_{name}": stride for name, stride in zip(names, cache.k_strides, strict=True)}
+    strides |= {f"V_{name}": stride for name, stride in zip(names, cache.v_strides, strict=True)}
     attend = _attend_slots.bind(
         **of_values, **strides, ONE_TOKEN=one_token, INDEX_PER_HEAD=p.index_heads > 1,
         NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=p.heads_per_pair,
         TILE_HEADS_PER_KV_HEAD=num_units // p.num_kv_heads, HEADS=cut.heads, PARTS=cut.parts,
         HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
-        PAGE_SIZE=page_size, SLOTS=cut.slots, ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES,
+        PAGE_SIZE=cache.page_size, SLOTS=cut.slots, ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES,
         num_warps=cut.num_warps,
     )  # fmt: skip
     merge = _merge_splits.bind(**of_values, SPLITS=cut.num_splits, ROWS=_merged_rows(p), num_warps=1)

@@ -22,6 +22,7 @@ from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, load
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     KV_MAJOR,
@@ -381,16 +382,30 @@ def selected_attention_forward(
     one of plan.PATHS; tuning: as in plan_forward, which says what raises ValueError.
     Returns out [total_q, num_q_heads, value_dim] in the dtype of q and lse float32 [total_q, num_q_heads].
     """
-    p = problem
-    out = q.new_empty(p.num_q_tokens, p.num_q_heads, p.value_dim)
-    lse = q.new_empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
+    tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k)
+    out, lse = _replayed(tensors, problem, path, tuning, workspace_limit_bytes)
+    return out, lse
+
+
+def _forward(
+    memory: Memory,
+    operands: tuple[torch.Tensor, ...],
+    problem: Problem,
+    path: str,
+    tuning: Tuning | None,
+    workspace_limit_bytes: int,
+) -> None:
+    """Arguments and answers of ``selected_attention_forward``, tensors as ``operands``."""
+    p, (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k) = problem, operands
+    out = memory.answer(p.num_q_tokens, p.num_q_heads, p.value_dim)
+    lse = memory.answer(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     if p.num_q_tokens == 0:
-        return out, lse
+        return
     plan = plan_forward(p, workspace_limit_bytes, path, tuning)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     tile = plan.query_tile
-    agreement = None if tile is None else new_agreement(p, plan, tile, q)
-    workspace = _workspace(p, plan, q) if plan.has_partials else None
+    agreement = None if tile is None else new_agreement(p, plan, tile, memory)
+    workspace = _workspace(p, plan, memory) if plan.has_partials else None
     for group in groups(p, plan):
         ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
         if tile is not None and agreement is not None:
@@ -405,7 +420,9 @@ def selected_attention_forward(
                 pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
             )  # fmt: skip
             _attend_group(p, plan, group, workspace, *tensors)
-    return out, lse
+
+
+_replayed = Replayed(_forward)
 
 
 def _attend_group(
@@ -459,9 +476,10 @@ def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[Boun
 
 
 def _workspace(
-    problem: Problem, plan: ForwardPlan, like: torch.Tensor
+    problem: Problem, plan: ForwardPlan, memory: Memory
 ) -> tuple[Inversion, torch.Tensor, torch.Tensor]:
     """Index buffers of one group and partials of one chunk; every group and every chunk reuses them."""
     pairs = (plan.chunk_heads, plan.chunk_tokens, problem.num_slots, plan.heads_per_pair)
-    inversion = new_inversion(plan, problem.num_slots, like)
-    return inversion, like.new_empty(*pairs, problem.value_dim), like.new_empty(pairs, dtype=torch.float32)
+    inversion = new_inversion(plan, problem.num_slots, memory)
+    partial_out = memory.new_empty(*pairs, problem.value_dim)
+    return inversion, partial_out, memory.new_empty(*pairs, dtype=torch.float32)

@@ -22,6 +22,7 @@ import triton.language as tl
 from fsa_core import plan
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import load_segments
+from fsa_core.kernels.replay import Memory
 
 MAX_SLOTS_IN_TILE = 128
 PAIRS_IN_TILE = 1024
@@ -54,16 +55,16 @@ class Inversion:
     item_segment: torch.Tensor
 
 
-def new_inversion(sizes: plan.ForwardPlan, num_slots: int, like: torch.Tensor) -> Inversion:
-    """Buffers of one group of tokens, on the device of ``like``; every group reuses them."""
+def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor | Memory) -> Inversion:
+    """Buffers of one group of tokens, as ``memory`` makes them; every group reuses them."""
 
     def int32(*shape: int) -> torch.Tensor:
-        return like.new_empty(shape, dtype=torch.int32)
+        return memory.new_empty(*shape, dtype=torch.int32)
 
     index_heads = sizes.group_heads if sizes.index_per_head else 1
     rows = index_heads * sizes.group_chunks
     return Inversion(
-        counts=like.new_zeros(rows, sizes.segments, COUNTER_STRIDE.value, dtype=torch.int32),
+        counts=memory.new_zeros(rows, sizes.segments, COUNTER_STRIDE.value, dtype=torch.int32),
         ranks=int32(index_heads, sizes.group_tokens, num_slots),
         pairs=int32(index_heads, sizes.group_tokens * num_slots),
         offsets=int32(rows, sizes.segments + 1),

@@ -18,7 +18,9 @@ launch a kernel after a global that it was compiled with has changed.
 
 import inspect
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +38,8 @@ KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
 POINTER_TYPES = (torch.Tensor, torch.nn.Parameter)
 # And what packs them, or raises where an integer does not fit.
 SCALAR_TYPES = {int: "i", float: "d"}
+# Of the addresses whose launches are remembered.
+ALIGNMENT = 16
 
 Launch = Callable[..., None]
 
@@ -85,7 +89,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class _Compiled:
+class Compiled:
     """A kernel on a device, as Triton launches it; it wants the values of the constants as well."""
 
     run: Launch
@@ -102,7 +106,43 @@ class _OfTypes:
     """
 
     pack: Callable[..., bytes]
-    compiled: dict[tuple[Any, ...], _Compiled] = field(default_factory=dict)
+    compiled: dict[tuple[Any, ...], Compiled] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A launch of a remembered kernel; ``hooks`` is the kernel's own list of those, empty then."""
+
+    compiled: Compiled
+    grid: tuple[int, int, int]
+    addresses: list[int]
+    scalars: tuple[float, ...]
+    hooks: list[Any]
+
+
+@dataclass(slots=True)
+class Notes:
+    """Launches in their order; complete if none went through Triton."""
+
+    noted: list[Launched] = field(default_factory=list)
+    are_complete: bool = True
+
+
+class _ThisThread(threading.local):
+    notes: Notes | None = None
+
+
+_this_thread = _ThisThread()
+
+
+@contextmanager
+def noted_launches() -> Iterator[Notes]:
+    """Notes what this thread launches until the context ends."""
+    before, _this_thread.notes = _this_thread.notes, Notes()
+    try:
+        yield _this_thread.notes
+    finally:
+        _this_thread.notes = before
 
 
 class BoundKernel:
@@ -120,7 +160,8 @@ class BoundKernel:
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         of_types = self._remembered.get(tuple(map(type, args)))
-        if of_types is None or _is_watched(self._jitted):
+        hooks = self._jitted.pre_run_hooks
+        if of_types is None or is_watched((hooks,)):
             return self._launch_through_triton(grid, args)
         tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
         addresses = [x.data_ptr() for x in tensors]
@@ -134,11 +175,15 @@ class BoundKernel:
             x, y, z, active.get_current_stream(device), compiled.function, compiled.metadata, None, None,
             None, *addresses, *scalars, *compiled.constants,
         )  # fmt: skip
+        if _this_thread.notes is not None:
+            _this_thread.notes.noted.append(Launched(compiled, (x, y, z), addresses, scalars, hooks))
 
     def _launch_through_triton(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launches as ``triton.jit`` does, and remembers what was compiled if it may be launched again."""
         compiled = self._jitted[grid](*args, **self._constants)
-        if not _can_be_launched_again(compiled) or _is_watched(self._jitted):
+        if _this_thread.notes is not None:
+            _this_thread.notes.are_complete = False
+        if not _can_be_launched_again(compiled) or is_watched((self._jitted.pre_run_hooks,)):
             return
         tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
         arguments, rest = self._jitted.params[: len(args)], self._jitted.params[len(args) :]
@@ -150,7 +195,7 @@ class BoundKernel:
         if _are_common([x.data_ptr() for x in tensors], scalars, pack):
             of_types = self._remembered.setdefault(tuple(map(type, args)), _OfTypes(pack))
             constants = tuple(self._constants.get(x.name, x.default) for x in rest)
-            of_types.compiled[(driver.active.get_current_device(), *[x.dtype for x in tensors])] = _Compiled(
+            of_types.compiled[(driver.active.get_current_device(), *[x.dtype for x in tensors])] = Compiled(
                 compiled.run, compiled.function, compiled.packed_metadata, constants
             )
 
@@ -164,15 +209,15 @@ def _are_common(addresses: list[int], scalars: tuple[float, ...], pack: Callable
         pack(*scalars)
     except struct.error:
         return False
-    return bits % 16 == 0
+    return bits % ALIGNMENT == 0
 
 
-def _is_watched(jitted: Any) -> bool:
-    """Whether a launch has to go through Triton for what it calls, or compiles in, besides."""
+def is_watched(hooks_of_kernels: Sequence[list[Any]]) -> bool:
+    """Whether launches have to go through Triton for what it calls, or compiles in, besides."""
     runtime = knobs.runtime
     # Chains of hooks, or in 3.4 a hook or None.
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or jitted.pre_run_hooks
+    hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or any(hooks_of_kernels)
     return bool(hooks or runtime.debug)
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
+from fsa_core.kernels.replay import Memory
 from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
@@ -300,16 +301,18 @@ def _attend(
     tl.store(lse_ptr + places, (row_max * scale + tl.log2(row_sum)) * LN_2, mask=row_mask)
 
 
-def new_agreement(problem: Problem, plan: ForwardPlan, tile: QueryTile, like: torch.Tensor) -> Agreement:
-    """Buffers of one group of tokens, on the device of ``like``."""
+def new_agreement(
+    problem: Problem, plan: ForwardPlan, tile: QueryTile, memory: torch.Tensor | Memory
+) -> Agreement:
+    """Buffers of one group of tokens, as ``memory`` makes them."""
     heads = plan.group_heads if plan.index_per_head else 1
     lists = (heads, plan.group_tiles, tile.max_shared)
     leftover_tokens = plan.group_tokens if plan.has_partials else 0
     return Agreement(
-        blocks=like.new_empty(lists, dtype=torch.int32),
-        masks=like.new_empty(lists, dtype=torch.int64),
-        counts=like.new_empty(*lists[:2], 2, dtype=torch.int32),
-        leftover=like.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
+        blocks=memory.new_empty(*lists, dtype=torch.int32),
+        masks=memory.new_empty(*lists, dtype=torch.int64),
+        counts=memory.new_empty(*lists[:2], 2, dtype=torch.int32),
+        leftover=memory.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
     )
 
 

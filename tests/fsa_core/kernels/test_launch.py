@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -61,8 +62,8 @@ class Driver:
     def get_current_device(self) -> int:
         return self.device
 
-    def get_current_stream(self, device: int) -> int:
-        return self.stream + device
+    def get_current_stream(self, device: int | None) -> int:
+        return self.stream + (self.device if device is None else device)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(x, y, z, stream, function, packed, metadata, enter_hook, exit_hook, *arguments) -> None:
@@ -114,7 +115,8 @@ def operands(dtype: torch.dtype = torch.float16, start: int = 0) -> tuple[torch.
 def test_what_compiles_in_a_process_without_the_interpreter() -> None:
     if not knobs.runtime.interpret:
         pytest.skip("this process compiles")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_replay.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     told = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
     )

@@ -1,0 +1,191 @@
+"""Calls that are launched again as they were, at other addresses.
+
+Once kernels are remembered (launch.py), what a call costs the host is all that leads to its launches: plans,
+grids, arguments, a buffer at a time (3 microseconds each). None of it depends on anything but sizes and
+options. So a function that is ``Replayed`` notes its launches, and a call of sizes that it knows takes its
+memory at once, fills in the addresses and launches. On an H200's host that is a third of the time.
+
+Noted are only launches that launch.py remembers, of addresses that are those of the call's own tensors. So
+nothing is replayed in Triton's interpreter, while somebody debugs or watches launches, and from misaligned
+addresses.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, noted_launches
+
+Tensors = tuple[torch.Tensor, ...]
+# Beyond that all are forgotten; one is some kilobytes.
+MOST_PROGRAMS = 1024
+# Of buffers, as torch's allocator has it.
+BUFFER_ALIGNMENT = 512
+
+
+@dataclass(slots=True)
+class Memory:
+    """Where a call takes its tensors, on the device of ``like`` and by default of its dtype.
+
+    What it returns is an ``answer``; the others, made as a tensor makes them, are its own.
+    """
+
+    like: torch.Tensor
+    answers: list[torch.Tensor] = field(default_factory=list)
+    cleared: list[torch.Tensor] = field(default_factory=list)
+    uncleared: list[torch.Tensor] = field(default_factory=list)
+
+    def answer(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self.answers.append(self.like.new_empty(shape, dtype=dtype))
+        return self.answers[-1]
+
+    def new_zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self.cleared.append(self.like.new_zeros(shape, dtype=dtype))
+        return self.cleared[-1]
+
+    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self.uncleared.append(self.like.new_empty(shape, dtype=dtype))
+        return self.uncleared[-1]
+
+
+class Replayed:
+    """``function(memory, tensors, *options)``, called as ``replayed(tensors, *options)``.
+
+    Its answers are those of ``memory.answer``, in their order. It launches kernels on ``tensors`` and what it
+    takes from ``memory``, and does nothing else on the device. ``options`` say all that this depends on: the
+    sizes, dtypes and strides of the tensors too, unless they follow from the rest.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._programs: dict[tuple[Hashable, ...], _Program] = {}
+
+    def __call__(self, tensors: Tensors, *options: Hashable) -> Tensors:
+        if not self._programs:
+            return self._noted(tensors, options)
+        addresses = [0, *[x.data_ptr() for x in tensors]]
+        program = self._programs.get(_key(tensors, addresses, options))
+        if program is None or not program.fits(addresses):
+            return self._noted(tensors, options)
+        return program.run(addresses)
+
+    def _noted(self, tensors: Tensors, options: tuple[Hashable, ...]) -> Tensors:
+        """Calls the function, and keeps the program if there is one."""
+        memory = Memory(tensors[0])
+        with noted_launches() as launches:
+            self._function(memory, tensors, *options)
+        if launches.are_complete:
+            addresses = [0, *[x.data_ptr() for x in tensors]]
+            program = _program(launches.noted, addresses, memory)
+            if program is not None:
+                if len(self._programs) >= MOST_PROGRAMS:
+                    self._programs.clear()
+                self._programs[_key(tensors, addresses, options)] = program
+        return tuple(memory.answers)
+
+
+def _key(tensors: Tensors, addresses: list[int], options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
+    # Which addresses are the same: one that stands for two tensors here must do so there.
+    return tensors[0].device, tuple(map(addresses.index, addresses)), *options
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launch: ``pick`` takes its pointers from the program's addresses, ``rest`` is all other arguments."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    function: int
+    metadata: Any
+    pick: Callable[[Sequence[int]], tuple[int, ...]]
+    rest: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """Launches on addresses: none, the tensors, the answers, the cleared buffers and the others.
+
+    ``cleared`` and ``uncleared``: where buffers begin in the memory of their kind, and last where it ends.
+    """
+
+    steps: tuple[_Step, ...]
+    device: torch.device
+    answers: tuple[tuple[torch.Size, torch.dtype], ...]
+    cleared: tuple[int, ...]
+    uncleared: tuple[int, ...]
+    # The hooks of each kernel, empty lists but when somebody watches.
+    hooks: tuple[list[Any], ...]
+
+    def fits(self, addresses: list[int]) -> bool:
+        bits = 0
+        for address in addresses:
+            bits |= address
+        return bits % ALIGNMENT == 0 and not is_watched(self.hooks)
+
+    def run(self, addresses: list[int]) -> Tensors:
+        device = self.device
+        answers = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.answers])
+        addresses += [x.data_ptr() for x in answers]
+        # Named until all is launched: what is freed may be given to the next who asks.
+        kept = [
+            _append_buffers(addresses, self.cleared, torch.zeros, device),
+            _append_buffers(addresses, self.uncleared, torch.empty, device),
+        ]
+        stream = driver.active.get_current_stream(device.index)
+        for step in self.steps:
+            step.run(
+                *step.grid, stream, step.function, step.metadata, None, None, None, *step.pick(addresses),
+                *step.rest,
+            )  # fmt: skip
+        del kept
+        return answers
+
+
+def _append_buffers(
+    addresses: list[int], begins: tuple[int, ...], make: Callable[..., torch.Tensor], device: torch.device
+) -> torch.Tensor | None:
+    *starts, size = begins
+    if not starts:
+        return None
+    memory = make(size, dtype=torch.uint8, device=device)
+    base = memory.data_ptr()
+    addresses += [base + start for start in starts]
+    return memory
+
+
+def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
+    """None if a launch was on another device, or points to what is not the call's own, or to one tensor."""
+    if memory.like.device.index not in (None, driver.active.get_current_device()):
+        return None
+    made = memory.answers + memory.cleared + memory.uncleared
+    known = addresses + [x.data_ptr() for x in made]
+    # Of tensors at one address the first stands for all.
+    number = {address: n for n, address in reversed(list(enumerate(known)))}
+    steps = []
+    for launched in launches:
+        numbers = [number.get(address) for address in launched.addresses]
+        if None in numbers or len(numbers) < 2:
+            return None
+        compiled = launched.compiled
+        rest = (*launched.scalars, *compiled.constants)
+        pick = itemgetter(*numbers)
+        steps.append(_Step(compiled.run, launched.grid, compiled.function, compiled.metadata, pick, rest))
+    return _Program(
+        steps=tuple(steps),
+        device=memory.like.device,
+        answers=tuple((x.shape, x.dtype) for x in memory.answers),
+        cleared=_begins(memory.cleared),
+        uncleared=_begins(memory.uncleared),
+        hooks=tuple(launched.hooks for launched in launches),
+    )
+
+
+def _begins(buffers: list[torch.Tensor]) -> tuple[int, ...]:
+    begins = [0]
+    for x in buffers:
+        begins.append(begins[-1] + -(-x.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)
+    return tuple(begins)

@@ -1,0 +1,242 @@
+"""Calls launched again, against the calls they stand for. What compiles is run by test_launch.py."""
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from triton import knobs
+
+from fsa_core.api import selected_attention
+from fsa_core.decode import paged_selected_attention
+from fsa_core.kernels import decode, forward, replay
+from fsa_core.kernels.launch import Kernel, noted_launches
+from fsa_core.kernels.replay import Memory, Replayed
+from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
+
+__all__ = ["nothing", "ours", "written"]  # fixtures, and what they launch
+GRID = (3, 2)
+
+
+class Work:
+    """Two launches on two tensors, an answer and a buffer of each kind; counts how often it is asked."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.calls = 0
+
+    def __call__(self, memory: Memory, tensors: tuple[torch.Tensor, ...], size: int) -> None:
+        self.calls += 1
+        first, second = tensors
+        out = memory.answer(size, 4)
+        counts = memory.new_zeros(size, dtype=torch.int32)
+        parts = memory.new_empty(3, size, dtype=torch.float32)
+        self.kernel[GRID](first, out, 0.5, size, 1, WIDTH=2)
+        self.kernel[GRID](second, counts, 0.5, size, 2, WIDTH=2)
+        self.kernel[GRID](counts, parts, 0.25, size, 3, WIDTH=2)
+
+
+def operands() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(64, dtype=torch.float16), torch.zeros(64, dtype=torch.int32)
+
+
+def pattern(launches: list[tuple[Any, ...]], given: list[int]) -> list[tuple[Any, ...]]:
+    """Launches with what they point to in place of addresses: a given tensor or one that was made."""
+    made: list[int] = []
+    named = []
+    for *what, (first, second, *rest) in launches:
+        for address in (first, second):
+            if address not in given and address not in made:
+                made.append(address)
+        names = [given.index(x) if x in given else f"made {made.index(x)}" for x in (first, second)]
+        named.append((*what, *names, *rest))
+    return named
+
+
+@compiles
+def test_a_call_of_known_sizes_launches_the_same_on_its_own_tensors(ours: Kernel, written: Driver) -> None:
+    work = Work(ours)
+    replayed = Replayed(work)
+    patterns, answers = [], []
+    for _ in range(5):
+        written.launches.clear()
+        tensors = operands()
+        answers.append(replayed(tensors, 40))
+        patterns.append(pattern(written.launches, [x.data_ptr() for x in tensors]))
+    # The first call compiles, the second is noted.
+    assert work.calls == 2
+    assert all(p == patterns[0] for p in patterns)
+    assert len(patterns[0]) == 3
+    for (out,) in answers:
+        assert (out.shape, out.dtype) == ((40, 4), torch.float16)
+    assert len({out.data_ptr() for (out,) in answers}) == len(answers)
+
+
+@compiles
+def test_sizes_that_are_new_and_tensors_that_are_one_are_calls_of_their_own(
+    ours: Kernel, written: Driver
+) -> None:
+    work = Work(ours)
+    replayed = Replayed(work)
+    both = torch.zeros(64, dtype=torch.int32)
+    known = [((operands()), 40), ((operands()), 41), ((both, both), 40)]
+    for tensors, size in known * 3:
+        written.launches.clear()
+        (out,) = replayed(tensors, size)
+        assert out.shape == (size, 4)
+        first, second = ([x.data_ptr() for x in tensors])[:2]
+        assert [launched[-1][0] for launched in written.launches[:2]] == [first, second]
+    calls = work.calls
+    for tensors, size in known:
+        replayed(tensors, size)
+    assert work.calls == calls
+
+
+@compiles
+def test_buffers_lie_apart_and_those_that_are_to_be_are_cleared(
+    ours: Kernel, written: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed, tensors = Replayed(Work(ours)), operands()
+    made: list[torch.Tensor] = []
+    for name in ("zeros", "empty"):
+        make = getattr(torch, name)
+
+        def kept(*args: Any, make: Callable = make, **options: Any) -> torch.Tensor:
+            made.append(make(*args, **options))
+            return made[-1]
+
+        monkeypatch.setattr(replay.torch, name, kept)
+    for _ in range(3):
+        made.clear()
+        replayed(tensors, 40)
+    out, cleared, uncleared = made
+    assert out.shape == (40, 4)
+    assert (cleared.numel(), uncleared.numel()) == (512, 512)
+    assert not cleared.any()
+    assert [launched[-1][1] for launched in written.launches[-3:]] == [x.data_ptr() for x in made]
+
+
+@compiles
+def test_misaligned_and_watched_calls_are_not_replayed(ours: Kernel, written: Driver) -> None:
+    work = Work(ours)
+    replayed = Replayed(work)
+    tensors = operands()
+    for _ in range(3):
+        replayed(tensors, 40)
+    calls = work.calls
+    replayed((tensors[0][1:], tensors[1]), 40)
+    assert work.calls == calls + 1
+    seen: list[Any] = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        replayed(tensors, 40)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) == 3
+    assert work.calls == calls + 2
+    replayed(tensors, 40)
+    assert work.calls == calls + 2
+
+
+@compiles
+def test_foreign_memory_is_never_replayed(ours: Kernel, written: Driver) -> None:
+    foreign = torch.zeros(64, dtype=torch.int32)
+    calls = []
+
+    def work(memory: Memory, tensors: tuple[torch.Tensor, ...]) -> None:
+        calls.append(None)
+        ours[GRID](tensors[0], foreign, 0.5, 1, 1, WIDTH=2)
+
+    replayed = Replayed(work)
+    for _ in range(4):
+        replayed(operands())
+    assert len(calls) == 4
+
+
+@compiles
+def test_programs_are_forgotten_before_they_are_too_many(
+    ours: Kernel, written: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "MOST_PROGRAMS", 2)
+    work = Work(ours)
+    replayed = Replayed(work)
+    for size in (1, 1, 2, 3):
+        replayed(operands(), size)
+    calls = work.calls
+    replayed(operands(), 3)
+    assert work.calls == calls
+    replayed(operands(), 1)
+    assert work.calls == calls + 1
+
+
+@compiles
+def test_notes_are_of_one_thread(ours: Kernel, written: Driver) -> None:
+    ours[GRID](*operands(), 0.5, 1, 1, WIDTH=2)
+    with noted_launches() as notes:
+        other = Thread(target=lambda: ours[GRID](*operands(), 0.5, 2, 2, WIDTH=2))
+        other.start()
+        other.join()
+        ours[GRID](*operands(), 0.5, 3, 3, WIDTH=2)
+    assert [launched.scalars for launched in notes.noted] == [(0.5, 3, 3)]
+    assert notes.are_complete
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An entry for each call of attention that is not replayed."""
+    calls: list[None] = []
+    for module in (forward, decode):
+
+        def counted(*args: Any, work: Callable = module._forward) -> None:
+            calls.append(None)
+            work(*args)
+
+        monkeypatch.setattr(module, "_replayed", Replayed(counted))
+    return calls
+
+
+@launches
+@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("index_heads", [1, 2, 4])
+def test_selected_attention_replayed_on_other_tensors(
+    make_case: Callable, assert_close_to_oracle: Callable, asked: list[None], path: str, index_heads: int
+) -> None:
+    sizes = {"q_lens": (300, 77), "index_heads": index_heads, "dtype": torch.bfloat16}
+    for seed in range(4):
+        case = make_case(seed=seed, **sizes)
+        options = {"path": path, "validate": False, **case.options}
+        answer = selected_attention(*case.tensors[:4], **options)
+        assert_close_to_oracle(*answer, case)
+        again = selected_attention(*case.tensors[:4], **options)
+        assert all(torch.equal(a, b) for a, b in zip(answer, again, strict=True))
+    assert len(asked) <= 2
+
+
+@launches
+def test_one_tensor_for_keys_and_values_and_then_two(make_case: Callable, asked: list[None]) -> None:
+    case = make_case(q_lens=(300,), dtype=torch.bfloat16)
+    q, k, v, ids = case.tensors[:4]
+
+    def attend(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return selected_attention(q, k, v, ids, validate=False, **case.options)[0]
+
+    for _ in range(3):
+        one, two = attend(k, k), attend(k, v)
+    calls = len(asked)
+    assert torch.equal(attend(k, k.clone()), one)
+    assert torch.equal(attend(k, v.clone()), two)
+    assert not torch.equal(one, two)
+    assert len(asked) == calls <= 4
+
+
+@launches
+def test_a_decode_step_replayed_as_the_cache_fills(
+    make_paged: Callable, assert_close_to_oracle: Callable, asked: list[None]
+) -> None:
+    for step in range(4):
+        paged = make_paged(k_lens=(300 + step, 70), num_slots=8, seed=step, dtype=torch.bfloat16)
+        scale = paged.case.problem.softmax_scale
+        options = {"block_size": paged.case.problem.block_size, "softmax_scale": scale, "validate": False}
+        assert_close_to_oracle(*paged_selected_attention(**paged.tensors, **options), paged.case)
+    assert len(asked) <= 2

@@ -16,9 +16,20 @@ def test_ids_that_nobody_validated_give_right_answers_and_gradients(
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("wild",))
     # It has the kernels of the others.
     monkeypatch.setattr(sanitizer_grid, "PATHS", (MIXED,))
-    for _, case, ids, options in sanitizer_grid.grid(device):
+    for _, case, ids, options in sanitizer_grid.selections(device):
         assert (ids < -1).any()
-        sanitizer_grid.check(case, ids, device, **options)
+        sanitizer_grid.check_selected(case, ids, device, **options)
+
+
+@pytest.mark.parametrize("stage", ["compressed", "window", "selection", "decode"])
+def test_the_stages_of_the_operator_are_right(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr(sanitizer_grid, "SHAPES", ())
+    monkeypatch.setattr(sanitizer_grid, "OPERATOR_SHAPES", sanitizer_grid.OPERATOR_SHAPES[:1])
+    checks = [check for name, check in sanitizer_grid.grid(device) if name.startswith(stage)]
+    assert len(checks) == 1
+    checks[0]()
 
 
 def test_a_wrong_answer_gives_a_bad_exit_code(
@@ -33,6 +44,6 @@ def test_a_wrong_answer_gives_a_bad_exit_code(
     monkeypatch.setattr(sanitizer_grid, "attend", zeros)
     monkeypatch.setattr(sanitizer_grid, "SHAPES", sanitizer_grid.SHAPES[:1])
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("random",))
-    monkeypatch.setattr(sys, "argv", ["sanitizer_grid", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["sanitizer_grid", "--device", "cpu", "--only", "selected"])
     assert sanitizer_grid.main() == 1
     assert "lse is -inf exactly where" in capsys.readouterr().out

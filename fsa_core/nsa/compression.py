@@ -56,9 +56,9 @@ class Compression(nn.Module, ABC):
         """Compress packed sequences.
 
         x: [num_tokens, heads, head_dim]; cu_seqlens: int32 [num_sequences + 1], None: one sequence. Returns
-        [num_windows, heads, dim], the windows of the first sequence first; ``compressed_cu_seqlens`` says
-        where each sequence's start. Bitwise the same in any company. Reads cu_seqlens, which synchronises on
-        CUDA.
+        [num_windows, heads, dim] in x's dtype, the windows of the first sequence first;
+        ``compressed_cu_seqlens`` says where each sequence's start. Bitwise the same in any company. Reads
+        cu_seqlens, which synchronises on CUDA.
         """
         cu_seqlens = single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
         lengths = cu_seqlens.diff().tolist()
@@ -71,8 +71,9 @@ class Compression(nn.Module, ABC):
             if len(part) >= self.kernel_size
         ]
         if not pooled:
-            return self.pool(x.new_empty(0, *x.shape[1:], self.kernel_size))
-        return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+            pooled = [self.pool(x.new_empty(0, *x.shape[1:], self.kernel_size))]
+        # Under autocast parameters are wider than x.
+        return (pooled[0] if len(pooled) == 1 else torch.cat(pooled)).to(x.dtype)
 
     def extend(
         self, x: torch.Tensor, state: CompressionState | None = None

@@ -199,6 +199,26 @@ def test_half_precision_and_defaults(device):
     ).eps * expected.abs().amax()
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_mixed_precision(make_layer, device, compression):
+    """Parameters in float32, arithmetic in bfloat16, as a training loop has it; and the same to serve."""
+    # Every block: what rounding selects otherwise is not the question.
+    layer = make_layer(compression=compression, config=replace(SMALL, top_k=5))
+    x = tokens(80, device)
+    expected = layer(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = layer(x)
+        cached = layer(x, cache=NSACache(1))
+    assert out.dtype == cached.dtype == torch.bfloat16
+    bound = 0.05 * expected.abs().amax()
+    assert (out.float() - expected).abs().amax() < bound
+    assert (cached.float() - expected).abs().amax() < bound
+    out.float().square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+
+
 def test_a_cached_call_carries_no_gradient(make_layer, device):
     layer = make_layer()
     out = layer(tokens(20, device).requires_grad_(), cache=NSACache(1))

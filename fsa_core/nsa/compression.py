@@ -5,6 +5,7 @@ and none crosses sequences. Source: Native Sparse Attention, arXiv 2502.11089: t
 position is the paper's own, the others are what public implementations of it offer.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -50,30 +51,40 @@ class Compression(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
-        """[num_windows, heads, dim] from windows [num_windows, heads, head_dim, kernel_size]."""
+        """[..., heads, dim] from windows [..., heads, head_dim, kernel_size]."""
 
     def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Compress packed sequences.
 
         x: [num_tokens, heads, head_dim]; cu_seqlens: int32 [num_sequences + 1], None: one sequence. Returns
         [num_windows, heads, dim] in x's dtype, the windows of the first sequence first;
-        ``compressed_cu_seqlens`` says where each sequence's start. Bitwise the same in any company. Reads
-        cu_seqlens, which synchronises on CUDA.
+        ``compressed_cu_seqlens`` says where each sequence's start. Bitwise the same in any company, unless a
+        gradient is asked for. Reads cu_seqlens, which synchronises on CUDA.
         """
         cu_seqlens = single_sequence(x.shape[0], x.device) if cu_seqlens is None else cu_seqlens
-        lengths = cu_seqlens.diff().tolist()
-        # Views on x, and by split, whose gradient is one concatenation however many sequences there are. Each
-        # sequence is pooled by itself: sums are then in the same order in any company, and a mean, at least,
-        # copies no windows.
+        parts = self._split(x, cu_seqlens.diff().tolist())
+        # Views on x, and by unfold: a mean, at least, copies no windows.
         pooled = [
-            self.pool(part.unfold(0, self.kernel_size, self.stride))
-            for part in x.split(lengths)
-            if len(part) >= self.kernel_size
+            self.pool(part.unfold(1, self.kernel_size, self.stride)).flatten(0, 1)
+            for part in parts
+            if part.shape[1] >= self.kernel_size
         ]
         if not pooled:
             pooled = [self.pool(x.new_empty(0, *x.shape[1:], self.kernel_size))]
         # Under autocast parameters are wider than x.
         return (pooled[0] if len(pooled) == 1 else torch.cat(pooled)).to(x.dtype)
+
+    def _split(self, x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+        """What is pooled at once, each [num_sequences, length, heads, head_dim], sequences of one length.
+
+        By split, whose gradient is one concatenation however many sequences there are. A sequence alone has
+        its sums in the same order in any company. Where a gradient is asked for, equal ones beside each other
+        go together: launches take the host longer than the device their work.
+        """
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+        runs = [list(run) for _, run in itertools.groupby(lengths)] if trains else [[n] for n in lengths]
+        parts = x.split([sum(run) for run in runs])
+        return [part.unflatten(0, (len(run), run[0])) for part, run in zip(parts, runs, strict=True)]
 
     def extend(
         self, x: torch.Tensor, state: CompressionState | None = None
@@ -112,7 +123,7 @@ class WeightedCompression(Compression):
         self.weight = nn.Parameter(torch.full((num_heads, kernel_size), 1 / kernel_size))
 
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("whdk,hk->whd", windows, self.weight)
+        return torch.einsum("...hdk,hk->...hd", windows, self.weight)
 
 
 class LinearCompression(Compression):
@@ -155,8 +166,8 @@ class MLPCompression(Compression):
 
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
         hidden = _per_head(windows + self.position.transpose(1, 2), self.weight_in, self.bias_in)
-        return torch.einsum("whf,hfe->whe", F.gelu(hidden), self.weight_out) + self.bias_out
+        return torch.einsum("...hf,hfe->...he", F.gelu(hidden), self.weight_out) + self.bias_out
 
 
 def _per_head(windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("whdk,hkde->whe", windows, weight) + bias
+    return torch.einsum("...hdk,hkde->...he", windows, weight) + bias

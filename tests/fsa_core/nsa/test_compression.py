@@ -123,6 +123,24 @@ def test_a_stride_that_skips_keys_is_refused():
 def test_a_sequence_has_the_same_windows_in_any_company(device):
     """Bit by bit, with windows long enough for the order of a sum to show."""
     compression = make("mean", 32, 16)
-    sequences = [torch.randn(length, HEADS, 30, device=device) for length in (70, 20, 130)]
-    together = compression(torch.cat(sequences), cumulative((70, 20, 130)).to(device))
+    lengths = (70, 70, 20, 130)
+    sequences = [torch.randn(length, HEADS, 30, device=device) for length in lengths]
+    together = compression(torch.cat(sequences), cumulative(lengths).to(device))
     assert torch.equal(together, torch.cat([compression(x) for x in sequences]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_of_one_length_are_trained_at_once(device, kind, monkeypatch):
+    lengths = (40, 40, 3, 3, 41, 40, 40, 0)
+    compression = make(kind, 8, 4).to(device)
+    x = torch.randn(sum(lengths), HEADS, HEAD_DIM, device=device, requires_grad=True)
+    pooled, pool = [], compression.pool
+    monkeypatch.setattr(
+        compression, "pool", lambda windows: pooled.append(windows.shape[:2]) or pool(windows)
+    )
+    got = compression(x, cumulative(lengths).to(device))
+    assert pooled == [(2, 9), (1, 9), (2, 9)]
+    with torch.no_grad():
+        alone = compression(x, cumulative(lengths).to(device))
+    assert pooled[3:] == [(1, 9)] * 5
+    assert_within_roundings(got, alone.double(), 8 * HEAD_DIM)

@@ -24,6 +24,7 @@ from benchmarks.results_file import machine_of
 from benchmarks.training_model import ATTENTION, ByteModel, ModelConfig
 from benchmarks.training_report import print_table
 from benchmarks.training_results import Run, TrainingResults
+from fsa_core.nsa.module import COMPRESSIONS
 
 MOST_ABOVE_DENSE = 1.02
 VALIDATION_SEQUENCES = 32
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = Options(**{name: getattr(given, name) for name in ("steps", "sequences", "length", "seed")})
-    config = ModelConfig()
+    config = ModelConfig(compression=given.compression)
     corpus = standard_library()
     words = sys.argv[1:] if arguments is None else list(arguments)
     results = TrainingResults(
@@ -174,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Options()
+    parser.add_argument("--compression", choices=COMPRESSIONS, default=ModelConfig().compression)
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--sequences", type=int, default=default.sequences, help="of a step")
     parser.add_argument("--length", type=int, default=default.length, help="of a sequence, in bytes")

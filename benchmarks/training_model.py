@@ -16,7 +16,11 @@ ROPE_THETA = 10000.0
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """``nsa`` is of the sparse model alone; all else is the same for both."""
+    """``nsa`` and ``compression`` are of the sparse model alone; all else is the same for both.
+
+    Weighted compression has hardly any parameters of its own; the paper's, an MLP, has nearly as many as the
+    rest of so small a model.
+    """
 
     num_layers: int = 8
     hidden_dim: int = 512
@@ -24,6 +28,7 @@ class ModelConfig:
     num_q_heads: int = 8
     num_kv_heads: int = 2
     nsa: NSAConfig = field(default_factory=lambda: NSAConfig(top_k=8, window=256))
+    compression: str = "weighted"
 
 
 class DenseAttention(nn.Module):
@@ -59,6 +64,7 @@ class SparseAttention(NativeSparseAttention):
             config.num_q_heads,
             config.num_kv_heads,
             config=config.nsa,
+            compression=config.compression,
             rope_theta=ROPE_THETA,
         )
 

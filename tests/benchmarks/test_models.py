@@ -71,6 +71,13 @@ def test_what_fails_is_written_down_and_the_others_are_measured() -> None:
     assert row.times_faster("ours") is None
 
 
+def test_a_wrong_answer_of_ours_is_not_timed_and_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(models, "TOLERANCE", 0.0)
+    path = tmp_path / "models.json"
+    assert models.main(["--tiny", "--json", str(path)]) == 1
+    assert [row.layer_seconds("ours") for row in ModelResults.read(path).rows] == [None, None]
+
+
 def test_ratios_are_combined_by_their_geometric_mean() -> None:
     def row(nsa: float, ours: float) -> ModelRow:
         contenders = {"ours": Measured(median_seconds=ours), "nsa": Measured(median_seconds=nsa)}

@@ -12,12 +12,18 @@ from benchmarks.indices import Kind
 Stage = Literal["forward", "backward", "index"]
 # Of the device, or of the Python code that enqueues the work.
 Clock = Literal["device", "host"]
+# Selected attention of given blocks, or of the operator: compressed attention and selection; these and
+# attention to the selected blocks, added up; all three branches under gates; selected attention of one token.
+Part = Literal["selected", "selection", "operator", "windowed", "decode"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STAGES: tuple[Stage, ...] = ("forward", "backward")
 DRAWN_KINDS: tuple[Kind, ...] = ("random", "real")
 TARGET_TOKENS = (8192, 32768, 65536)
 TARGET_GROUP_SIZES = (1, 2, 4, 8, 16)
+OPERATOR_GROUP_SIZES = (1, 4, 16)
+# Where dense attention stops being faster is looked for between these.
+BREAK_EVEN_TOKENS = (2048, 4096, 8192, 12288, 16384, 32768, 65536)
 # Beyond these the peers' memory grows past a GPU's, and dense attention takes seconds.
 MOST_PEER_TOKENS = 65536
 
@@ -37,9 +43,14 @@ class Case:
     block_size: int = 64
     num_slots: int = 16
     dtype: str = "bfloat16"
+    part: Part = "selected"
+    # Sequences, of the part "decode".
+    batch: int = 1
 
     @property
     def name(self) -> str:
+        if self.part != "selected":
+            return f"{self.stage}-n{self.num_tokens}-g{self.group_size}-{self.layout}"
         clock = "host-" if self.clock == "host" else ""
         return f"{clock}{self.stage}-{self.kind}-n{self.num_tokens}-g{self.group_size}-{self.layout}"
 
@@ -47,7 +58,10 @@ class Case:
     def layout(self) -> str:
         """What is the same along a curve over lengths."""
         dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
-        return f"h{self.num_kv_heads}-{dims}-{self.block_size}x{self.num_slots}"
+        sizes = f"h{self.num_kv_heads}-{dims}-{self.block_size}x{self.num_slots}"
+        if self.part == "selected":
+            return sizes
+        return f"{self.part}-" + (f"b{self.batch}-" if self.part == "decode" else "") + sizes
 
 
 def _targets() -> list[Case]:
@@ -79,6 +93,18 @@ def _host() -> list[Case]:
     return [Case(256, 4, "random", stage, "host") for stage in STAGES]
 
 
+def _operator() -> list[Case]:
+    """Native Sparse Attention: its stages, without and with the window, by length, and a step of decode."""
+    grid = list(product(TARGET_TOKENS, OPERATOR_GROUP_SIZES))
+    windowed = [*product((4, 16), BREAK_EVEN_TOKENS), (1, 1 << 16), (4, 1 << 17), (4, 1 << 18)]
+    return [
+        *(Case(n, g, "random", stage, part="operator") for stage in STAGES for n, g in grid),
+        *(Case(n, g, "random", part="selection") for n, g in grid),
+        *(Case(n, g, "random", part="windowed") for g, n in windowed),
+        *(Case(1 << 15, 4, "random", part="decode", batch=batch) for batch in (1, 16, 64)),
+    ]
+
+
 def _cpu() -> list[Case]:
     """For the CPU backend, beside dense attention with a mask and without."""
     shape = {"num_kv_heads": 3, "head_dim": 64, "value_dim": 64, "dtype": "float32"}
@@ -89,7 +115,17 @@ def _smoke() -> list[Case]:
     """Seconds, on any machine: that the benchmarks themselves work."""
     shape = {"num_kv_heads": 2, "head_dim": 32, "value_dim": 16, "block_size": 16, "num_slots": 4}
     kinds: tuple[Kind, ...] = ("random", "real", "same")
-    return [Case(384, 2, kind, stage, dtype="float32", **shape) for stage, kind in product(STAGES, kinds)]
+    selected = [Case(384, 2, kind, stage, dtype="float32", **shape) for stage, kind in product(STAGES, kinds)]
+    parts: tuple[tuple[Part, Stage], ...] = (
+        ("selection", "forward"),
+        ("operator", "forward"),
+        ("operator", "backward"),
+        ("windowed", "forward"),
+        ("decode", "forward"),
+    )
+    return selected + [
+        Case(384, 2, "random", stage, dtype="float32", part=part, **shape) for part, stage in parts
+    ]
 
 
 SUITES = {
@@ -98,6 +134,7 @@ SUITES = {
     "adversarial": _adversarial,
     "index": _index,
     "host": _host,
+    "operator": _operator,
     "cpu": _cpu,
     "smoke": _smoke,
 }

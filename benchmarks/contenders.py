@@ -49,6 +49,8 @@ def contenders_of(case: Case, device: torch.device, peers: Path | None) -> list[
         from benchmarks.inversion import prepare_inversion, segments_of_pairs
 
         return [Contender("ours", prepare_inversion, tolerance=0.0, settle=segments_of_pairs)]
+    if case.part != "selected":
+        return _of_operator(case, device, peers)
     ours = Contender("ours", prepare_ours, OUR_TOLERANCE)
     if case.clock == "host" or case.num_tokens > MOST_PEER_TOKENS:
         return [ours]
@@ -62,6 +64,23 @@ def contenders_of(case: Case, device: torch.device, peers: Path | None) -> list[
         import_from(peers)
         sparse = [Contender(name, prepare) for name, prepare in PEERS.items()]
     return [ours, *sparse, Contender("dense cuDNN", prepare_dense_cudnn, dense=True)]
+
+
+def _of_operator(case: Case, device: torch.device, peers: Path | None) -> list[Contender]:
+    from benchmarks.operator_contenders import operator_contenders
+
+    is_compared = case.num_tokens <= MOST_PEER_TOKENS
+    with_peers = is_compared and peers is not None and device.type == "cuda"
+    if with_peers:
+        from benchmarks.peers import import_from
+
+        import_from(peers)
+    found = operator_contenders(case, with_peers=with_peers)
+    if case.part in ("operator", "windowed") and is_compared:
+        on_gpu = device.type == "cuda"
+        name, prepare = ("cuDNN", prepare_dense_cudnn) if on_gpu else ("causal", prepare_dense_causal)
+        found.append(Contender(f"dense {name}", prepare, dense=True))
+    return found
 
 
 def prepare_ours(x: Inputs, stage: Stage) -> Run:

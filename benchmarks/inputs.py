@@ -15,6 +15,8 @@ FLOAT32_BYTES = 4
 class Inputs:
     """q [tokens, q heads, dim]; k, v [tokens, kv heads, dim]; block_indices [kv heads, tokens, slots].
 
+    A part of the operator that selects has no block_indices. Of decode, q is a token for each sequence, and
+    k, v are the keys of all sequences.
     ``grad_out`` [tokens, q heads, value dim] is what the backward stage starts from.
     """
 
@@ -53,8 +55,11 @@ def make_inputs(case: Case, device: torch.device, recorded: torch.Tensor | None 
     """Normally distributed tensors, the same for every run on one kind of device."""
     generator = torch.Generator(device).manual_seed(case.num_tokens)
 
-    def normal(heads: int, dim: int) -> torch.Tensor:
-        shape = (case.num_tokens, heads, dim)
+    num_tokens = case.num_tokens * case.batch
+    num_queries = case.batch if case.part == "decode" else num_tokens
+
+    def normal(rows: int, heads: int, dim: int) -> torch.Tensor:
+        shape = (rows, heads, dim)
         return torch.randn(shape, device=device, generator=generator, dtype=DTYPES[case.dtype])
 
     if case.kind == "recorded":
@@ -62,24 +67,40 @@ def make_inputs(case: Case, device: torch.device, recorded: torch.Tensor | None 
             raise ValueError(f"{case.name} needs recorded indices")
         heads = torch.arange(case.num_kv_heads) % len(recorded)
         ids = recorded[heads, : case.num_tokens].to(device)
+    elif case.part == "decode":
+        shape = (case.num_kv_heads, case.batch, case.num_tokens // case.block_size)
+        chances = torch.rand(shape, device=device, generator=generator)
+        ids = chances.topk(case.num_slots).indices.int()
+    elif case.part != "selected":
+        ids = torch.empty(case.num_kv_heads, case.num_tokens, 0, dtype=torch.int32, device=device)
     else:
         sizes = (case.num_tokens, case.num_kv_heads, case.num_slots, case.block_size)
         ids = causal_block_indices(*sizes, case.kind, generator)
     num_q_heads = case.num_kv_heads * case.group_size
     return Inputs(
-        q=normal(num_q_heads, case.head_dim),
-        k=normal(case.num_kv_heads, case.head_dim),
-        v=normal(case.num_kv_heads, case.value_dim),
-        grad_out=normal(num_q_heads, case.value_dim),
+        q=normal(num_queries, num_q_heads, case.head_dim),
+        k=normal(num_tokens, case.num_kv_heads, case.head_dim),
+        v=normal(num_tokens, case.num_kv_heads, case.value_dim),
+        grad_out=normal(num_queries, num_q_heads, case.value_dim),
         block_indices=ids,
-        cu_seqlens=torch.tensor([0, case.num_tokens], dtype=torch.int32, device=device),
+        cu_seqlens=torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.num_tokens,
         block_size=case.block_size,
         softmax_scale=case.head_dim**-0.5,
     )
 
 
-def work_of(case: Case, x: Inputs) -> Work:
-    """Forward has two products of a (query head, key) pair, backward five, and the index none."""
+def work_of(case: Case, x: Inputs) -> Work | None:
+    """Forward has two products of a (query head, key) pair, backward five, and the index none.
+
+    None of a part that selects: how much there is to attend is its answer.
+    """
+    if case.part == "decode":
+        pairs = x.block_indices.numel() * case.block_size * case.group_size
+        keys_bytes = pairs // case.group_size * (case.head_dim + case.value_dim) * x.k.element_size()
+        flops = 2 * pairs * (case.head_dim + case.value_dim)
+        return Work(pairs, flops, keys_bytes + x.q.nbytes + x.grad_out.nbytes)
+    if case.part != "selected":
+        return None
     pairs = attended_pairs(x)
     tensors_bytes = sum(t.nbytes for t in (x.q, x.k, x.v, x.grad_out, x.block_indices))
     if case.stage == "index":

@@ -93,7 +93,8 @@ def _by_length(rows: Sequence[Row], value: Value, unit: str, title: str) -> Figu
         axes = panels[down][across]
         cells = [row for row in rows if (row.case.kind, row.case.group_size) == (kind, group)]
         _lines(axes, cells, value)
-        axes.set_title(f"g = {group}, {kind} indices", fontsize=9)
+        indices = f", {kind} indices" if rows[0].case.part == "selected" else ""
+        axes.set_title(f"g = {group}{indices}", fontsize=9)
         if across == 0:
             axes.set_ylabel(unit)
         if down == len(kinds) - 1:

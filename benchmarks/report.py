@@ -6,8 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import OPERATOR_GROUP_SIZES
 from benchmarks.results_file import Results
-from benchmarks.targets import verdicts
+from benchmarks.targets import break_even, verdicts
 
 STYLES = {"PASS": "green", "MISS": "red", "PARTLY": "yellow"}
 COMBINED = {"_geometric_mean": "geometric mean", "min": "least", "max": "most", "_growth": "ratio"}
@@ -47,6 +48,9 @@ def print_targets(results: Results) -> None:
     if table.row_count:
         # Wider than a terminal rather than cut into many lines; a pipe has no width of its own.
         Console(width=max(Console().width, 140)).print(table)
+    for g in OPERATOR_GROUP_SIZES:
+        if tokens := break_even(results, g):
+            print(f"g = {g}: the whole operator is faster than dense cuDNN from {tokens:,.0f} tokens on")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.gate import Sample, sampled_truth, worst_error
 from benchmarks.indices import recorded_block_indices
 from benchmarks.inputs import Inputs, make_inputs, work_of
 from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, take_turns, timer_for
+from benchmarks.operator_gate import operator_error
 from benchmarks.progress import progress_bar
 from benchmarks.results_file import Measured, Results, Row, machine_of
 from service.malloc import restart_tuned
@@ -85,9 +86,7 @@ def measure(
     runs: dict[str, Run] = {}
     measured: dict[str, Measured] = {}
     for contender in contenders:
-        if contender.dense not in truth:
-            truth[contender.dense] = sampled_truth(x, case.stage, dense=contender.dense)
-        run, verdict = _admitted(contender, case, x, truth[contender.dense])
+        run, verdict = _admitted(contender, case, x, truth)
         measured[contender.name] = verdict
         if run is None and contender is contenders[0]:
             return Row(case, red=verdict.refused)
@@ -111,12 +110,21 @@ def measure(
 
 
 def _admitted(
-    contender: Contender, case: Case, x: Inputs, truth: list[Sample]
+    contender: Contender, case: Case, x: Inputs, truth: dict[bool, list[Sample]]
 ) -> tuple[Run | None, Measured]:
-    """The contender's call, if its answer passes the gate, and how it did there."""
+    """The contender's call, if its answer passes the gate, and how it did there.
+
+    ``truth`` is kept for the contenders to come: of the selected blocks, and dense.
+    """
     try:
         run = contender.prepare(x, case.stage)
-        error = worst_error(contender.settle(run()), truth)
+        answer = contender.settle(run())
+        if case.part == "selected" or contender.dense:
+            if contender.dense not in truth:
+                truth[contender.dense] = sampled_truth(x, case.stage, dense=contender.dense)
+            error = worst_error(answer, truth[contender.dense])
+        else:
+            error = operator_error(case, x, answer)
     except Exception as failure:
         # A peer that cannot run a case must not keep the others from being measured.
         return None, Measured(refused=f"failed: {type(failure).__name__}: {failure}"[:200])

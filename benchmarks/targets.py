@@ -1,11 +1,13 @@
 """The library's goals, and which of them a file of results meets."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.cases import TARGET_TOKENS, Case, as_recorded, suite
+from benchmarks.cases import BREAK_EVEN_TOKENS, OPERATOR_GROUP_SIZES, TARGET_TOKENS, Case, as_recorded, suite
+from benchmarks.measure import Ceilings
 from benchmarks.results_file import Results, Row
 
 SPARSE_PEERS = ("fsa", "nsa", "sfnsa")
@@ -50,7 +52,7 @@ def verdicts(results: Results) -> list[Verdict]:
     """Of every goal that something was measured of."""
     rows = {row.case: row for row in results.rows}
     found = []
-    for goal in all_goals():
+    for goal in all_goals(results.ceilings):
         values = [goal.value(rows[case]) for case in goal.cases if case in rows]
         known = [value for value in values if value is not None]
         if known and not (goal.combine is _growth and len(known) < len(goal.cases)):
@@ -58,7 +60,7 @@ def verdicts(results: Results) -> list[Verdict]:
     return found
 
 
-def all_goals() -> list[Goal]:
+def all_goals(ceilings: Ceilings | None = None) -> list[Goal]:
     return [
         *_ratio_goals(),
         *_dense_goals(),
@@ -66,6 +68,7 @@ def all_goals() -> list[Goal]:
         *_growth_goals(),
         *_time_goals(),
         *_cpu_goals(),
+        *_operator_goals(ceilings),
     ]
 
 
@@ -120,12 +123,8 @@ def _dense_goals() -> list[Goal]:
 
 
 def _memory_goals() -> list[Goal]:
-    def extra_mib(row: Row) -> float | None:
-        ours = row.contenders.get("ours")
-        return None if ours is None or ours.extra_bytes is None else ours.extra_bytes / MIB
-
     return [
-        _goal(f"extra memory, {name}", suite(name), extra_mib, max, 256.0, "MiB", at_most=True)
+        _goal(f"extra memory, {name}", suite(name), _extra_mib, max, 256.0, "MiB", at_most=True)
         for name in ("targets", "lengths", "adversarial")
     ]
 
@@ -166,6 +165,78 @@ def _time_goals() -> list[Goal]:
             _goal(f"inversion, {tokens} tokens", cases, microseconds, max, bound, "us", at_most=True)
         )
     return goals
+
+
+def _operator_goals(ceilings: Ceilings | None) -> list[Goal]:
+    def milliseconds(row: Row) -> float | None:
+        seconds = row.seconds("ours")
+        return None if seconds is None else seconds * 1e3
+
+    def times_bytes(row: Row) -> float | None:
+        """Our time over that of copying as many bytes as the step must read and write."""
+        seconds = row.seconds("ours")
+        if ceilings is None or seconds is None or row.work is None:
+            return None
+        return seconds * ceilings.bytes_per_second / row.work.bytes
+
+    def cases(part: str, g: int, stage: str = "forward", tokens: Sequence[int] = (1 << 16,)) -> list[Case]:
+        found = [case for case in suite("operator") if (case.part, case.group_size) == (part, g)]
+        return [case for case in found if case.stage == stage and case.num_tokens in tokens]
+
+    goals = []
+    for g, bound in ((1, 2.5), (4, 4.0)):
+        name = f"compressed attention and selection, 64K, g = {g}"
+        goals.append(_goal(name, cases("selection", g), milliseconds, max, bound, "ms", at_most=True))
+    name = "extra memory, compressed attention and selection, 64K, g = 4"
+    goals.append(_goal(name, cases("selection", 4), _extra_mib, max, 200.0, "MiB", at_most=True))
+    for stage, bounds in (("forward", (4.5, 8.5, 20.0)), ("backward", (8.0, 14.0, 35.0))):
+        for g, bound in zip(OPERATOR_GROUP_SIZES, bounds, strict=True):
+            name = f"operator without window, {stage}, 64K, g = {g}"
+            goals.append(
+                _goal(name, cases("operator", g, stage), milliseconds, max, bound, "ms", at_most=True)
+            )
+    dense = _times_faster(("dense cuDNN",))
+    for g, bound in zip(OPERATOR_GROUP_SIZES, (1.5, 3.0, 5.0), strict=True):
+        name = f"whole operator, forward, 64K, g = {g}, dense cuDNN / ours"
+        goals.append(_goal(name, cases("windowed", g), dense, min, bound))
+    for g, least in ((4, 12288), (16, 8192)):
+        name = f"whole operator, forward, from {least} tokens on, g = {g}, dense cuDNN / ours"
+        lengths = [tokens for tokens in BREAK_EVEN_TOKENS if tokens >= least]
+        goals.append(_goal(name, cases("windowed", g, tokens=lengths), dense, min, 1.0))
+    decode = [case for case in suite("operator") if (case.part, case.batch) == ("decode", 64)]
+    goals.append(
+        _goal("decode, batch 64 at 32K, ours / its bytes", decode, times_bytes, max, 1.25, at_most=True)
+    )
+    longest = cases("windowed", 4, tokens=(1 << 16, 1 << 18))
+    name = "whole operator, forward, g = 4, memory a token at 256K / at 64K"
+    return [*goals, _goal(name, longest, _extra_mib_per_token, _growth, 1.1, at_most=True)]
+
+
+def _extra_mib(row: Row) -> float | None:
+    ours = row.contenders.get("ours")
+    return None if ours is None or ours.extra_bytes is None else ours.extra_bytes / MIB
+
+
+def _extra_mib_per_token(row: Row) -> float | None:
+    extra = _extra_mib(row)
+    return None if extra is None else extra / row.case.num_tokens
+
+
+def break_even(results: Results, group_size: int) -> float | None:
+    """The length from which the whole operator is faster than dense cuDNN, forward; None: not measured.
+
+    Between the lengths that were measured, the ratio is taken as a power of the length.
+    """
+    dense = _times_faster(("dense cuDNN",))
+    curve = [
+        (math.log2(row.case.num_tokens), math.log(ratio))
+        for row in sorted(results.rows, key=lambda row: row.case.num_tokens)
+        if (row.case.part, row.case.group_size) == ("windowed", group_size) and (ratio := dense(row))
+    ]
+    for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(curve))):
+        if y0 < 0 <= y1:
+            return 2 ** (x0 - y0 * (x1 - x0) / (y1 - y0))
+    return None
 
 
 def _cpu_goals() -> list[Goal]:

@@ -4,8 +4,9 @@ import pytest
 
 from benchmarks.cases import Case, suite
 from benchmarks.inputs import Work
+from benchmarks.measure import Ceilings
 from benchmarks.results_file import Measured, Results, Row
-from benchmarks.targets import Verdict, all_goals, verdicts
+from benchmarks.targets import Verdict, all_goals, break_even, verdicts
 
 MIB = 1 << 20
 
@@ -92,3 +93,23 @@ def test_the_time_of_an_attended_key_counts_the_keys_of_each() -> None:
     verdict = verdict_of(results, "attended key")
     assert verdict.value == pytest.approx(2.0)
     assert verdict.status == "PASS"
+
+
+def test_break_even_lies_where_the_ratio_passes_one() -> None:
+    cases = [
+        case for case in suite("operator") if case.part == "windowed" and case.num_tokens in (4096, 16384)
+    ]
+    results = results_of([case for case in cases if case.group_size == 4], ours=1.0)
+    for row in results.rows:
+        row.contenders["dense cuDNN"] = Measured(median_seconds=0.5 if row.case.num_tokens == 4096 else 2.0)
+    assert break_even(results, 4) == pytest.approx(8192)
+    assert break_even(results, 16) is None
+
+
+def test_decode_is_compared_with_the_copy_of_its_bytes() -> None:
+    results = results_of([case for case in suite("operator") if case.part == "decode"], ours=3.0)
+    results.rows = [Row(row.case, Work(pairs=1, flops=1, bytes=10), row.contenders) for row in results.rows]
+    assert not [v for v in verdicts(results) if "decode" in v.goal.name]
+    results.ceilings = Ceilings("bfloat16", 1.0, 5.0)
+    verdict = verdict_of(results, "decode, batch 64")
+    assert (verdict.value, verdict.status) == (pytest.approx(1.5), "MISS")

@@ -101,9 +101,9 @@ class ByteModel(nn.Module):
         self.embedding = nn.Embedding(NUM_BYTES, config.hidden_dim)
         self.layers = nn.ModuleList(Layer(attention, config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_dim)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
 
     def logits(self, given: torch.Tensor) -> torch.Tensor:
         """[num_sequences * length, NUM_BYTES], of the byte after each given [num_sequences, length]."""

@@ -126,8 +126,9 @@ def test_a_named_path_is_the_one_that_runs(make_case, monkeypatch):
         return plan_forward(problem, limit_bytes, path, tuning)
 
     monkeypatch.setattr(forward, "plan_forward", plan)
-    case = make_case(q_lens=(5,), head_dim=16, dtype=torch.float32)
-    for path in ("kv_major", "query_tile", "mixed", "auto"):
+    # Of another length each: a call of known sizes is replayed, and "auto" is kv_major here.
+    for length, path in enumerate(("kv_major", "query_tile", "mixed", "auto"), start=5):
+        case = make_case(q_lens=(length,), head_dim=16, dtype=torch.float32)
         run(case, backend="triton", path=path)
     assert planned == ["kv_major", "query_tile", "mixed", "kv_major"]
 

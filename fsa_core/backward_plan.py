@@ -28,10 +28,10 @@ from fsa_core.problem import Problem
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
-# A pair while pairs are sorted: its key before and after, its place in 64 bits before and after, and what the
-# sort reads from in between; and later: its token and slot, and its key.
-SORTED_PAIR_BYTES = 36
-HELD_PAIR_BYTES = 8
+# A pair in the index: its rank, its token and slot, and a counter of its strip. Strips end where chunks do,
+# and so may have counters of a tile and of all segments more.
+PAIR_BYTES = 12
+TILE_PAIRS = 1024
 # Pairs of a work item. Every item of a block that has several takes room for float32 gradients of the block:
 # of long calls only longer items have it.
 ITEM_PAIRS = 1024
@@ -223,8 +223,11 @@ class _Sizes:
         return full_items + min(full_items, self.segments)
 
     def list_bytes(self, max_items: int) -> int:
-        """Where segments begin: in the pairs, the items and the splits; and the segments of the items."""
-        return INT32_BYTES * (3 * (self.segments + 1) + max_items)
+        """Of a chunk's index what is no pair's.
+
+        Where segments begin, in the pairs, the items and the splits; the segments of the items; counters.
+        """
+        return INT32_BYTES * (4 * (self.segments + 1) + max_items + TILE_PAIRS)
 
     def plan(self, **chosen: Any) -> KeyPlan:
         return KeyPlan(
@@ -250,24 +253,21 @@ def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queri
         return None
     head_bytes = (max_splits + (ranks > 1) * sizes.segments) * sizes.block_bytes
     head_bytes = max(head_bytes + with_queries * partial_bytes, 1)
-    list_bytes = sizes.list_bytes(max_items)
-    sort_bytes, held_bytes = (list_bytes + x * pairs for x in (SORTED_PAIR_BYTES, HELD_PAIR_BYTES))
-    at_once = sort_bytes + head_bytes if ranks > 1 else max(sort_bytes, held_bytes + head_bytes)
-    if at_once > room_bytes or p.num_q_tokens > sizes.most_tokens:
+    index_bytes = sizes.list_bytes(max_items) + PAIR_BYTES * pairs
+    if index_bytes + head_bytes > room_bytes or p.num_q_tokens > sizes.most_tokens:
         return None
     kv_heads = sizes.delta_heads
     if p.index_heads > 1:
-        most = min(room_bytes // sort_bytes, (room_bytes - head_bytes) // held_bytes)
         # Sums are kept while the tile heads of a KV head are indexed one after another.
-        most = room_bytes // (sort_bytes + head_bytes) if ranks > 1 else most
+        most = room_bytes // (index_bytes + head_bytes)
+        most = most if ranks > 1 else (room_bytes - head_bytes) // index_bytes
         most = min(most, MAX_CHUNK_NUMBERS // max(pairs, sizes.segments + 1))
         kv_heads = equal_parts(kv_heads, min(max(most, 1), kv_heads))
     index_heads = kv_heads if p.index_heads > 1 else 1
-    launch_heads = kv_heads if ranks > 1 else (room_bytes - index_heads * held_bytes) // head_bytes
+    launch_heads = kv_heads if ranks > 1 else (room_bytes - index_heads * index_bytes) // head_bytes
     if with_queries:
         launch_heads = min(launch_heads, MAX_CHUNK_NUMBERS // (p.num_q_tokens * sizes.partials))
     launch_heads = equal_parts(kv_heads, min(max(launch_heads, 1), kv_heads))
-    index_bytes = index_heads * (sort_bytes if ranks > 1 else held_bytes)
     return sizes.plan(
         with_queries=with_queries,
         has_sums=ranks > 1,
@@ -279,7 +279,7 @@ def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queri
         pairs_per_item=pairs_per_item,
         max_items=max_items,
         max_splits=max_splits,
-        workspace_bytes=max(index_heads * sort_bytes, index_bytes + launch_heads * head_bytes),
+        workspace_bytes=index_heads * index_bytes + launch_heads * head_bytes,
     )
 
 
@@ -289,7 +289,7 @@ def _in_chunks(sizes: _Sizes, room_bytes: int) -> KeyPlan:
     range_segments = min(max(room_bytes * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
     pairs_per_item = sizes.pairs_per_item(LONG_ITEM_PAIRS)
     split_bytes = -(-2 * p.num_slots * sizes.block_bytes // pairs_per_item)
-    index_tokens = room_bytes // 4 // (SORTED_PAIR_BYTES * p.num_slots)
+    index_tokens = room_bytes // 4 // (PAIR_BYTES * p.num_slots)
     chunk_tokens = min(room_bytes * 5 // 16 // split_bytes, index_tokens, sizes.most_tokens)
     chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), sizes.most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
@@ -297,7 +297,7 @@ def _in_chunks(sizes: _Sizes, room_bytes: int) -> KeyPlan:
     pairs = chunk_tokens * p.num_slots
     max_items = pairs // pairs_per_item + min(sizes.segments, pairs)
     max_splits = sizes.max_splits(pairs, pairs_per_item)
-    index_bytes = SORTED_PAIR_BYTES * pairs + sizes.list_bytes(max_items)
+    index_bytes = PAIR_BYTES * pairs + sizes.list_bytes(max_items)
     group_chunks = min(max(room_bytes // 4 // index_bytes, 1), -(-p.num_q_tokens // chunk_tokens))
     held_blocks = max_splits + range_segments
     return sizes.plan(

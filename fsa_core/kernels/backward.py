@@ -28,13 +28,15 @@ from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_gradients import query_gradients
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.share_sums import sum_shares
-from fsa_core.kernels.sorted_index import SortedIndex, sorted_index
+from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pairs
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
 from fsa_core.problem import Problem
 
 # Few keys a program: a block that everybody chose has many items to add.
 SUM_KEYS = 16
+NUMBERS_TO_CLEAR = 4096
 
 
 @kernel
@@ -125,8 +127,9 @@ def _gradients(
     k_start = tl.load(cu_seqlens_k_ptr + sequence)
     k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
     q_shift = k_length - (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start) - q_start
-    segment_start = tl.load(offsets_ptr + row * num_segments + segment)
-    num_pairs = tl.load(offsets_ptr + row * num_segments + segment + 1) - segment_start
+    offsets_ptr += row * (num_segments + 1) + segment
+    segment_start = tl.load(offsets_ptr)
+    num_pairs = tl.load(offsets_ptr + 1) - segment_start
     first_item = tl.load(item_offsets_ptr + segment)
     first_pair = (item - first_item) * PAIRS_PER_ITEM
     num_pairs = tl.minimum(num_pairs - first_pair, PAIRS_PER_ITEM)
@@ -291,6 +294,12 @@ def _sum_items(
         tl.store(sum_ptrs, total, mask=mask)
 
 
+@kernel
+def _clear(sums_ptr, size, NUMBERS: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    tl.store(sums_ptr + places, tl.zeros((NUMBERS,), tl.float32), mask=places < size)
+
+
 def selected_attention_backward(
     problem: Problem,
     q: torch.Tensor,
@@ -318,17 +327,13 @@ def selected_attention_backward(
     """
     p, plan = problem, plan_backward(problem, workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    num_delta_heads = plan.delta_heads * p.group_size
-    delta = q.new_empty(p.num_q_tokens, num_delta_heads, dtype=torch.float32)
+    tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
     for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
-        first_delta_head = kv_heads.start * p.group_size
-        write_delta(out, grad_out, grad_lse, delta, first_delta_head)
-        given = Operands(q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, first_delta_head)
-        _key_gradients(_Call(p, plan, given, grads, block_indices), kv_heads)
+        # Two calls: what the first took is free again before the second takes as much.
+        (delta,) = _replayed_keys((*tensors, out, grad_lse), p, plan, kv_heads)
         if plan.queries is not None:
-            ranks = plan.tile_heads_per_kv_head
-            heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
-            query_gradients(p, plan.queries, heads, given, block_indices, grads[0])
+            _replayed_queries((*tensors, delta), p, plan, kv_heads)
+        del delta
     return grads
 
 
@@ -342,26 +347,84 @@ class _Call:
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     block_indices: torch.Tensor
 
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        plan: BackwardPlan,
+        kv_heads: range,
+        tensors: tuple[torch.Tensor, ...],
+        delta: torch.Tensor,
+    ) -> "_Call":
+        """``tensors`` as ``selected_attention_backward`` has them; ``delta`` is that of ``kv_heads``."""
+        q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads = tensors
+        first_delta_head = kv_heads.start * problem.group_size
+        given = Operands(q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, first_delta_head)
+        return cls(problem, plan, given, (grads[0], grads[1], grads[2]), block_indices)
+
+
+def _key_gradients(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    plan: BackwardPlan,
+    kv_heads: range,
+) -> None:
+    """Gradients of k and v under some KV heads, and of q if the plan says so; their delta is the answer."""
+    *others, out, grad_lse = tensors
+    delta = memory.answer(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
+    call = _Call.of(problem, plan, kv_heads, tuple(others), delta)
+    write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
+    keys, workspace = plan.keys, _Workspace.of(call, memory)
+    for indexed_heads in _parts(kv_heads, keys.kv_heads):
+        for start in range(0, plan.segments, keys.range_segments):
+            _walk(call, workspace, indexed_heads, start)
+
+
+def _query_gradients(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    plan: BackwardPlan,
+    kv_heads: range,
+) -> None:
+    """The gradient of q under some KV heads, if it is made apart; the last of ``tensors`` is their delta."""
+    *others, delta = tensors
+    call = _Call.of(problem, plan, kv_heads, tuple(others), delta)
+    if plan.queries is not None:
+        ranks = plan.tile_heads_per_kv_head
+        heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
+        query_gradients(problem, plan.queries, heads, call.given, call.block_indices, call.grads[0], memory)
+
+
+_replayed_keys, _replayed_queries = Replayed(_key_gradients), Replayed(_query_gradients)
+
 
 @dataclass(frozen=True, slots=True)
 class _Workspace:
     """``shares`` of grad_q, and ``sums`` and ``splits`` of grad_k and grad_v, as ``_gradients`` has them."""
 
+    index: SortedIndex
     shares: torch.Tensor
     sums: torch.Tensor
     splits: torch.Tensor
 
     @classmethod
-    def of(cls, call: _Call) -> "_Workspace":
-        p, keys, q = call.problem, call.plan.keys, call.given.q
+    def of(cls, call: _Call, memory: Memory) -> "_Workspace":
+        p, plan, keys = call.problem, call.plan, call.plan.keys
         heads = keys.launch_heads
         pairs = heads * keys.chunk_tokens * p.num_slots * keys.with_queries
         block = (p.block_size, p.head_dim + p.value_dim)
         return cls(
-            shares=q.new_empty(pairs * p.heads_per_pair, p.head_dim),
-            sums=q.new_zeros(heads * keys.has_sums, keys.range_segments, *block, dtype=torch.float32),
-            splits=q.new_empty(heads, keys.max_splits, *block, dtype=torch.float32),
-        )
+            index=new_sorted_index(
+                memory, num_heads=keys.kv_heads if plan.index_per_head else 1, num_tokens=keys.group_tokens,
+                chunk_tokens=keys.chunk_tokens, num_slots=p.num_slots, num_segments=plan.segments,
+                max_items=keys.max_items,
+            ),
+            shares=memory.new_empty(pairs * p.heads_per_pair, p.head_dim),
+            sums=memory.new_empty(heads * keys.has_sums, keys.range_segments, *block, dtype=torch.float32),
+            splits=memory.new_empty(heads, keys.max_splits, *block, dtype=torch.float32),
+        )  # fmt: skip
 
 
 def _parts(heads: range, most: int) -> Iterator[range]:
@@ -369,51 +432,39 @@ def _parts(heads: range, most: int) -> Iterator[range]:
         yield range(start, min(start + most, heads.stop))
 
 
-def _key_gradients(call: _Call, kv_heads: range) -> None:
-    """The gradients of k and v, and if the plan says so of q, under KV heads whose delta is there."""
-    plan, keys = call.plan, call.plan.keys
-    for indexed_heads in _parts(kv_heads, keys.kv_heads):
-        for start in range(0, plan.segments, keys.range_segments):
-            _walk(call, indexed_heads, start)
-
-
-def _walk(call: _Call, kv_heads: range, first_range_segment: int) -> None:
+def _walk(call: _Call, workspace: _Workspace, kv_heads: range, first_range_segment: int) -> None:
     """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks."""
     p, plan, keys = call.problem, call.plan, call.plan.keys
     ranks = plan.tile_heads_per_kv_head
+    if keys.has_sums:
+        size = workspace.sums.numel()
+        _clear[(-(-size // NUMBERS_TO_CLEAR),)](workspace.sums, size, NUMBERS=NUMBERS_TO_CLEAR)
     # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
-    ids_of_rank = call.block_indices.unflatten(0, (-1, ranks))
-    workspace = None
     for rank in range(ranks):
-        ids = ids_of_rank[:, rank]
-        if plan.index_per_head:
-            ids = ids[kv_heads.start : kv_heads.stop]
+        first_index_head = kv_heads.start * ranks + rank if plan.index_per_head else 0
         for first_token in range(0, p.num_q_tokens, keys.group_tokens):
             num_tokens = min(keys.group_tokens, p.num_q_tokens - first_token)
-            index = sorted_index(
-                ids, call.given.cu_seqlens_q, call.given.cu_seqlens_k, first_token=first_token,
-                num_tokens=num_tokens, chunk_tokens=keys.chunk_tokens, num_segments=plan.segments,
-                block_size=p.block_size, pairs_per_item=keys.pairs_per_item, max_items=keys.max_items,
+            sort_pairs(
+                workspace.index, call.block_indices, call.given.cu_seqlens_q, call.given.cu_seqlens_k,
+                first_token=first_token, num_tokens=num_tokens, chunk_tokens=keys.chunk_tokens,
+                first_head=first_index_head, head_step=ranks, block_size=p.block_size,
+                pairs_per_item=keys.pairs_per_item,
             )  # fmt: skip
-            # Not before the first index, which has sorted by then: what that took is free again.
-            workspace = workspace or _Workspace.of(call)
             for launched in _parts(kv_heads, keys.launch_heads):
                 index_head = launched.start - kv_heads.start
                 for chunk in range(-(-num_tokens // keys.chunk_tokens)):
                     start = first_token + chunk * keys.chunk_tokens
                     chunk_tokens = min(keys.chunk_tokens, first_token + num_tokens - start)
                     at = Chunk(chunk, start, chunk_tokens, launched.start, len(launched), index_head)
-                    _launch(call, workspace, index, at, rank, first_range_segment)
+                    _launch(call, workspace, at, rank, first_range_segment)
 
 
-def _launch(
-    call: _Call, workspace: _Workspace, index: SortedIndex, at: Chunk, rank: int, first_range_segment: int
-) -> None:
+def _launch(call: _Call, workspace: _Workspace, at: Chunk, rank: int, first_range_segment: int) -> None:
     """A chunk of tokens under tile head ``rank`` of each of some KV heads, which are the heads of ``at``."""
     p, plan, keys, given = call.problem, call.plan, call.plan.keys, call.given
     range_segments = min(keys.range_segments, plan.segments - first_range_segment)
-    steps = search_steps(p.num_sequences)
-    num_chunks = index.item_segment.shape[0] // index.keys.shape[0]
+    index, steps = workspace.index, search_steps(p.num_sequences)
+    num_chunks = index.item_segment.shape[0] // index.ranks.shape[0]
     shapes = {
         "NUM_KV_HEADS": p.num_kv_heads, "INDEX_PER_HEAD": plan.index_per_head, "HEAD_DIM": p.head_dim,
         "VALUE_DIM": p.value_dim, "BLOCK_SIZE": p.block_size, "WITH_SUMS": keys.has_sums,
@@ -441,7 +492,7 @@ def _launch(
     )  # fmt: skip
     if keys.with_queries:
         sum_shares(
-            p, at, workspace.shares, index.keys, index.item_offsets, call.grads[0],
+            p, at, workspace.shares, index.ranks, index.item_offsets, call.grads[0],
             chunk_tokens=keys.chunk_tokens, group_pairs=p.num_q_tokens * p.num_slots, num_chunks=1,
             with_shared=False,
         )  # fmt: skip

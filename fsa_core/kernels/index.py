@@ -74,7 +74,7 @@ def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor 
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b)
 
 
@@ -133,7 +133,7 @@ def _count(
     line = tl.arange(0, TOKENS)[:, None] + tl.zeros_like(counters)
     is_head = (line == 0) | (counters != tl.gather(counters, tl.maximum(line - 1, 0), 0))
     is_tail = (line == TOKENS - 1) | (counters != tl.gather(counters, tl.minimum(line + 1, TOKENS - 1), 0))
-    head_line = tl.associative_scan(tl.where(is_head, line, 0), 0, _larger)
+    head_line = tl.associative_scan(tl.where(is_head, line, 0), 0, larger)
     tail_line = tl.associative_scan(tl.where(is_tail, line, TOKENS), 0, _smaller, reverse=True)
     counts = counts_ptr + counters * COUNTER_STRIDE
     base = tl.atomic_add(counts, tail_line - line + 1, mask=is_head & (counters >= 0), sem="relaxed")

@@ -77,6 +77,23 @@ def find_block(
 
 
 @triton.jit
+def blocks_of_tokens(
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    packed_tokens,
+    num_sequences,
+    search_steps,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Of each token's sequence: the first KV block, as first_segment numbers it, and how many there are."""
+    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
+    k_start = tl.load(cu_seqlens_k_ptr + sequences)
+    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
+    first = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)
+    return first, (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+
+
+@triton.jit
 def load_segments(
     indices_ptr,
     cu_seqlens_q_ptr,
@@ -108,12 +125,11 @@ def load_segments(
     packed_tokens = first_token + tokens
     places = (packed_tokens - first_row_token).to(tl.int64)[:, None] * num_slots + slots[None, :]
     blocks = tl.load(indices_ptr + head * head_stride + places, mask=inside, other=-1)
-    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
-    k_start = tl.load(cu_seqlens_k_ptr + sequences)
-    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
-    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    first, num_blocks = blocks_of_tokens(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, packed_tokens, num_sequences, search_steps, BLOCK_SIZE
+    )
     valid = inside & (blocks >= 0) & (blocks < num_blocks[:, None])
-    segments = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)[:, None] + blocks
+    segments = first[:, None] + blocks
     rows = tl.program_id(2) * num_chunks + tokens // chunk_tokens
     group_places = tokens[:, None] * num_slots + slots[None, :]
     return rows, tl.where(valid, segments, -1), inside, group_places

@@ -25,6 +25,7 @@ from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.index import invert, new_inversion
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
 from fsa_core.kernels.query_tiles import agree, new_agreement
+from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_query_gradients import gradients_of_tiles
 from fsa_core.plan import ForwardPlan, Group, groups
 from fsa_core.problem import Problem
@@ -37,17 +38,18 @@ def query_gradients(
     given: Operands,
     block_indices: torch.Tensor,
     grad_q: torch.Tensor,
+    memory: Memory,
 ) -> None:
     """Writes grad_q [total_q, q heads, head_dim] of some tile heads, whose delta is in ``given``.
 
     block_indices int32 [index_heads, total_q, slots]. The plan is that of a forward pass whose values are at
-    least as wide as keys: its partials are the shares.
+    least as wide as keys: its partials are the shares. Buffers come from ``memory``.
     """
     p, tile = problem, plan.query_tile
-    agreement = None if tile is None else new_agreement(p, plan, tile, given.q)
-    inversion = new_inversion(plan, p.num_slots, given.q) if plan.has_partials else None
+    agreement = None if tile is None else new_agreement(p, plan, tile, memory)
+    inversion = new_inversion(plan, p.num_slots, memory) if plan.has_partials else None
     num_shares = plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
-    shares = given.q.new_empty(num_shares * plan.has_partials, p.head_dim)
+    shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
     for group in _groups_of(p, plan, heads):
         ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
         if tile is not None and agreement is not None:

@@ -1,82 +1,205 @@
 """Inversion of block_indices in an order that never varies: for each KV block, its pairs by token and slot.
 
 The forward pass gives every pair's result a place of its own and may take pairs in any order. Gradients of
-keys are sums over a block's pairs, so here the order is part of the answer, and a stable sort makes it.
+keys are sums over a block's pairs, so here the order is part of the answer. A stable counting sort, in four
+launches, without host synchronisation or atomics:
+
+1. rank: a program walks a strip of consecutive pairs, a tile at a time; in registers it sorts the tile by
+   segment and place, which ranks every pair among the strip's of its segment;
+2. strips: how many pairs of a segment come before each strip, and how many there are;
+3. items: where each segment's pairs, and the work items cut from them, begin;
+4. pairs: each goes to its segment's begin + those of strips before + its rank.
+
+A strip is longer the more segments there are, so that counters are no more than pairs.
 """
 
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import (
-    MAX_SLOTS_IN_TILE,
-    PAIRS_IN_TILE,
-    SEGMENTS_IN_TILE,
-    SLOT_BITS,
-    store_offsets,
-)
+from fsa_core.kernels.index import PAIRS_IN_TILE, SEGMENTS_IN_TILE, SLOT_BITS, larger, store_offsets
 from fsa_core.kernels.launch import kernel
-from fsa_core.kernels.primitives import load_segments
+from fsa_core.kernels.primitives import blocks_of_tokens
+from fsa_core.kernels.replay import Memory
 from fsa_core.plan import search_steps
 
-# Half as many bits are sorted in half the time.
-MAX_INT16 = 2**15 - 1
+# Of the counters, a program's: enough loads under way at once, enough programs.
+STRIPS_IN_TILE = 64
+SEGMENTS_IN_COLUMN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class SortedIndex:
-    """The pairs of a group of tokens, cut into chunks; int32 but for the keys, which may have 16 bits.
+    """Buffers of the pairs of a group of tokens, cut into chunks; all int32. Every group reuses them.
 
-    A row is one chunk under one index head: row = head * num_chunks + chunk.
+    A row is one chunk under one index head: row = head * chunks + chunk.
 
-    keys [heads, tokens, slots]: row * segments + segment, or -1 for a slot that selects nothing.
-    pairs [heads * tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first; by
-    key, and then by token and slot.
-    offsets [rows * segments + 1]: where each row's segments begin in ``pairs``.
+    ranks [heads, tokens, slots]: the pair's place among its strip's of its segment, -1 for a slot that
+    selects nothing.
+    pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first; the
+    pairs of a row by segment, and then by token and slot.
+    counts [rows, strips, segments]: of each segment, the pairs in the strips before.
+    offsets [rows, segments + 1]: where each row's segments begin in all ``pairs``.
     item_offsets [rows, segments + 1]: the first work item of each segment; the last is how many there are.
     split_offsets [rows, segments + 1]: the same, counting only segments of more than one item.
     item_segment [rows, max_items]: the segment that an item belongs to.
     """
 
-    keys: torch.Tensor
+    ranks: torch.Tensor
     pairs: torch.Tensor
+    counts: torch.Tensor
     offsets: torch.Tensor
     item_offsets: torch.Tensor
     split_offsets: torch.Tensor
     item_segment: torch.Tensor
 
 
-@kernel
-def _keys(
+def new_sorted_index(
+    memory: Memory,
+    *,
+    num_heads: int,
+    num_tokens: int,
+    chunk_tokens: int,
+    num_slots: int,
+    num_segments: int,
+    max_items: int,
+) -> SortedIndex:
+    """Buffers of groups of up to ``num_tokens``."""
+
+    def int32(*shape: int) -> torch.Tensor:
+        return memory.new_empty(*shape, dtype=torch.int32)
+
+    num_rows = num_heads * -(-num_tokens // chunk_tokens)
+    strips, _ = _strips_of(chunk_tokens * num_slots, num_segments)
+    return SortedIndex(
+        ranks=int32(num_heads, num_tokens, num_slots),
+        pairs=int32(num_heads, num_tokens * num_slots),
+        counts=int32(num_rows, strips, num_segments),
+        offsets=int32(num_rows, num_segments + 1),
+        item_offsets=int32(num_rows, num_segments + 1),
+        split_offsets=int32(num_rows, num_segments + 1),
+        item_segment=int32(num_rows, max_items),
+    )
+
+
+def _strips_of(pairs: int, num_segments: int) -> tuple[int, int]:
+    """How many strips a chunk of ``pairs`` is, and their tiles: as many pairs as a strip has counters."""
+    tiles = -(-pairs // PAIRS_IN_TILE)
+    strip_tiles = min(-(-num_segments // PAIRS_IN_TILE), tiles)
+    return -(-tiles // strip_tiles), strip_tiles
+
+
+@triton.jit
+def _load_chosen(
     indices_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
-    keys_ptr,
+    places,
+    num_pairs,
     first_token,
-    first_row_token,
+    num_slots,
+    num_sequences,
+    search_steps,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The segments that pairs ``places`` of a chunk chose, -1 for none; the chunk has ``num_pairs``.
+
+    Ids that name no block of the token's sequence select nothing, so that no index can reach memory it
+    should not.
+    """
+    blocks = tl.load(indices_ptr + places, mask=places < num_pairs, other=-1)
+    first, num_blocks = blocks_of_tokens(
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token + places // num_slots, num_sequences, search_steps,
+        BLOCK_SIZE,
+    )  # fmt: skip
+    return tl.where((blocks >= 0) & (blocks < num_blocks), first + blocks, -1)
+
+
+@kernel
+def _rank(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    ranks_ptr,
+    counts_ptr,
+    first_token,
     num_tokens,
     chunk_tokens,
+    first_head,
+    head_step,
     head_stride,
     num_slots,
     num_sequences,
     search_steps,
     num_segments,
     num_chunks,
-    first_head,
     group_pairs,
+    strip_tiles,
     BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    LOG_PAIRS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    KEY_DTYPE: tl.constexpr,
 ):
-    rows, segments, inside, places = load_segments(
-        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
-        chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
-        first_head, BLOCK_SIZE, TOKENS, SLOTS,
-    )  # fmt: skip
-    keys = tl.where(segments >= 0, rows[:, None] * num_segments + segments, -1)
-    first_pair = tl.program_id(2).to(tl.int64) * group_pairs
-    tl.store(keys_ptr + first_pair + places, keys.to(keys_ptr.dtype.element_ty), mask=inside)
+    """Ranks the pairs of a strip, and counts them by segment: counts [rows, strips, segments]."""
+    strip, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_place = chunk * chunk_tokens * num_slots
+    first_token += chunk * chunk_tokens
+    num_pairs = tl.minimum(num_tokens - chunk * chunk_tokens, chunk_tokens) * num_slots
+    indices_ptr += (first_head + head * head_step) * head_stride + tl.cast(first_token, tl.int64) * num_slots
+    ranks_ptr += head * group_pairs + first_place
+    counts_ptr += ((head * num_chunks + chunk) * tl.num_programs(0) + strip) * num_segments
+    for start in range(0, num_segments, SEGMENTS):
+        segments = start + tl.arange(0, SEGMENTS)
+        tl.store(counts_ptr + segments, tl.zeros((SEGMENTS,), tl.int32), mask=segments < num_segments)
+    size: tl.constexpr = 1 << LOG_PAIRS
+    line = tl.arange(0, size)
+    for tile in range(strip * strip_tiles, (strip + 1) * strip_tiles):
+        chosen = _load_chosen(
+            indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, tile * size + line, num_pairs, first_token,
+            num_slots, num_sequences, search_steps, BLOCK_SIZE,
+        )  # fmt: skip
+        # What selects nothing comes last.
+        keys = tl.where(chosen >= 0, chosen, num_segments).to(KEY_DTYPE)
+        keys = tl.sort((keys << LOG_PAIRS) | line)
+        segments = (keys >> LOG_PAIRS).to(tl.int32)
+        places = tile * size + (keys & (size - 1)).to(tl.int32)
+        is_first = (line == 0) | (segments != tl.gather(segments, tl.maximum(line - 1, 0), 0))
+        is_last = (line == size - 1) | (segments != tl.gather(segments, tl.minimum(line + 1, size - 1), 0))
+        first_line = tl.associative_scan(tl.where(is_first, line, 0), 0, larger)
+        exists = segments < num_segments
+        # The counters pass from thread to thread, tile by tile.
+        tl.debug_barrier()
+        ranks = tl.load(counts_ptr + segments, mask=exists, other=0) + line - first_line
+        tl.store(ranks_ptr + places, tl.where(exists, ranks, -1), mask=places < num_pairs)
+        tl.debug_barrier()
+        tl.store(counts_ptr + segments, ranks + 1, mask=exists & is_last)
+
+
+@kernel
+def _strips(
+    counts_ptr,
+    offsets_ptr,
+    num_strips,
+    num_segments,
+    STRIPS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Turns counts of strips into those of the strips before; offsets [rows, segments + 1] become sums."""
+    segments = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
+    row = tl.program_id(1)
+    inside = segments < num_segments
+    counts_ptr += tl.cast(row, tl.int64) * num_strips * num_segments
+    total = tl.zeros((SEGMENTS,), tl.int32)
+    for start in range(0, num_strips, STRIPS):
+        strips = start + tl.arange(0, STRIPS)
+        mask = (strips < num_strips)[:, None] & inside[None, :]
+        places = strips.to(tl.int64)[:, None] * num_segments + segments[None, :]
+        counts = tl.load(counts_ptr + places, mask=mask, other=0)
+        tl.store(counts_ptr + places, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(offsets_ptr + row * (num_segments + 1) + segments, total, mask=inside)
 
 
 @kernel
@@ -85,64 +208,91 @@ def _items(
     item_offsets_ptr,
     split_offsets_ptr,
     num_segments,
+    num_chunks,
+    chunk_pairs,
+    group_pairs,
     PAIRS_PER_ITEM: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """Where the items of a row's segments begin, and those of segments that have several."""
+    """From how many pairs segments have: where those, their items and the items of several begin."""
     row = tl.program_id(0)
-    offsets_ptr += row * num_segments
+    offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
     split_offsets_ptr += row * (num_segments + 1)
+    first_pair = row // num_chunks * group_pairs + row % num_chunks * chunk_pairs
     num_items = 0
     num_splits = 0
     for start in range(0, num_segments, SEGMENTS):
         segments = start + tl.arange(0, SEGMENTS)
         inside = segments < num_segments
-        pairs = tl.load(offsets_ptr + segments + 1, mask=inside, other=0)
-        pairs -= tl.load(offsets_ptr + segments, mask=inside, other=0)
+        pairs = tl.load(offsets_ptr + segments, mask=inside, other=0)
         items = (pairs + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
         splits = tl.where(items > 1, items, 0)
+        first_pair = store_offsets(offsets_ptr, segments, inside, first_pair, pairs)
         num_items = store_offsets(item_offsets_ptr, segments, inside, num_items, items)
         num_splits = store_offsets(split_offsets_ptr, segments, inside, num_splits, splits)
+    tl.store(offsets_ptr + num_segments, first_pair)
     tl.store(item_offsets_ptr + num_segments, num_items)
     tl.store(split_offsets_ptr + num_segments, num_splits)
 
 
 @kernel
 def _pairs(
-    sorted_ptr,
-    places_ptr,
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    ranks_ptr,
+    counts_ptr,
     offsets_ptr,
     item_offsets_ptr,
     pairs_ptr,
     item_segment_ptr,
-    num_pairs,
-    head_pairs,
-    chunk_pairs,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    first_head,
+    head_step,
+    head_stride,
     num_slots,
+    num_sequences,
+    search_steps,
     num_segments,
+    num_chunks,
+    group_pairs,
+    strip_tiles,
+    num_strips,
     max_items,
+    BLOCK_SIZE: tl.constexpr,
     PAIRS_PER_ITEM: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """From keys in order and where they were: the pairs; and the first pair of an item names its segment."""
-    sorted_place = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    inside = sorted_place < num_pairs
-    place = tl.load(places_ptr + sorted_place, mask=inside, other=0).to(tl.int32)
-    chunk_place = place % head_pairs % chunk_pairs
-    pair = (chunk_place // num_slots << SLOT_BITS) | chunk_place % num_slots
-    tl.store(pairs_ptr + sorted_place, pair, mask=inside)
-    key = tl.load(sorted_ptr + sorted_place, mask=inside, other=-1).to(tl.int32)
-    chosen = key >= 0
-    rank = sorted_place - tl.load(offsets_ptr + key, mask=chosen, other=0)
-    starts_item = chosen & (rank % PAIRS_PER_ITEM == 0)
-    row, segment = key // num_segments, key % num_segments
-    item = tl.load(item_offsets_ptr + row * (num_segments + 1) + segment, mask=starts_item, other=0)
-    item += rank // PAIRS_PER_ITEM
-    tl.store(item_segment_ptr + row.to(tl.int64) * max_items + item, segment, mask=starts_item)
+    """Writes the pairs in order; and the first pair of an item names its segment."""
+    tile, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first_token += chunk * chunk_tokens
+    num_pairs = tl.minimum(num_tokens - chunk * chunk_tokens, chunk_tokens) * num_slots
+    indices_ptr += (first_head + head * head_step) * head_stride + tl.cast(first_token, tl.int64) * num_slots
+    ranks_ptr += head * group_pairs + chunk * chunk_tokens * num_slots
+    row = head * num_chunks + chunk
+    counts_ptr += (row * num_strips + tile // strip_tiles) * num_segments
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    places = tile * PAIRS + tl.arange(0, PAIRS)
+    segments = _load_chosen(
+        indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, places, num_pairs, first_token, num_slots,
+        num_sequences, search_steps, BLOCK_SIZE,
+    )  # fmt: skip
+    chosen = segments >= 0
+    ranks = tl.load(ranks_ptr + places, mask=chosen, other=0)
+    ranks += tl.load(counts_ptr + segments, mask=chosen, other=0)
+    pairs = (places // num_slots << SLOT_BITS) | places % num_slots
+    tl.store(pairs_ptr + tl.load(offsets_ptr + segments, mask=chosen, other=0) + ranks, pairs, mask=chosen)
+    starts_item = chosen & (ranks % PAIRS_PER_ITEM == 0)
+    items = tl.load(item_offsets_ptr + segments, mask=starts_item, other=0) + ranks // PAIRS_PER_ITEM
+    tl.store(item_segment_ptr + row * max_items + items, segments, mask=starts_item)
 
 
-def sorted_index(
+def sort_pairs(
+    index: SortedIndex,
     block_indices: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
@@ -150,51 +300,42 @@ def sorted_index(
     first_token: int,
     num_tokens: int,
     chunk_tokens: int,
-    num_segments: int,
+    first_head: int,
+    head_step: int,
     block_size: int,
     pairs_per_item: int,
-    max_items: int,
-) -> SortedIndex:
-    """Indexes ``num_tokens`` query tokens from ``first_token``, in chunks of ``chunk_tokens``.
+) -> None:
+    """Fills ``index`` for ``num_tokens`` query tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
-    ``block_indices`` is int32 [heads, total_q, slots], every head's part contiguous.
+    ``block_indices`` is int32 [index_heads, total_q, slots], contiguous; head ``i`` of the index is its head
+    first_head + i * head_step.
     """
-    num_heads, _, num_slots = block_indices.shape
-    num_chunks = -(-num_tokens // chunk_tokens)
-    num_rows = num_heads * num_chunks
-    num_keys = num_rows * num_segments
-    dtype = torch.int16 if num_keys <= MAX_INT16 else torch.int32
-    keys = block_indices.new_empty(num_heads, num_tokens, num_slots, dtype=dtype)
-    slots = min(1 << (num_slots - 1).bit_length(), MAX_SLOTS_IN_TILE)
-    tokens = PAIRS_IN_TILE // slots
+    num_heads, group_tokens, num_slots = index.ranks.shape
+    num_rows, _, num_segments = index.counts.shape
+    num_chunks, chunk_pairs = num_rows // num_heads, chunk_tokens * num_slots
+    num_strips, strip_tiles = _strips_of(chunk_pairs, num_segments)
     num_sequences = cu_seqlens_q.numel() - 1
-    _keys[-(-num_tokens // tokens), -(-num_slots // slots), num_heads](
-        block_indices, cu_seqlens_q, cu_seqlens_k, keys, first_token, 0, num_tokens, chunk_tokens,
-        block_indices.stride(0), num_slots, num_sequences, search_steps(num_sequences), num_segments,
-        num_chunks, 0, num_tokens * num_slots, BLOCK_SIZE=block_size, TOKENS=tokens, SLOTS=slots,
+    sizes = (
+        first_token, num_tokens, chunk_tokens, first_head, head_step, block_indices.stride(0), num_slots,
+        num_sequences, search_steps(num_sequences), num_segments, num_chunks, group_tokens * num_slots,
+        strip_tiles,
     )  # fmt: skip
-    in_order, places = torch.sort(keys.flatten(), stable=True)
-    every = torch.arange(num_keys + 1, dtype=dtype, device=keys.device)
-    offsets = torch.searchsorted(in_order, every, out_int32=True)
-
-    def int32(*shape: int) -> torch.Tensor:
-        return block_indices.new_empty(shape)
-
-    index = SortedIndex(
-        keys=keys,
-        pairs=int32(keys.numel()),
-        offsets=offsets,
-        item_offsets=int32(num_rows, num_segments + 1),
-        split_offsets=int32(num_rows, num_segments + 1),
-        item_segment=int32(num_rows, max_items),
-    )
+    log_pairs = PAIRS_IN_TILE.bit_length() - 1
+    is_wide = (num_segments + 1) << log_pairs > 2**31
+    _rank[num_strips, num_chunks, num_heads](
+        block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, *sizes, BLOCK_SIZE=block_size,
+        LOG_PAIRS=log_pairs, SEGMENTS=SEGMENTS_IN_TILE, KEY_DTYPE=tl.int64 if is_wide else tl.int32,
+    )  # fmt: skip
+    _strips[-(-num_segments // SEGMENTS_IN_COLUMN), num_rows](
+        index.counts, index.offsets, num_strips, num_segments, STRIPS=STRIPS_IN_TILE,
+        SEGMENTS=SEGMENTS_IN_COLUMN,
+    )  # fmt: skip
     _items[(num_rows,)](
-        offsets, index.item_offsets, index.split_offsets, num_segments, PAIRS_PER_ITEM=pairs_per_item,
-        SEGMENTS=SEGMENTS_IN_TILE,
+        index.offsets, index.item_offsets, index.split_offsets, num_segments, num_chunks, chunk_pairs,
+        group_tokens * num_slots, PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE,
     )  # fmt: skip
-    _pairs[(-(-keys.numel() // PAIRS_IN_TILE),)](
-        in_order, places, offsets, index.item_offsets, index.pairs, index.item_segment, keys.numel(),
-        num_tokens * num_slots, chunk_tokens * num_slots, num_slots, num_segments, max_items,
-        PAIRS_PER_ITEM=pairs_per_item, PAIRS=PAIRS_IN_TILE,
+    _pairs[-(-chunk_pairs // PAIRS_IN_TILE), num_chunks, num_heads](
+        block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, index.offsets,
+        index.item_offsets, index.pairs, index.item_segment, *sizes, num_strips, index.item_segment.shape[1],
+        BLOCK_SIZE=block_size, PAIRS_PER_ITEM=pairs_per_item, PAIRS=PAIRS_IN_TILE,
     )  # fmt: skip
-    return index

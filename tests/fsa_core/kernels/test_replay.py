@@ -10,9 +10,12 @@ from triton import knobs
 
 from fsa_core.api import selected_attention
 from fsa_core.decode import paged_selected_attention
-from fsa_core.kernels import decode, forward, replay
+from fsa_core.kernels import backward, decode, forward, replay
+from fsa_core.kernels.backward import selected_attention_backward
+from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.launch import Kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
 
 __all__ = ["nothing", "ours", "written"]  # fixtures, and what they launch
@@ -184,15 +187,21 @@ def test_notes_are_of_one_thread(ours: Kernel, written: Driver) -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """An entry for each call of attention that is not replayed."""
+    """An entry for each part of a call of attention that is not replayed."""
     calls: list[None] = []
-    for module in (forward, decode):
+    parts = (
+        (forward, "_replayed", forward._forward),
+        (decode, "_replayed", decode._forward),
+        (backward, "_replayed_keys", backward._key_gradients),
+        (backward, "_replayed_queries", backward._query_gradients),
+    )
+    for module, name, part in parts:
 
-        def counted(*args: Any, work: Callable = module._forward) -> None:
+        def counted(*args: Any, work: Callable = part) -> None:
             calls.append(None)
             work(*args)
 
-        monkeypatch.setattr(module, "_replayed", Replayed(counted))
+        monkeypatch.setattr(module, name, Replayed(counted))
     return calls
 
 
@@ -211,6 +220,34 @@ def test_selected_attention_replayed_on_other_tensors(
         again = selected_attention(*case.tensors[:4], **options)
         assert all(torch.equal(a, b) for a, b in zip(answer, again, strict=True))
     assert len(asked) <= 2
+
+
+@launches
+@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("index_heads", [1, 2, 4])
+@pytest.mark.parametrize("limit_bytes", [DEFAULT_WORKSPACE_BYTES, 2**20, 1])
+def test_gradients_replayed_on_other_tensors(
+    make_case: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    asked: list[None],
+    path: str,
+    index_heads: int,
+    limit_bytes: int,
+) -> None:
+    """In one part or two, all at once or, in little memory, a few heads, keys and tokens at a time."""
+    sizes = {"q_lens": (300, 77), "index_heads": index_heads, "dtype": torch.bfloat16}
+    options = {"path": path, "workspace_limit_bytes": limit_bytes}
+    counts = []
+    for seed in range(4):
+        case = make_case(seed=seed, **sizes)
+        given = (*selected_attention_forward(case.problem, *case.tensors), *case.output_gradients())
+        grads = selected_attention_backward(case.problem, *case.tensors, *given, **options)
+        assert_gradients_close_to_oracle(grads, case, *given[2:])
+        again = selected_attention_backward(case.problem, *case.tensors, *given, **options)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        counts.append(len(asked))
+    # What compiles is noted when it comes again.
+    assert counts[1] == counts[-1]
 
 
 @launches

@@ -1,0 +1,113 @@
+"""The index of the gradients of keys against a stable sort."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fsa_core.kernels import sorted_index
+from fsa_core.kernels.index import SLOT_BITS
+from fsa_core.kernels.replay import Memory
+from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pairs
+from fsa_core.plan import num_segments
+from tests.fsa_core.conftest import Case
+
+PAIRS_PER_ITEM = 5
+
+
+def indexed(case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int) -> SortedIndex:
+    """Of every second head, the group being shorter than the buffers are for."""
+    p = case.problem
+    index = new_sorted_index(
+        Memory(case.q), num_heads=p.index_heads // 2, num_tokens=num_tokens + 3, chunk_tokens=chunk_tokens,
+        num_slots=p.num_slots, num_segments=num_segments(p), max_items=chunk_tokens * p.num_slots,
+    )  # fmt: skip
+    sort_pairs(
+        index, case.block_indices, case.cu_seqlens_q, case.cu_seqlens_k, first_token=first_token,
+        num_tokens=num_tokens, chunk_tokens=chunk_tokens, first_head=1, head_step=2,
+        block_size=p.block_size, pairs_per_item=PAIRS_PER_ITEM,
+    )  # fmt: skip
+    return index
+
+
+def sorted_lists(case: Case, head: int, first_token: int, end: int) -> list[list[int]]:
+    """Of each segment the pairs of some tokens under a head, by token and slot."""
+    p, starts_k = case.problem, case.cu_seqlens_k.tolist()
+    found: list[list[int]] = [[] for _ in range(num_segments(p))]
+    for token in range(first_token, end):
+        sequence = int((case.cu_seqlens_q[1:] <= token).sum())
+        first_segment = starts_k[sequence] // p.block_size + sequence
+        for slot, block in enumerate(case.block_indices[head, token].tolist()):
+            if block >= 0:
+                found[first_segment + block].append((token - first_token) << SLOT_BITS.value | slot)
+    return found
+
+
+def check(case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int) -> None:
+    index = indexed(case, first_token=first_token, num_tokens=num_tokens, chunk_tokens=chunk_tokens)
+    num_chunks = index.offsets.shape[0] // index.ranks.shape[0]
+    pairs = index.pairs.flatten().tolist()
+    for row, offsets in enumerate(index.offsets.tolist()):
+        head, chunk = divmod(row, num_chunks)
+        start = first_token + chunk * chunk_tokens
+        end = min(start + chunk_tokens, first_token + num_tokens)
+        expected = sorted_lists(case, 1 + 2 * head, start, end)
+        assert [pairs[a:b] for a, b in pairwise(offsets)] == expected
+        counts = [-(-len(found) // PAIRS_PER_ITEM) for found in expected]
+        owners = [segment for segment, count in enumerate(counts) for _ in range(count)]
+        assert index.item_offsets[row].diff().tolist() == counts
+        assert index.split_offsets[row].diff().tolist() == [n if n > 1 else 0 for n in counts]
+        assert index.item_segment[row, : len(owners)].tolist() == owners
+    chosen = index.ranks[:, :num_tokens] >= 0
+    ids = case.block_indices[1::2, first_token : first_token + num_tokens]
+    assert torch.equal(chosen, ids >= 0)
+
+
+@pytest.mark.parametrize("distribution", ["random", "ragged", "same", "empty_rows"])
+def test_pairs_lie_by_block_and_then_by_token_and_slot(make_case: Callable, distribution: str) -> None:
+    case = make_case(q_lens=(150, 0, 47), num_slots=5, distribution=distribution, index_heads=2)
+    check(case, first_token=0, num_tokens=197, chunk_tokens=200)
+
+
+def test_chunks_of_a_group_of_tokens_are_sorted_apart(make_case: Callable) -> None:
+    case = make_case(q_lens=(90, 60), num_slots=3, index_heads=4, num_kv_heads=4)
+    check(case, first_token=40, num_tokens=100, chunk_tokens=31)
+
+
+@pytest.mark.parametrize("tile_pairs", [16, 64])
+def test_strips_of_several_tiles(
+    make_case: Callable, monkeypatch: pytest.MonkeyPatch, tile_pairs: int
+) -> None:
+    monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", tile_pairs)
+    case = make_case(q_lens=(60,), k_lens=(16 * 130,), num_slots=6, block_size=16, index_heads=2)
+    index = indexed(case, first_token=0, num_tokens=60, chunk_tokens=60)
+    assert 1 < index.counts.shape[1] <= 360 // tile_pairs // 2
+    check(case, first_token=0, num_tokens=60, chunk_tokens=60)
+
+
+def test_more_strips_than_are_added_up_at_once(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 16)
+    monkeypatch.setattr(sorted_index, "STRIPS_IN_TILE", 4)
+    case = make_case(q_lens=(40,), num_slots=4, distribution="same", index_heads=2)
+    check(case, first_token=0, num_tokens=40, chunk_tokens=40)
+
+
+def test_segments_whose_keys_take_64_bits(make_case: Callable, device: torch.device) -> None:
+    """They are sorted beside their places."""
+    if device.type == "cpu":
+        pytest.skip("the interpreter takes a minute for every million segments")
+    case = make_case(q_lens=(9,), num_slots=3, index_heads=2)
+    p = case.problem
+    index = new_sorted_index(
+        Memory(case.q), num_heads=2, num_tokens=9, chunk_tokens=9, num_slots=3, num_segments=2**23,
+        max_items=27,
+    )  # fmt: skip
+    sort_pairs(
+        index, case.block_indices, case.cu_seqlens_q, case.cu_seqlens_k, first_token=0, num_tokens=9,
+        chunk_tokens=9, first_head=0, head_step=1, block_size=p.block_size, pairs_per_item=PAIRS_PER_ITEM,
+    )  # fmt: skip
+    for head in range(2):
+        expected = [pair for found in sorted_lists(case, head, 0, 9) for pair in found]
+        first = int(index.offsets[head, 0])
+        assert index.pairs.flatten()[first : first + len(expected)].tolist() == expected

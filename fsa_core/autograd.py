@@ -62,16 +62,29 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
         # Autograd expands the gradient of a sum instead of writing it out.
-        given = (grad_out.contiguous(), grad_lse.contiguous())
-        grads = _Gradients.apply(ctx.implementation, ctx.problem, *tensors, *given)  # type: ignore[no-untyped-call]
+        given = (*tensors, grad_out.contiguous(), grad_lse.contiguous())
+        if torch.is_grad_enabled():
+            grads = _Gradients.apply(ctx.implementation, ctx.problem, *given)  # type: ignore[no-untyped-call]
+        else:
+            grads = _gradients(ctx.implementation, ctx.problem, *given)
         needed = ctx.needs_input_grad[2:5]
         asked = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         # None for the implementation, for the problem and for what came after v, before out and lse.
         return None, None, *asked, *[None] * (len(tensors) - 5)
 
 
+def _gradients(
+    implementation: Implementation, problem: Problem, *tensors: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    operands = tensors[:3]
+    if problem.num_q_tokens == 0:
+        return tuple(torch.zeros_like(x) for x in operands)
+    grads = implementation.backward(problem, *tensors)
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, operands, strict=True))
+
+
 class _Gradients(torch.autograd.Function):
-    """A function of its own, so that no second derivative is taken for zero.
+    """A function of its own where gradients may be asked for theirs, so that none is taken for zero.
 
     ``once_differentiable`` would notice those through grad_out and grad_lse, but none through q, k and v.
     """
@@ -80,11 +93,7 @@ class _Gradients(torch.autograd.Function):
     def forward(
         ctx: Any, implementation: Implementation, problem: Problem, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        operands = tensors[:3]
-        if problem.num_q_tokens == 0:
-            return tuple(torch.zeros_like(x) for x in operands)
-        grads = implementation.backward(problem, *tensors)
-        return tuple(grad.to(x.dtype) for grad, x in zip(grads, operands, strict=True))
+        return _gradients(implementation, problem, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:

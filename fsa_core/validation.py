@@ -15,6 +15,7 @@ tokens; more queries than keys under causal (the first queries then see nothing,
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -144,16 +145,21 @@ def validate_compact(
 
 
 def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> Problem:
-    return Problem(
-        num_q_tokens=q.shape[0],
-        num_k_tokens=k.shape[0],
-        num_q_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        value_dim=v.shape[2],
+    (num_q_tokens, num_q_heads, head_dim), (num_k_tokens, num_kv_heads, value_dim) = q.shape, v.shape
+    return _known_problem(
+        num_q_tokens=num_q_tokens,
+        num_k_tokens=num_k_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
         dtype=q.dtype,
         **rest,
     )
+
+
+# Making one takes longer than finding it, and one that was found is faster to find things by.
+_known_problem = lru_cache(maxsize=1024)(Problem)
 
 
 def check_operands(
@@ -169,12 +175,13 @@ def check_operands(
             refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), f"{_name(q.dtype)}, that of q")
         check_device(name, x, q.device)
     for name, x in (("q", q), (k_name, k), (v_name, v)):
-        if not MIN_HEAD_DIM <= x.shape[2] <= MAX_HEAD_DIM:
-            refuse("INVALID_HEAD_DIM", name, "head dim", x.shape[2], f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
-        if x.shape[1] == 0:
+        tokens, heads, dim = x.shape
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+            refuse("INVALID_HEAD_DIM", name, "head dim", dim, f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+        if heads == 0:
             refuse("INVALID_HEADS", name, "head count", 0, "at least 1")
-        if x.shape[0] > MAX_TOKENS:
-            refuse("INVALID_TOKENS", name, "token count", x.shape[0], f"at most {MAX_TOKENS}")
+        if tokens > MAX_TOKENS:
+            refuse("INVALID_TOKENS", name, "token count", tokens, f"at most {MAX_TOKENS}")
     if k.shape[2] != q.shape[2]:
         refuse("INVALID_HEAD_DIM", k_name, "head dim", k.shape[2], f"{q.shape[2]}, that of q")
     if v.shape[0] != k.shape[0]:
@@ -273,9 +280,9 @@ def _checked_sequences(
 def check_index_shape(q: torch.Tensor, k: torch.Tensor, block_indices: torch.Tensor) -> None:
     check_ints("block_indices", block_indices, "[heads, rows, slots]", 3, q.device)
     heads, _, slots = block_indices.shape
-    allowed = sorted({1, k.shape[1], q.shape[1]})
+    allowed = (1, k.shape[1], q.shape[1])
     if heads not in allowed:
-        expected = f"{' or '.join(map(str, allowed))} (1, the heads of k, or those of q)"
+        expected = f"{' or '.join(map(str, sorted(set(allowed))))} (1, the heads of k, or those of q)"
         refuse("INVALID_INDEX_SHAPE", "block_indices", "head count", heads, expected)
     if not 1 <= slots <= MAX_SLOTS:
         refuse("INVALID_INDEX_SHAPE", "block_indices", "slot count", slots, f"1 to {MAX_SLOTS}")

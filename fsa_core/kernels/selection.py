@@ -248,8 +248,9 @@ def _select(
     WITH_IMPORTANCE: tl.constexpr,
 ):
     first, q_end, q_shift, window_start, num_windows = last_tiles_first(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr, num_sequences, search_steps, TOKENS
-    )
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr, num_sequences, search_steps, KERNEL_SIZE,
+        STRIDE, TOKENS,
+    )  # fmt: skip
     if first >= q_end:
         return
     kv_head = tl.program_id(1)

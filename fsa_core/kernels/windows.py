@@ -21,6 +21,10 @@ class Windows:
     cu_seqlens_q, cu_seqlens_k (of the keys before compression) and cu_seqlens_cmp (of the windows) are int32
     [num_sequences + 1]. Of the windows whose last key is not after a query it sees the last ``reach``, or all
     if that is 0.
+
+    What walks query tiles takes from cu_seqlens_cmp only where each sequence's windows start, and from
+    cu_seqlens_k how many keys it has: there may be gaps behind the windows of a sequence, as in a cache.
+    Gradients of keys want them packed.
     """
 
     kernel_size: int
@@ -94,10 +98,17 @@ def walk_constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, 
 
 @triton.jit
 def last_tiles_first(
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr, num_sequences, search_steps, TOKENS: tl.constexpr
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    cu_seqlens_cmp_ptr,
+    num_sequences,
+    search_steps,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Of this program's tile: its first token and its sequence's end, the position of packed token 0, and the
-    sequence's first window and the end of its windows.
+    sequence's first window and how many it has.
 
     The last tiles see most: begun last, they would be what all others wait for.
     """
@@ -105,7 +116,8 @@ def last_tiles_first(
     sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
     k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
     window_start = tl.load(cu_seqlens_cmp_ptr + sequence)
-    num_windows = tl.load(cu_seqlens_cmp_ptr + sequence + 1) - window_start
+    # Not where the next sequence's windows start: there may be a gap before those.
+    num_windows = visible_windows(k_length - 1, KERNEL_SIZE, STRIDE)
     return first, q_end, k_length - q_end, window_start, num_windows
 
 

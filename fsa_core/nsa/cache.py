@@ -1,65 +1,138 @@
 """What a layer keeps of the tokens it has seen, so that the next ones can attend to them."""
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 
-from fsa_core.nsa.compression import CompressionState
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.steps import Slot, Step, step_of
 
 
-class GrowingRows:
-    """Rows appended one after the other to one tensor, whose storage doubles when it is full."""
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """K and V of all sequences, a slot each: one tensor of a kind, so that one launch reaches them all.
 
-    def __init__(self) -> None:
-        self._storage: torch.Tensor | None = None
-        self._length = 0
+    ``k``, ``v`` [num_sequences, capacity, heads, dim], as attention takes them: keys rotated. ``k_cmp``,
+    ``v_cmp`` [num_sequences, capacity / stride, heads, dim]: their windows, likewise. ``k_raw``
+    [num_sequences, kernel_size, heads, dim]: the last keys before rotation, key p in place p % kernel_size,
+    for the windows that later tokens complete; those of V are in ``v``.
 
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """A view on all rows so far, contiguous; valid until the next append."""
-        if self._storage is None:
-            raise IndexError("nothing was appended yet")
-        return self._storage[: self._length]
-
-    def append(self, rows: torch.Tensor) -> None:
-        """Copy ``rows`` [n, ...] to the end; all appends are of one shape, dtype and device."""
-        length = self._length + len(rows)
-        if self._storage is None or length > len(self._storage):
-            grown = rows.new_empty(max(length, 2 * self._length), *rows.shape[1:])
-            if self._storage is not None:
-                grown[: self._length] = self.rows
-            self._storage = grown
-        self._storage[self._length : length] = rows
-        self._length = length
-
-
-class SequenceCache:
-    """One sequence in one layer: K, V, their compressed forms, and what their next windows need.
-
-    ``k`` and ``k_cmp`` hold keys as attention takes them, rotated; the compression states hold them before.
+    int32: ``key_starts``, ``window_starts`` [num_sequences], the first row of each slot, slots flattened;
+    ``page_table`` [num_sequences, capacity / block_size], slots as pages of a block.
     """
 
-    def __init__(self) -> None:
-        self.k = GrowingRows()
-        self.v = GrowingRows()
-        self.k_cmp = GrowingRows()
-        self.v_cmp = GrowingRows()
-        self.k_state: CompressionState | None = None
-        self.v_state: CompressionState | None = None
+    k: torch.Tensor
+    v: torch.Tensor
+    k_cmp: torch.Tensor
+    v_cmp: torch.Tensor
+    k_raw: torch.Tensor
+    key_starts: torch.Tensor
+    window_starts: torch.Tensor
+    page_table: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, num_sequences: int, capacity: int, config: NSAConfig, k: torch.Tensor, v: torch.Tensor
+    ) -> "Slots":
+        """Empty ones for keys and values like ``k`` and ``v`` [num_tokens, heads, dim]."""
+
+        def rows(x: torch.Tensor, count: int) -> torch.Tensor:
+            return x.new_empty(num_sequences, count, *x.shape[1:])
+
+        def starts(count: int) -> torch.Tensor:
+            return torch.arange(0, num_sequences * count, count, dtype=torch.int32, device=k.device)
+
+        num_windows, num_blocks = capacity // config.stride, capacity // config.block_size
+        return cls(
+            k=rows(k, capacity),
+            v=rows(v, capacity),
+            k_cmp=rows(k, num_windows),
+            v_cmp=rows(v, num_windows),
+            k_raw=rows(k, config.kernel_size),
+            key_starts=starts(capacity),
+            window_starts=starts(num_windows),
+            page_table=starts(num_blocks)[:, None]
+            + torch.arange(num_blocks, dtype=torch.int32, device=k.device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[1]
+
+    def copy_from(self, slots: "Slots") -> None:
+        """Take over the rows of shorter slots."""
+        pairs = (
+            (self.k, slots.k),
+            (self.v, slots.v),
+            (self.k_cmp, slots.k_cmp),
+            (self.v_cmp, slots.v_cmp),
+            (self.k_raw, slots.k_raw),
+        )
+        for new, old in pairs:
+            new[:, : old.shape[1]] = old
 
 
 class NSACache:
     """The sequences of a batch in one layer. A model has one for every layer.
 
-    Memory for each token: K and V, and 1 / stride of them again for the compressed ones; up to twice that
-    while storage grows.
+    Memory: for each sequence K and V of ``capacity`` tokens, and 1 / stride of them again for their windows,
+    whatever its own length; more while it grows. ``capacity`` at least doubles when the longest sequence
+    outgrows it.
     """
 
     def __init__(self, num_sequences: int) -> None:
-        self.sequences = [SequenceCache() for _ in range(num_sequences)]
+        self._lengths = (0,) * num_sequences
+        self._slots: Slots | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._lengths)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens seen of each sequence."""
-        return [len(sequence.k) for sequence in self.sequences]
+        return list(self._lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each sequence has room for."""
+        return 0 if self._slots is None else self._slots.capacity
+
+    @property
+    def slots(self) -> Slots:
+        """Valid until the next ``begin``, which may need longer ones."""
+        if self._slots is None:
+            raise IndexError("nothing was appended yet")
+        return self._slots
+
+    def begin(self, starts: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> Step:
+        """Make room for more tokens, of sequence i from starts[i] to starts[i + 1].
+
+        k, v: [num_tokens, heads, dim], like which they are. Every call of a cache has the same ``config``.
+        """
+        counts = (end - start for start, end in pairwise(starts))
+        longest = max(seen + new for seen, new in zip(self._lengths, counts, strict=True))
+        if self._slots is None or longest > self.capacity:
+            # Whole blocks: attention reads a slot as a run of pages of one block.
+            capacity = -(-max(longest, 2 * self.capacity) // config.block_size) * config.block_size
+            grown = Slots.of(self.num_sequences, capacity, config, k, v)
+            if self._slots is not None:
+                grown.copy_from(self._slots)
+            self._slots = grown
+        return step_of(
+            starts, self._lengths, Slot(self.capacity, config.kernel_size, config.stride), k.device
+        )
+
+    def append(self, step: Step, k: torch.Tensor, v: torch.Tensor, k_raw: torch.Tensor) -> None:
+        """Add the tokens of ``step``: [num_tokens, heads, dim], ``k`` rotated and ``k_raw`` not."""
+        slots = self.slots
+        slots.k.flatten(0, 1).index_copy_(0, step.key_row, k)
+        slots.v.flatten(0, 1).index_copy_(0, step.key_row, v)
+        slots.k_raw.flatten(0, 1).index_copy_(0, step.tail_row, k_raw[step.kept])
+        self._lengths = step.lengths
+
+    def append_windows(self, step: Step, k_cmp: torch.Tensor, v_cmp: torch.Tensor) -> None:
+        """Add the windows that ``step`` completes: [num_windows, heads, dim], ``k_cmp`` rotated."""
+        self.slots.k_cmp.flatten(0, 1).index_copy_(0, step.window_row, k_cmp)
+        self.slots.v_cmp.flatten(0, 1).index_copy_(0, step.window_row, v_cmp)

@@ -8,7 +8,6 @@ position is the paper's own, the others are what public implementations of it of
 import itertools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +25,6 @@ def compressed_cu_seqlens(cu_seqlens: torch.Tensor, kernel_size: int, stride: in
     """Where each sequence's windows start, and their total: int32 [num_sequences + 1]."""
     windows = count_windows(cu_seqlens.long().diff(), kernel_size, stride)
     return F.pad(windows.cumsum(0), (1, 0)).int()
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionState:
-    """What one sequence's next windows still need of the tokens seen so far.
-
-    ``tail``: [num_tail_tokens, heads, head_dim], the tokens from the start of the first unfinished window on:
-    fewer than ``kernel_size``.
-    """
-
-    tail: torch.Tensor
 
 
 class Compression(nn.Module, ABC):
@@ -86,20 +74,13 @@ class Compression(nn.Module, ABC):
         parts = x.split([sum(run) for run in runs])
         return [part.unflatten(0, (len(run), run[0])) for part, run in zip(parts, runs, strict=True)]
 
-    def extend(
-        self, x: torch.Tensor, state: CompressionState | None = None
-    ) -> tuple[torch.Tensor, CompressionState]:
-        """Compress what the next tokens of one sequence complete.
+    def at(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Compress windows whose tokens lie anywhere, all at once: those that the next tokens complete, say.
 
-        x: [num_new_tokens, heads, head_dim]; ``state``: what the last call returned, None at the start of the
-        sequence. Returns the completed windows [num_new_windows, heads, dim] (one new token completes one at
-        most) and the state for the next call.
+        x: [num_rows, heads, head_dim]; rows: int64 [num_windows, kernel_size], at least one, which rows of
+        x its tokens are, in order. Returns [num_windows, heads, dim] in x's dtype. Synchronises nothing.
         """
-        tokens = x if state is None else torch.cat([state.tail, x])
-        num_new = max((len(tokens) - self.kernel_size) // self.stride + 1, 0)
-        tail = tokens[num_new * self.stride :]
-        # A copy: a view would keep the whole chunk alive.
-        return self(tokens), CompressionState(tail.clone())
+        return self.pool(x[rows].permute(0, 2, 3, 1)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, stride={self.stride}"

@@ -1,13 +1,12 @@
 """The layer: projections, rotary positions, gates, compression and the operator, to train and to serve."""
 
-import itertools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from fsa_core.nsa.cache import NSACache, SequenceCache
+from fsa_core.nsa.cache import NSACache
 from fsa_core.nsa.compression import (
     Compression,
     LinearCompression,
@@ -17,8 +16,9 @@ from fsa_core.nsa.compression import (
     compressed_cu_seqlens,
 )
 from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.decoding import attend_slots
 from fsa_core.nsa.functional import nsa_attention_from_compressed
-from fsa_core.nsa.rope import rotate
+from fsa_core.nsa.rope import Turns, turn, turns_at
 from fsa_core.nsa.validation import check_starts
 from fsa_core.packing import place_queries, single_sequence
 
@@ -105,6 +105,7 @@ class NativeSparseAttention(nn.Module):
         Args:
             x: [num_tokens, hidden_dim], the tokens of all sequences, one sequence after the other.
             cu_seqlens: int32 [num_sequences + 1], where each sequence's tokens start; None: one sequence.
+                With a cache it may lie on the CPU: then reading it does not wait for the GPU.
             cache: what was seen before these tokens, and where they are added: a prompt whole or in chunks,
                 and then one or a few tokens of each sequence a call (of some sequences none). A call with a
                 cache carries no gradient. None: the tokens are whole sequences.
@@ -120,7 +121,8 @@ class NativeSparseAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))
-        cu_seqlens = single_sequence(len(x), x.device) if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is None:
+            cu_seqlens = single_sequence(len(x), x.device if cache is None else torch.device("cpu"))
         if cache is None:
             out = self._attend(q, k, v, gates, cu_seqlens)
         else:
@@ -142,11 +144,12 @@ class NativeSparseAttention(nn.Module):
         k_cmp, v_cmp = self.compress_k(k, cu_seqlens), self.compress_v(v, cu_seqlens)
         starts = compressed_cu_seqlens(cu_seqlens, self.config.kernel_size, self.config.stride)
         window = place_queries(starts, starts, len(k_cmp), causal=True).position
+        turns = self._turns(position)
         return nsa_attention_from_compressed(
-            self._rotated(q, position),
-            self._rotated(k, position),
+            _rotated(q, turns),
+            _rotated(k, turns),
             v,
-            self._rotated(k_cmp, window * self.config.stride),
+            _rotated(k_cmp, self._turns(window * self.config.stride)),
             v_cmp,
             gates,
             config=self.config,
@@ -166,48 +169,27 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: torch.Tensor,
         cache: NSACache,
     ) -> torch.Tensor:
-        check_starts("cu_seqlens", cu_seqlens, num_tokens=len(q))
-        starts = cu_seqlens.tolist()
-        if len(starts) - 1 != len(cache.sequences):
-            raise ValueError(f"the cache has {len(cache.sequences)} sequences, cu_seqlens {len(starts) - 1}")
-        # One after the other: each sequence's keys are one contiguous tensor, which packing would copy.
-        return torch.cat(
-            [
-                self._attend_sequence(q[start:end], k[start:end], v[start:end], gates[start:end], sequence)
-                for sequence, (start, end) in zip(cache.sequences, itertools.pairwise(starts), strict=True)
-            ]
-        )
+        # Read once: on a GPU this waits for it.
+        starts = cu_seqlens.cpu()
+        check_starts("cu_seqlens", starts, num_tokens=len(q))
+        if len(starts) - 1 != cache.num_sequences:
+            raise ValueError(f"the cache has {cache.num_sequences} sequences, cu_seqlens {len(starts) - 1}")
+        if len(q) == 0:
+            return q
+        step = cache.begin(tuple(starts.tolist()), k, v, self.config)
+        if step.num_windows:
+            # Before what these tokens push out of k_raw is overwritten.
+            k_cmp = self.compress_k.at(torch.cat([k, cache.slots.k_raw.flatten(0, 1)]), step.raw_rows)
+        turns = self._turns(step.position)
+        cache.append(step, _rotated(k, turns), v, k)
+        if step.num_windows:
+            v_cmp = self.compress_v.at(cache.slots.v.flatten(0, 1), step.value_rows)
+            cache.append_windows(step, _rotated(k_cmp, self._turns(step.window_position)), v_cmp)
+        q = _rotated(q, turns)
+        return attend_slots(cache.slots, step, q, gates, config=self.config, backend=self.backend)
 
-    def _attend_sequence(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gates: torch.Tensor,
-        seen: SequenceCache,
-    ) -> torch.Tensor:
-        """Add one sequence's next tokens to what was seen, and attend them to all of it."""
-        k_cmp, seen.k_state = self.compress_k.extend(k, seen.k_state)
-        v_cmp, seen.v_state = self.compress_v.extend(v, seen.v_state)
-        position = torch.arange(len(k), device=k.device) + len(seen.k)
-        window = torch.arange(len(k_cmp), device=k.device) + len(seen.k_cmp)
-        seen.k.append(self._rotated(k, position))
-        seen.v.append(v)
-        seen.k_cmp.append(self._rotated(k_cmp, window * self.config.stride))
-        seen.v_cmp.append(v_cmp)
-        return nsa_attention_from_compressed(
-            self._rotated(q, position),
-            seen.k.rows,
-            seen.v.rows,
-            seen.k_cmp.rows,
-            seen.v_cmp.rows,
-            gates,
-            config=self.config,
-            backend=self.backend,
-        )
-
-    def _rotated(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return x if self.rope_theta is None else rotate(x, position, self.rope_theta)
+    def _turns(self, position: torch.Tensor) -> Turns | None:
+        return None if self.rope_theta is None else turns_at(position, self.head_dim, self.rope_theta)
 
     def _compression(self, kind: str) -> Compression:
         windows = (self.config.kernel_size, self.config.stride)
@@ -221,3 +203,7 @@ class NativeSparseAttention(nn.Module):
             case "mlp":
                 return MLPCompression(*windows, self.num_kv_heads, self.head_dim)
         raise ValueError(f"compression is {kind!r}: expected one of {', '.join(COMPRESSIONS)}")
+
+
+def _rotated(x: torch.Tensor, turns: Turns | None) -> torch.Tensor:
+    return x if turns is None else turn(x, turns)

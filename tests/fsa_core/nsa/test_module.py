@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsa_core.errors import InputError
-from fsa_core.nsa.cache import GrowingRows, NSACache
+from fsa_core.nsa.cache import NSACache
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.module import COMPRESSIONS, NativeSparseAttention
 from fsa_core.nsa.reference import compress_reference, nsa_attention_reference, pool_mean
@@ -243,15 +243,14 @@ def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
         layer(x, cache=NSACache(2))
 
 
-def test_storage_of_the_cache_doubles(device):
+def test_storage_of_the_cache_doubles(make_layer, device):
     """One copy for each doubling, not for each token."""
-    rows, storages = GrowingRows(), set()
-    with pytest.raises(IndexError):
-        _ = rows.rows
-    expected = torch.arange(100.0, device=device)[:, None]
-    for row in expected.split(1):
-        rows.append(row)
-        storages.add(rows.rows.data_ptr())
-    assert torch.equal(rows.rows, expected)
-    assert len(rows) == 100
-    assert len(storages) <= 8
+    layer, cache, storages = make_layer(), NSACache(1), set()
+    with pytest.raises(IndexError, match="nothing was appended yet"):
+        _ = cache.slots
+    for x in tokens(100, device).split(1):
+        layer(x, cache=cache)
+        storages.add(cache.slots.k.data_ptr())
+    assert cache.lengths == [100]
+    assert cache.capacity == 128
+    assert len(storages) <= 4

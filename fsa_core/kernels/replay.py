@@ -95,12 +95,14 @@ def _key(tensors: Tensors, addresses: list[int], options: tuple[Hashable, ...]) 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A launch: ``pick`` takes its pointers from the program's addresses, ``rest`` is all other arguments."""
+    """A launch: what comes before the stream, between it and the pointers, and after them.
+
+    ``pick`` takes the pointers from the program's addresses.
+    """
 
     run: Callable[..., None]
     grid: tuple[int, int, int]
-    function: int
-    metadata: Any
+    compiled: tuple[Any, ...]
     pick: Callable[[Sequence[int]], tuple[int, ...]]
     rest: tuple[Any, ...]
 
@@ -137,10 +139,7 @@ class _Program:
         ]
         stream = driver.active.get_current_stream(device.index)
         for step in self.steps:
-            step.run(
-                *step.grid, stream, step.function, step.metadata, None, None, None, *step.pick(addresses),
-                *step.rest,
-            )  # fmt: skip
+            step.run(*step.grid, stream, *step.compiled, *step.pick(addresses), *step.rest)
         del kept
         return answers
 
@@ -171,9 +170,9 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
         if None in numbers or len(numbers) < 2:
             return None
         compiled = launched.compiled
+        what = (compiled.function, compiled.metadata, None, None, None)
         rest = (*launched.scalars, *compiled.constants)
-        pick = itemgetter(*numbers)
-        steps.append(_Step(compiled.run, launched.grid, compiled.function, compiled.metadata, pick, rest))
+        steps.append(_Step(compiled.run, launched.grid, what, itemgetter(*numbers), rest))
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,

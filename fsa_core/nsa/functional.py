@@ -12,7 +12,13 @@ import torch
 from fsa_core.api import selected_attention
 from fsa_core.nsa.compression import Compression
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.stages import attend_and_choose, attend_last_keys, attend_windows, choose_blocks
+from fsa_core.nsa.stages import (
+    add_branches,
+    attend_and_choose,
+    attend_last_keys,
+    attend_windows,
+    choose_blocks,
+)
 from fsa_core.nsa.validation import (
     Call,
     check_compressed,
@@ -140,15 +146,15 @@ def sliding_window_attention(
     return attend_last_keys(call, q, k, v, backend)
 
 
-def gated_sum(branches: tuple[torch.Tensor, ...], gates: torch.Tensor) -> torch.Tensor:
+def gated_sum(
+    branches: tuple[torch.Tensor, ...], gates: torch.Tensor, *, backend: str = "auto"
+) -> torch.Tensor:
     """Equation 5: each branch [num_q_tokens, num_q_heads, value_dim] times its gate, added in float32.
 
-    gates: [num_q_tokens, num_q_heads, number of branches]. Returns the dtype of the branches.
+    gates: [num_q_tokens, num_q_heads, number of branches]. Returns the dtype of the branches. Kernels add
+    three branches, as the operator has; any other number is added in torch operations.
     """
-    total = gates[..., 0, None].float() * branches[0]
-    for i, branch in enumerate(branches[1:], start=1):
-        total = torch.addcmul(total, gates[..., i, None].float(), branch.float())
-    return total.to(branches[0].dtype)
+    return add_branches(branches, gates, backend)
 
 
 def nsa_attention(
@@ -275,4 +281,4 @@ def _attend(
         workspace_limit_bytes=call.workspace_limit_bytes,
     )
     window, _ = attend_last_keys(call, q, k, v, backend)
-    return gated_sum((compressed, selected, window), gates)
+    return add_branches((compressed, selected, window), gates, backend)

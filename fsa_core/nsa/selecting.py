@@ -13,9 +13,8 @@ from fsa_core.errors import refuse
 from fsa_core.nsa.compression import MeanCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import gated_sum
-from fsa_core.nsa.stages import attend_and_choose, choose_blocks
+from fsa_core.nsa.stages import attend_and_choose, attend_last_keys, choose_blocks
 from fsa_core.nsa.validation import Call, check_gates
-from fsa_core.nsa.window import sliding_window_attention_torch
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.plan import workspace_bytes as attention_workspace_bytes
 from fsa_core.problem import Problem
@@ -137,7 +136,7 @@ def select_and_attend(
     )
     if gates is None:
         return Selected(out, lse, block_indices)
-    window, _ = sliding_window_attention_torch(call, q, k, v)
+    window, _ = attend_last_keys(call, q, k, v, "auto")
     return Selected(gated_sum((compressed, out, window), gates), None, block_indices)
 
 

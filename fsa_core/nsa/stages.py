@@ -10,6 +10,7 @@ import torch
 
 from fsa_core.api import resolve_backend
 from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
+from fsa_core.nsa.gating import gated_sum_torch, gated_sum_triton
 from fsa_core.nsa.selection import compressed_attention_torch, select_blocks_torch, spend_budget
 from fsa_core.nsa.validation import Call
 from fsa_core.nsa.window import sliding_window_attention_torch
@@ -66,6 +67,13 @@ def attend_and_choose(
     sizes = kernel_sizes(call, q, k_cmp, v_cmp)
     (out, _), shares = _attend(call, sizes, q, k_cmp, v_cmp)
     return out, _choose(call, sizes, q, k_cmp, shares, backend)
+
+
+def add_branches(branches: tuple[torch.Tensor, ...], gates: torch.Tensor, backend: str) -> torch.Tensor:
+    """Each branch times its gate, added up."""
+    if len(branches) == 3 and _runs_kernels(backend, branches[0]):
+        return gated_sum_triton(branches, gates)
+    return gated_sum_torch(branches, gates)
 
 
 def _runs_kernels(backend: str, q: torch.Tensor) -> bool:

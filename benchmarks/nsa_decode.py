@@ -1,10 +1,10 @@
 """What a decode step of the layer of Native Sparse Attention costs, by the number of sequences.
 
-Run: ``python -m benchmarks.nsa_decode --json FILE.json``. Every sequence is filled by a prompt of random tokens, each
-a token shorter than the last, so that windows are completed in all steps, as in a server; then each gets
-a token a step. Steps follow one another without a wait, and the clock stops when the device is done. It uses
-nothing but the layer and its cache, and so times any commit that has them. That decoding gives what one pass
-gives is tested (tests/fsa_core/nsa/test_module.py).
+Run: ``python -m benchmarks.nsa_decode --json FILE.json``. Every sequence is filled by a prompt of random
+tokens, each a token shorter than the last, so that windows are completed in all steps, as in a server; then
+each gets a token a step. Steps follow one another without a wait, and the clock stops when the device is
+done. It uses nothing but the layer and its cache, and so times any commit that has them. That decoding gives
+what one pass gives is tested (tests/fsa_core/nsa/test_module.py).
 """
 
 import argparse

@@ -330,10 +330,10 @@ def selected_attention_backward(
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
     for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
         # Two calls: what the first took is free again before the second takes as much.
-        (delta,) = _replayed_keys((*tensors, out, grad_lse), p, plan, kv_heads)
+        deltas = _replayed_keys((*tensors, out, grad_lse), p, plan, kv_heads)
         if plan.queries is not None:
-            _replayed_queries((*tensors, delta), p, plan, kv_heads)
-        del delta
+            _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
+        del deltas
     return grads
 
 
@@ -370,9 +370,10 @@ def _key_gradients(
     plan: BackwardPlan,
     kv_heads: range,
 ) -> None:
-    """Gradients of k and v under some KV heads, and of q if the plan says so; their delta is the answer."""
+    """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta."""
     *others, out, grad_lse = tensors
-    delta = memory.answer(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
+    new = memory.new_empty if plan.queries is None else memory.answer
+    delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
     call = _Call.of(problem, plan, kv_heads, tuple(others), delta)
     write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
     keys, workspace = plan.keys, _Workspace.of(call, memory)

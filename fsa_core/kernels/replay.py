@@ -157,7 +157,7 @@ def _append_buffers(
 
 
 def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
-    """None if a launch was on another device, or points to what is not the call's own, or to one tensor."""
+    """None if a launch was on another device, or points to what is not the call's own."""
     if memory.like.device.index not in (None, driver.active.get_current_device()):
         return None
     made = memory.answers + memory.cleared + memory.uncleared
@@ -167,12 +167,12 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
     steps = []
     for launched in launches:
         numbers = [number.get(address) for address in launched.addresses]
-        if None in numbers or len(numbers) < 2:
+        if None in numbers:
             return None
         compiled = launched.compiled
         what = (compiled.function, compiled.metadata, None, None, None)
         rest = (*launched.scalars, *compiled.constants)
-        steps.append(_Step(compiled.run, launched.grid, what, itemgetter(*numbers), rest))
+        steps.append(_Step(compiled.run, launched.grid, what, _picking(numbers), rest))
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,
@@ -180,6 +180,13 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
         cleared=_begins(memory.cleared),
         uncleared=_begins(memory.uncleared),
         hooks=tuple(launched.hooks for launched in launches),
+    )
+
+
+def _picking(numbers: Sequence[Any]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    """Takes those numbers of addresses; of one number, ``itemgetter`` makes no tuple."""
+    return (
+        itemgetter(*numbers) if len(numbers) > 1 else lambda addresses: tuple(addresses[n] for n in numbers)
     )
 
 

@@ -205,6 +205,28 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return calls
 
 
+@compiles
+@pytest.mark.parametrize(
+    ("path", "limit_bytes"),
+    [("kv_major", DEFAULT_WORKSPACE_BYTES), ("mixed", DEFAULT_WORKSPACE_BYTES), ("mixed", 1)],
+)
+def test_gradients_are_replayed_launch_by_launch(
+    make_case: Callable, written: Driver, asked: list[None], path: str, limit_bytes: int
+) -> None:
+    """All at once and, in the least memory, chunk by chunk: nothing but launches may lie between them."""
+    case = make_case(q_lens=(40, 5), head_dim=16, dtype=torch.float16)
+    given = (case.q, torch.zeros(45, 4), case.q, torch.zeros(45, 4))
+    options = {"path": path, "workspace_limit_bytes": limit_bytes}
+    runs, counts = [], []
+    for _ in range(4):
+        written.launches.clear()
+        selected_attention_backward(case.problem, *case.tensors, *given, **options)
+        runs.append([launched[:-1] for launched in written.launches])
+        counts.append(len(asked))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert counts[1] == counts[3]
+
+
 @launches
 @pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
 @pytest.mark.parametrize("index_heads", [1, 2, 4])

@@ -59,7 +59,8 @@ def operator_contenders(case: Case, *, with_peers: bool) -> list[Contender]:
 
 
 def stages_of_ours(x: Inputs, config: NSAConfig) -> Stages:
-    call = Call(config, x.cu_seqlens, x.cu_seqlens, x.softmax_scale, DEFAULT_WORKSPACE_BYTES)
+    starts = (x.cu_seqlens, x.cu_seqlens, tuple(x.cu_seqlens.tolist()))
+    call = Call(config, *starts, x.softmax_scale, DEFAULT_WORKSPACE_BYTES)
     compress = MeanCompression(config.kernel_size, config.stride)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -67,7 +68,7 @@ def stages_of_ours(x: Inputs, config: NSAConfig) -> Stages:
         return selected_attention(q, k, v, ids, **sizes, validate=False)[0]
 
     return (
-        lambda t: compress(t, x.cu_seqlens),
+        lambda t: compress(t, call.key_starts),
         lambda q, k, v: attend_and_choose(call, q, k, v, "auto"),
         attend,
     )

@@ -41,6 +41,11 @@ def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
     return torch.arange(0, num_tokens + 1, num_tokens, dtype=torch.int32, device=device)
 
 
+def uploaded(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on ``device``, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def sequence_starts(
     q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

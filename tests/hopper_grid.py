@@ -191,7 +191,8 @@ def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
     """Compressed and sliding-window attention with their gradients, and selection of one shape."""
     call = make_call(torch.device("cpu"), q_lens=(300, 40), num_kv_heads=2, **shape)
     config = call.config
-    checked = Call(config, call.cu_seqlens_q, call.cu_seqlens_k, call.softmax_scale, DEFAULT_WORKSPACE_BYTES)
+    starts = (call.cu_seqlens_q, call.cu_seqlens_k, tuple(call.cu_seqlens_k.tolist()))
+    checked = Call(config, *starts, call.softmax_scale, DEFAULT_WORKSPACE_BYTES)
     sizes = kernel_sizes(checked, call.q, call.k_cmp, call.v_cmp)
     blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
     assert takes(*sizes, blocks)

@@ -5,7 +5,7 @@ sequences in slots are packed sequences with gaps between them. In torch operati
 other, each slot being one contiguous tensor.
 """
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -68,7 +68,8 @@ def _branches(
     )
     block_indices = selection.ids
     if selection.importance is not None and selection.total is not None:
-        call = Call(config, *starts, problem.softmax_scale, DEFAULT_WORKSPACE_BYTES)
+        key_starts = tuple(accumulate(step.lengths, initial=0))
+        call = Call(config, *starts, key_starts, problem.softmax_scale, DEFAULT_WORKSPACE_BYTES)
         block_indices = spend_budget(call, block_indices, selection.importance, selection.total)
     selected = _selected(slots, step, q, block_indices, config.block_size)
     keys = Windows(1, 1, *starts, slots.key_starts, reach=min(config.window, MAX_REACH))

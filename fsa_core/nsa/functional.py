@@ -24,10 +24,12 @@ from fsa_core.nsa.validation import (
     check_compressed,
     check_compression,
     check_gates,
+    check_window_count,
     validate_over_keys,
     validate_over_windows,
 )
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from fsa_core.validation import check_operands
 
 Answer = tuple[torch.Tensor, torch.Tensor]
 
@@ -207,7 +209,7 @@ def nsa_attention(
     check_gates(gates, q)
     check_compression("compress_k", compress_k, config)
     check_compression("compress_v", compress_v, config)
-    k_cmp, v_cmp = compress_k(k, call.cu_seqlens_k), compress_v(v, call.cu_seqlens_k)
+    k_cmp, v_cmp = compress_k(k, call.key_starts), compress_v(v, call.key_starts)
     return _attend(call, q, k, v, k_cmp, v_cmp, gates, backend)
 
 
@@ -240,16 +242,8 @@ def nsa_attention_from_compressed(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
-    validate_over_windows(
-        q,
-        k_cmp,
-        v_cmp,
-        config=config,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
-        softmax_scale=softmax_scale,
-        workspace_limit_bytes=workspace_limit_bytes,
-    )
+    check_operands(q, k_cmp, v_cmp, k_name="k_cmp", v_name="v_cmp")
+    check_window_count(call, k_cmp)
     check_gates(gates, q)
     return _attend(call, q, k, v, k_cmp, v_cmp, gates, backend)
 

@@ -116,13 +116,20 @@ def select_and_attend(
     ``backend`` is the selected branch's, as in ``fsa_core.api``; the other stages run as kernels where these
     take their sizes, and else in torch operations. On CUDA it reads cu_seqlens, which synchronises.
     """
-    call = Call(problem.config, cu_seqlens_q, cu_seqlens_k, problem.softmax_scale, workspace_limit_bytes)
+    call = Call(
+        problem.config,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        tuple(cu_seqlens_k.tolist()),
+        problem.softmax_scale,
+        workspace_limit_bytes,
+    )
     compress = MeanCompression(problem.config.kernel_size, problem.config.stride)
-    k_cmp = compress(k, cu_seqlens_k)
+    k_cmp = compress(k, call.key_starts)
     if gates is None:
         block_indices = choose_blocks(call, q, k_cmp, "auto")
     else:
-        compressed, block_indices = attend_and_choose(call, q, k_cmp, compress(v, cu_seqlens_k), "auto")
+        compressed, block_indices = attend_and_choose(call, q, k_cmp, compress(v, call.key_starts), "auto")
     out, lse = attend(
         problem,
         q,

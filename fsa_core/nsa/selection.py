@@ -49,7 +49,7 @@ def compressed_attention_torch(
 def compressed_intervals(call: Call, q: torch.Tensor) -> Intervals:
     """Which windows each query sees."""
     visible = call.visible_windows(call.place(q.shape[0]))
-    starts = (call.cu_seqlens_q.tolist(), call.cu_seqlens_cmp.tolist())
+    starts = (call.cu_seqlens_q.tolist(), list(call.window_starts))
     return Intervals(torch.zeros_like(visible), visible, *starts)
 
 
@@ -64,7 +64,7 @@ def select_blocks_torch(call: Call, q: torch.Tensor, k_cmp: torch.Tensor) -> tor
     chosen = torch.full((num_kv_heads, len(q), call.config.top_k), -1, dtype=torch.int32, device=q.device)
     placed = call.place(len(q))
     visible_windows = call.visible_windows(placed)
-    starts_cmp = call.cu_seqlens_cmp.tolist()
+    starts_cmp = call.window_starts
     for sequence, rows in _chunks(call, num_kv_heads):
         position, windows_seen = placed.position[rows], visible_windows[rows]
         first = starts_cmp[sequence]
@@ -98,7 +98,7 @@ def spend_budget(
 def _chunks(call: Call, num_kv_heads: int) -> Iterator[tuple[int, slice]]:
     """(sequence, queries) that fit the workspace together."""
     config = call.config
-    spans = (itertools.pairwise(x.tolist()) for x in (call.cu_seqlens_q, call.cu_seqlens_k))
+    spans = map(itertools.pairwise, (call.cu_seqlens_q.tolist(), call.key_starts))
     for sequence, ((q_start, q_end), (k_start, k_end)) in enumerate(zip(*spans, strict=True)):
         num_keys = k_end - k_start
         row_bytes = num_keys // config.stride * WINDOW_BYTES + num_keys // config.block_size * BLOCK_BYTES

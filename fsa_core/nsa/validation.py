@@ -3,31 +3,50 @@
 Reasons are those of fsa_core.validation, INVALID_GATES and INVALID_COMPRESSION.
 """
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from fsa_core.errors import refuse, refuse_bad_starts
-from fsa_core.nsa.compression import Compression, compressed_cu_seqlens, count_windows
+from fsa_core.nsa.compression import Compression, count_windows
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.packing import Placement, place_queries, single_sequence
+from fsa_core.packing import Placement, place_queries, single_sequence, uploaded
 from fsa_core.validation import validate_dense
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
-    """What a validated call has beside its tensors; cu_seqlens_k are the keys' before compression."""
+    """What a validated call has beside its tensors; cu_seqlens_k are the keys' before compression.
+
+    ``key_starts`` are cu_seqlens_k on the host.
+    """
 
     config: NSAConfig
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
+    key_starts: tuple[int, ...]
     softmax_scale: float
     workspace_limit_bytes: int
 
-    @property
+    @cached_property
+    def window_starts(self) -> tuple[int, ...]:
+        """Where each sequence's windows start, and their total."""
+        config = self.config
+        windows = (
+            max(end - start - config.kernel_size + config.stride, 0) // config.stride
+            for start, end in itertools.pairwise(self.key_starts)
+        )
+        return tuple(itertools.accumulate(windows, initial=0))
+
+    @cached_property
     def cu_seqlens_cmp(self) -> torch.Tensor:
-        """Where each sequence's windows start: int32 [num_sequences + 1]."""
-        return compressed_cu_seqlens(self.cu_seqlens_k, self.config.kernel_size, self.config.stride)
+        """``window_starts`` on the device: int32 [num_sequences + 1]."""
+        device = self.cu_seqlens_k.device
+        if len(self.window_starts) == 2:
+            return single_sequence(self.window_starts[1], device)
+        return uploaded(torch.tensor(self.window_starts, dtype=torch.int32), device)
 
     def place(self, num_q_tokens: int) -> Placement:
         return place_queries(self.cu_seqlens_q, self.cu_seqlens_k, num_q_tokens, causal=True)
@@ -49,20 +68,9 @@ def validate_over_keys(
     workspace_limit_bytes: int,
 ) -> Call:
     """Check causal attention over keys as they are; shapes and errors as in fsa_core.validation."""
-    problem = validate_dense(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        softmax_scale=softmax_scale,
-        causal=True,
-    )
-    if cu_seqlens_q is None:
-        cu_seqlens_q = single_sequence(q.shape[0], q.device)
-    if cu_seqlens_k is None:
-        cu_seqlens_k = single_sequence(k.shape[0], q.device)
-    return Call(config, cu_seqlens_q, cu_seqlens_k, problem.softmax_scale, workspace_limit_bytes)
+    starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    scale = _checked_scale(q, k, v, softmax_scale, **starts)
+    return _call(q, config, **starts, num_keys=k.shape[0], softmax_scale=scale, limit=workspace_limit_bytes)
 
 
 def validate_over_windows(
@@ -80,25 +88,73 @@ def validate_over_windows(
 
     cu_seqlens_k: int32 [num_sequences + 1], the keys' before compression; None: as many keys as queries.
     """
+    starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    scale = _checked_scale(q, k_cmp, v_cmp, softmax_scale, **starts)
     if cu_seqlens_k is None:
-        cu_seqlens_k = single_sequence(q.shape[0], q.device) if cu_seqlens_q is None else cu_seqlens_q
-    check_starts("cu_seqlens_k", cu_seqlens_k)
-    starts = compressed_cu_seqlens(cu_seqlens_k, config.kernel_size, config.stride)
-    if k_cmp.shape[0] != int(starts[-1]):
-        expected = f"{int(starts[-1])}, the windows in {int(cu_seqlens_k[-1])} keys"
-        refuse("INVALID_TOKENS", "k_cmp", "token count", k_cmp.shape[0], expected)
+        starts["cu_seqlens_k"] = cu_seqlens_q
+    num_keys = q.shape[0] if cu_seqlens_k is None else None
+    call = _call(q, config, **starts, num_keys=num_keys, softmax_scale=scale, limit=workspace_limit_bytes)
+    check_window_count(call, k_cmp)
+    return call
+
+
+def _checked_scale(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+) -> float:
+    """The scale of a call that is right but for the values of cu_seqlens, which nothing has read."""
     problem = validate_dense(
         q,
-        k_cmp,
-        v_cmp,
+        k,
+        v,
         cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=starts,
+        cu_seqlens_k=cu_seqlens_k,
         softmax_scale=softmax_scale,
         causal=True,
+        check_values=False,
     )
+    return problem.softmax_scale
+
+
+def _call(
+    q: torch.Tensor,
+    config: NSAConfig,
+    *,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    num_keys: int | None,
+    softmax_scale: float,
+    limit: int,
+) -> Call:
+    """Reads cu_seqlens, each once, and refuses what is wrong; num_keys None: as many as they say."""
+    num_queries = q.shape[0]
+    if cu_seqlens_k is None:
+        assert num_keys is not None
+        key_starts: list[int] = [0, num_keys]
+    else:
+        key_starts = cu_seqlens_k.tolist()
+    if cu_seqlens_q is not None:
+        query_starts = key_starts if cu_seqlens_q is cu_seqlens_k else cu_seqlens_q.tolist()
+        refuse_bad_starts("cu_seqlens_q", query_starts, num_queries)
+    refuse_bad_starts("cu_seqlens_k", key_starts, num_keys)
     if cu_seqlens_q is None:
-        cu_seqlens_q = single_sequence(q.shape[0], q.device)
-    return Call(config, cu_seqlens_q, cu_seqlens_k, problem.softmax_scale, workspace_limit_bytes)
+        cu_seqlens_q = single_sequence(num_queries, q.device)
+    if cu_seqlens_k is None:
+        is_same = cu_seqlens_q.numel() == 2 and num_keys == num_queries
+        cu_seqlens_k = cu_seqlens_q if is_same else single_sequence(key_starts[1], q.device)
+    return Call(config, cu_seqlens_q, cu_seqlens_k, tuple(key_starts), softmax_scale, limit)
+
+
+def check_window_count(call: Call, k_cmp: torch.Tensor) -> None:
+    """Refuse compressed keys that are not as many as the call's keys have windows."""
+    num_windows = call.window_starts[-1]
+    if k_cmp.shape[0] != num_windows:
+        expected = f"{num_windows}, the windows in {call.key_starts[-1]} keys"
+        refuse("INVALID_TOKENS", "k_cmp", "token count", k_cmp.shape[0], expected)
 
 
 def check_starts(name: str, cu_seqlens: torch.Tensor, *, num_tokens: int | None = None) -> None:

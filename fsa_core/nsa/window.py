@@ -16,7 +16,7 @@ def sliding_window_attention_torch(
         q,
         k,
         v,
-        Intervals(first, end, call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()),
+        Intervals(first, end, call.cu_seqlens_q.tolist(), list(call.key_starts)),
         softmax_scale=call.softmax_scale,
         workspace_limit_bytes=call.workspace_limit_bytes,
     )

@@ -130,13 +130,13 @@ def test_sequences_of_one_length_are_trained_at_once(device, kind, monkeypatch):
     lengths = (40, 40, 3, 3, 41, 40, 40, 0)
     compression = make(kind, 8, 4).to(device)
     x = torch.randn(sum(lengths), HEADS, HEAD_DIM, device=device, requires_grad=True)
-    pooled, pool = [], compression.pool
+    pooled, pool = [], compression.pool_sequences
     monkeypatch.setattr(
-        compression, "pool", lambda windows: pooled.append(windows.shape[:2]) or pool(windows)
+        compression, "pool_sequences", lambda part: pooled.append(part.shape[:2]) or pool(part)
     )
     got = compression(x, cumulative(lengths).to(device))
-    assert pooled == [(2, 9), (1, 9), (2, 9)]
+    assert pooled == [(2, 40), (1, 41), (2, 40)]
     with torch.no_grad():
         alone = compression(x, cumulative(lengths).to(device))
-    assert pooled[3:] == [(1, 9)] * 5
+    assert pooled[3:] == [(1, 40), (1, 40), (1, 41), (1, 40), (1, 40)]
     assert_within_roundings(got, alone.double(), 8 * HEAD_DIM)

@@ -21,8 +21,9 @@ from triton.runtime import driver
 from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, noted_launches
 
 Tensors = tuple[torch.Tensor, ...]
-# Beyond that all are forgotten; one is some kilobytes.
-MOST_PROGRAMS = 1024
+# Of all programs together; beyond that all are forgotten. One is a kilobyte, a program 10 of them or, of a
+# million tokens, a thousand.
+MOST_LAUNCHES = 1 << 16
 # Of buffers, as torch's allocator has it.
 BUFFER_ALIGNMENT = 512
 
@@ -63,6 +64,7 @@ class Replayed:
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
         self._programs: dict[tuple[Hashable, ...], _Program] = {}
+        self._num_launches = 0
 
     def __call__(self, tensors: Tensors, *options: Hashable) -> Tensors:
         if not self._programs:
@@ -82,8 +84,10 @@ class Replayed:
             addresses = [0, *[x.data_ptr() for x in tensors]]
             program = _program(launches.noted, addresses, memory)
             if program is not None:
-                if len(self._programs) >= MOST_PROGRAMS:
+                if self._num_launches > MOST_LAUNCHES:
                     self._programs.clear()
+                    self._num_launches = 0
+                self._num_launches += len(program.steps)
                 self._programs[_key(tensors, addresses, options)] = program
         return tuple(memory.answers)
 
@@ -185,9 +189,9 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
 
 def _picking(numbers: Sequence[Any]) -> Callable[[Sequence[int]], tuple[int, ...]]:
     """Takes those numbers of addresses; of one number, ``itemgetter`` makes no tuple."""
-    return (
-        itemgetter(*numbers) if len(numbers) > 1 else lambda addresses: tuple(addresses[n] for n in numbers)
-    )
+    if len(numbers) == 1:
+        return lambda addresses: (addresses[numbers[0]],)
+    return itemgetter(*numbers)
 
 
 def _begins(buffers: list[torch.Tensor]) -> tuple[int, ...]:

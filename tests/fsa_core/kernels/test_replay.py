@@ -161,7 +161,7 @@ def test_foreign_memory_is_never_replayed(ours: Kernel, written: Driver) -> None
 def test_programs_are_forgotten_before_they_are_too_many(
     ours: Kernel, written: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(replay, "MOST_LAUNCHES", 4)
     work = Work(ours)
     replayed = Replayed(work)
     for size in (1, 1, 2, 3):

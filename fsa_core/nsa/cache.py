@@ -129,7 +129,8 @@ class NSACache:
         slots = self.slots
         slots.k.flatten(0, 1).index_copy_(0, step.key_row, k)
         slots.v.flatten(0, 1).index_copy_(0, step.key_row, v)
-        slots.k_raw.flatten(0, 1).index_copy_(0, step.tail_row, k_raw[step.kept])
+        kept = k_raw if len(step.kept) == len(k_raw) else k_raw[step.kept]
+        slots.k_raw.flatten(0, 1).index_copy_(0, step.kept_row, kept)
         self._lengths = step.lengths
 
     def append_windows(self, step: Step, k_cmp: torch.Tensor, v_cmp: torch.Tensor) -> None:

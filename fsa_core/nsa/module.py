@@ -1,6 +1,7 @@
 """The layer: projections, rotary positions, gates, compression and the operator, to train and to serve."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.decoding import attend_slots
 from fsa_core.nsa.functional import nsa_attention_from_compressed
 from fsa_core.nsa.rope import Turns, turn, turns_at
+from fsa_core.nsa.steps import Step
 from fsa_core.nsa.validation import check_starts
 from fsa_core.packing import place_queries, single_sequence
 
@@ -180,16 +182,24 @@ class NativeSparseAttention(nn.Module):
         if step.num_windows:
             # Before what these tokens push out of k_raw is overwritten.
             k_cmp = self.compress_k.at(torch.cat([k, cache.slots.k_raw.flatten(0, 1)]), step.raw_rows)
-        turns = self._turns(step.position)
+        turns, window_turns = self._turns_of(step)
         cache.append(step, _rotated(k, turns), v, k)
         if step.num_windows:
             v_cmp = self.compress_v.at(cache.slots.v.flatten(0, 1), step.value_rows)
-            cache.append_windows(step, _rotated(k_cmp, self._turns(step.window_position)), v_cmp)
+            cache.append_windows(step, _rotated(k_cmp, window_turns), v_cmp)
         q = _rotated(q, turns)
         return attend_slots(cache.slots, step, q, gates, config=self.config, backend=self.backend)
 
     def _turns(self, position: torch.Tensor) -> Turns | None:
         return None if self.rope_theta is None else turns_at(position, self.head_dim, self.rope_theta)
+
+    def _turns_of(self, step: Step) -> tuple[Turns | None, Turns | None]:
+        """Of the step's tokens, and of its windows."""
+        if self.rope_theta is None:
+            return None, None
+        # Those of prompts are too large to keep.
+        find = _turns_of.__wrapped__ if step.prompts else _turns_of
+        return find(step, self.head_dim, self.rope_theta)
 
     def _compression(self, kind: str) -> Compression:
         windows = (self.config.kernel_size, self.config.stride)
@@ -203,6 +213,14 @@ class NativeSparseAttention(nn.Module):
             case "mlp":
                 return MLPCompression(*windows, self.num_kv_heads, self.head_dim)
         raise ValueError(f"compression is {kind!r}: expected one of {', '.join(COMPRESSIONS)}")
+
+
+# All layers of a model ask for the same, one after the other.
+@lru_cache(maxsize=1)
+def _turns_of(step: Step, head_dim: int, theta: float) -> tuple[Turns, Turns]:
+    num_tokens = len(step.key_row)
+    cos, sin = turns_at(step.positions, head_dim, theta)
+    return (cos[:num_tokens], sin[:num_tokens]), (cos[num_tokens:], sin[num_tokens:])
 
 
 def _rotated(x: torch.Tensor, turns: Turns | None) -> torch.Tensor:

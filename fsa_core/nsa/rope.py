@@ -14,16 +14,19 @@ def rotate(x: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tenso
 
 
 def turns_at(position: torch.Tensor, head_dim: int, theta: float) -> Turns:
-    """Cosines and sines of all pairs' angles, float32 [num_tokens, 1, head_dim / 2]; of q and k the same."""
+    """Cosines of every channel's angle, and sines, negative for the first of a pair; the same for q and k.
+
+    Both float32 [num_tokens, 1, head_dim].
+    """
     half = head_dim // 2
     # float32 cannot tell the angles of neighbours apart once positions reach millions.
-    exponent = torch.arange(half, dtype=torch.float64, device=position.device) / half
-    angle = position[:, None].double() * theta**-exponent
+    frequency = theta ** (torch.arange(half, dtype=torch.float64, device=position.device) / -half)
+    # A cosine is the same of both, and a sine the opposite.
+    angle = position[:, None] * torch.cat([-frequency, frequency])
     return angle.cos().float()[:, None], angle.sin().float()[:, None]
 
 
 def turn(x: torch.Tensor, turns: Turns) -> torch.Tensor:
     """Turn the channel pairs of x [num_tokens, heads, head_dim]; returns x's dtype."""
     cos, sin = turns
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)

@@ -9,9 +9,10 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from fsa_core.nsa.compression import count_windows
-from fsa_core.packing import starts_of
+from fsa_core.packing import starts_of, uploaded
 
 # A sequence with more new tokens is a prompt: its keys are read by tiles of queries, and it costs launches of
 # its own. With fewer each token reads its blocks alone.
@@ -39,7 +40,8 @@ class Prompt:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+# By identity: what is worked out from a step can be looked up by it.
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """The new tokens of a call, packed, and the windows that they complete; on the device.
 
@@ -48,11 +50,11 @@ class Step:
 
     Rows are those of the cache's tensors with slots and rows flattened, int64:
 
-    ``position``, ``key_row`` [num_tokens]: of each token in its sequence, and in the cache. ``kept`` and
-    ``tail_row``: tokens that are among the last ``kernel_size`` of their sequence, and where in the ring.
-    ``window_position``, ``window_row`` [num_windows]: of each window's first key, and where the window goes.
-    ``value_rows``, ``raw_rows`` [num_windows, kernel_size]: its tokens in the cache, and, before rotation, in
-    the new tokens followed by the ring.
+    ``positions`` [num_tokens + num_windows]: in its sequence, of each token, and then of each window's first.
+    ``key_row`` [num_tokens]: where each token goes in the cache. ``kept`` and ``kept_row``: tokens that are
+    among the last ``kernel_size`` of their sequence, and where they go in the ring.
+    ``window_row`` [num_windows]: where each window goes. ``value_rows``, ``raw_rows`` [num_windows,
+    kernel_size]: its tokens in the cache, and, before rotation, in the new tokens followed by the ring.
 
     ``decoded`` [num_decoded]: the tokens that are no prompt's.
 
@@ -65,11 +67,10 @@ class Step:
     prompts: tuple[Prompt, ...]
     num_decoded: int
     is_token_each: bool
-    position: torch.Tensor
+    positions: torch.Tensor
     key_row: torch.Tensor
     kept: torch.Tensor
-    tail_row: torch.Tensor
-    window_position: torch.Tensor
+    kept_row: torch.Tensor
     window_row: torch.Tensor
     value_rows: torch.Tensor
     raw_rows: torch.Tensor
@@ -104,13 +105,14 @@ def _step_of(
     kept = (position >= (after - slot.kernel_size)[sequence]).nonzero()[:, 0]
     is_prompt = counts > MOST_DECODED
     decoded = (~is_prompt[sequence]).nonzero()[:, 0]
+    windows = _windows(first, before, after, slot)
     rows = {
-        "position": position,
+        "positions": torch.cat([position, windows.pop("position")]),
         "key_row": sequence * slot.capacity + position,
         "kept": kept,
-        "tail_row": (sequence * slot.kernel_size + position % slot.kernel_size)[kept],
+        "kept_row": (sequence * slot.kernel_size + position % slot.kernel_size)[kept],
         "decoded": decoded,
-        **_windows(first, before, after, slot),
+        **windows,
     }
     cu_seqlens = {
         "cu_seqlens_q": first,
@@ -127,8 +129,8 @@ def _step_of(
         ),
         num_decoded=len(decoded),
         is_token_each=all(end - start == 1 for start, end in pairwise(starts)),
-        **_uploaded(rows, device),
-        **_uploaded({name: x.int() for name, x in cu_seqlens.items()}, device),
+        **_on(device, rows),
+        **_on(device, {name: x.int() for name, x in cu_seqlens.items()}),
     )
 
 
@@ -144,22 +146,16 @@ def _windows(
     in_tail = first[-1] + sequence * slot.kernel_size + position % slot.kernel_size
     is_new = position >= before[sequence]
     return {
-        "window_position": window * slot.stride,
+        "position": window * slot.stride,
         "window_row": sequence[:, 0] * (slot.capacity // slot.stride) + window,
         "value_rows": sequence * slot.capacity + position,
         "raw_rows": ((first[:-1] - before)[sequence] + position).where(is_new, in_tail),
     }
 
 
-def _uploaded(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of one dtype, together, without waiting for the device."""
-    if device.type != "cuda":
-        return {name: x.to(device) for name, x in tensors.items()}
-    sizes = [(x.numel() + ALIGNED_INTS - 1) // ALIGNED_INTS * ALIGNED_INTS for x in tensors.values()]
-    packed = torch.empty(sum(sizes), dtype=next(iter(tensors.values())).dtype, pin_memory=True)
-    parts = packed.split(sizes)
-    for part, x in zip(parts, tensors.values(), strict=True):
-        part[: x.numel()] = x.flatten()
-    parts = packed.to(device, non_blocking=True).split(sizes)
+def _on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of one dtype, by one copy."""
+    padded = [F.pad(x.flatten(), (0, -x.numel() % ALIGNED_INTS)) for x in tensors.values()]
+    parts = uploaded(torch.cat(padded), device).split([len(x) for x in padded])
     named = zip(tensors.items(), parts, strict=True)
     return {name: part[: x.numel()].view(x.shape) for (name, x), part in named}

@@ -89,8 +89,8 @@ def _index() -> list[Case]:
 
 
 def _host() -> list[Case]:
-    """A problem that is small for the device: what is left is Python."""
-    return [Case(256, 4, "random", stage, "host") for stage in STAGES]
+    """Problems that are small for the device: what is left is Python."""
+    return [Case(256, g, "random", stage, "host") for stage, g in product(STAGES, TARGET_GROUP_SIZES)]
 
 
 def _operator() -> list[Case]:

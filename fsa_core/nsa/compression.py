@@ -187,4 +187,5 @@ def _lengths(x: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int] | None) -
 
 
 def _per_head(windows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("...hdk,hkde->...he", windows, weight) + bias
+    # Sums run over letters in alphabetical order: in this one the weights are read as they lie, not copied.
+    return torch.einsum("...hdc,hcde->...he", windows, weight) + bias

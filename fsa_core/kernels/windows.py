@@ -22,9 +22,9 @@ class Windows:
     [num_sequences + 1]. Of the windows whose last key is not after a query it sees the last ``reach``, or all
     if that is 0.
 
-    What walks query tiles takes from cu_seqlens_cmp only where each sequence's windows start, and from
-    cu_seqlens_k how many keys it has: there may be gaps behind the windows of a sequence, as in a cache.
-    Gradients of keys want them packed.
+    What walks query tiles takes from cu_seqlens_cmp only where each sequence's windows start (its last number
+    may be missing), and from cu_seqlens_k how many keys it has: there may be gaps behind the windows of a
+    sequence, as in a cache. Gradients of keys want them packed.
     """
 
     kernel_size: int

@@ -6,13 +6,16 @@ windows ``capacity / stride``, and in that of the last keys before rotation ``ke
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
-from fsa_core.nsa.compression import count_windows
-from fsa_core.packing import starts_of, uploaded
+from fsa_core.packing import uploaded
+
+# On the host, by numpy: an operation takes a fraction of what it takes torch.
+Ints = npt.NDArray[np.int64]
 
 # A sequence with more new tokens is a prompt: its keys are read by tiles of queries, and it costs launches of
 # its own. With fewer each token reads its blocks alone.
@@ -96,18 +99,17 @@ def step_of(starts: tuple[int, ...], seen: tuple[int, ...], slot: Slot, device: 
 def _step_of(
     starts: tuple[int, ...], seen: tuple[int, ...], slot: Slot, device: torch.device, stream: int
 ) -> Step:
-    first, before = torch.tensor(starts), torch.tensor(seen)
-    counts = first.diff()
+    first, before = np.array(starts), np.array(seen)
+    counts = np.diff(first)
     after = before + counts
-    sequences = torch.arange(len(seen))
-    sequence = sequences.repeat_interleave(counts)
-    position = torch.arange(starts[-1]) + (before - first[:-1])[sequence]
-    kept = (position >= (after - slot.kernel_size)[sequence]).nonzero()[:, 0]
+    sequence = np.repeat(np.arange(len(seen)), counts)
+    position = np.arange(starts[-1]) + (before - first[:-1])[sequence]
+    kept = np.flatnonzero(position >= (after - slot.kernel_size)[sequence])
     is_prompt = counts > MOST_DECODED
-    decoded = (~is_prompt[sequence]).nonzero()[:, 0]
+    decoded = np.flatnonzero(~is_prompt[sequence])
     windows = _windows(first, before, after, slot)
     rows = {
-        "positions": torch.cat([position, windows.pop("position")]),
+        "positions": np.concatenate([position, windows.pop("position")]),
         "key_row": sequence * slot.capacity + position,
         "kept": kept,
         "kept_row": (sequence * slot.kernel_size + position % slot.kernel_size)[kept],
@@ -116,46 +118,51 @@ def _step_of(
     }
     cu_seqlens = {
         "cu_seqlens_q": first,
-        "cu_seqlens_k": starts_of(after),
+        "cu_seqlens_k": _starts_of(after),
         "seq_lens": after,
-        "cu_seqlens_decoded": starts_of(counts.where(~is_prompt, 0)),
+        "cu_seqlens_decoded": _starts_of(np.where(is_prompt, 0, counts)),
     }
     lengths = tuple(after.tolist())
+    prompts = np.flatnonzero(is_prompt).tolist()
     return Step(
         starts=starts,
         lengths=lengths,
-        prompts=tuple(
-            Prompt(i, starts[i], starts[i + 1], lengths[i]) for i in is_prompt.nonzero()[:, 0].tolist()
-        ),
+        prompts=tuple(Prompt(i, starts[i], starts[i + 1], lengths[i]) for i in prompts),
         num_decoded=len(decoded),
-        is_token_each=all(end - start == 1 for start, end in pairwise(starts)),
-        **_on(device, rows),
-        **_on(device, {name: x.int() for name, x in cu_seqlens.items()}),
+        is_token_each=bool((counts == 1).all()),
+        **_on(device, rows, np.int64),
+        **_on(device, cu_seqlens, np.int32),
     )
 
 
-def _windows(
-    first: torch.Tensor, before: torch.Tensor, after: torch.Tensor, slot: Slot
-) -> dict[str, torch.Tensor]:
+def _windows(first: Ints, before: Ints, after: Ints, slot: Slot) -> dict[str, Ints]:
     """What ``Step`` says of the windows that sequences of ``after`` keys have and those of ``before`` not."""
-    seen, now = (count_windows(x, slot.kernel_size, slot.stride) for x in (before, after))
-    new = starts_of(now - seen)
-    sequence = torch.arange(len(before)).repeat_interleave(new.diff())
-    window = torch.arange(len(sequence)) + (seen - new[:-1])[sequence]
-    sequence, position = sequence[:, None], window[:, None] * slot.stride + torch.arange(slot.kernel_size)
-    in_tail = first[-1] + sequence * slot.kernel_size + position % slot.kernel_size
-    is_new = position >= before[sequence]
+    seen, now = (np.maximum(x - slot.kernel_size + slot.stride, 0) // slot.stride for x in (before, after))
+    new = _starts_of(now - seen)
+    sequence = np.repeat(np.arange(len(before)), now - seen)
+    window = np.arange(len(sequence)) + (seen - new[:-1])[sequence]
+    of_token, position = sequence[:, None], window[:, None] * slot.stride + np.arange(slot.kernel_size)
+    in_ring = first[-1] + of_token * slot.kernel_size + position % slot.kernel_size
+    is_new = position >= before[of_token]
     return {
         "position": window * slot.stride,
-        "window_row": sequence[:, 0] * (slot.capacity // slot.stride) + window,
-        "value_rows": sequence * slot.capacity + position,
-        "raw_rows": ((first[:-1] - before)[sequence] + position).where(is_new, in_tail),
+        "window_row": sequence * (slot.capacity // slot.stride) + window,
+        "value_rows": of_token * slot.capacity + position,
+        "raw_rows": np.where(is_new, (first[:-1] - before)[of_token] + position, in_ring),
     }
 
 
-def _on(device: torch.device, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of one dtype, by one copy."""
-    padded = [F.pad(x.flatten(), (0, -x.numel() % ALIGNED_INTS)) for x in tensors.values()]
-    parts = uploaded(torch.cat(padded), device).split([len(x) for x in padded])
-    named = zip(tensors.items(), parts, strict=True)
-    return {name: part[: x.numel()].view(x.shape) for (name, x), part in named}
+def _starts_of(lengths: Ints) -> Ints:
+    """Where each of some runs starts, and the total."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _on(device: torch.device, arrays: dict[str, Ints], dtype: type[np.integer]) -> dict[str, torch.Tensor]:
+    """All of them in ``dtype`` on the device, by one copy."""
+    sizes = [-(-x.size // ALIGNED_INTS) * ALIGNED_INTS for x in arrays.values()]
+    packed = np.zeros(sum(sizes), dtype=dtype)
+    for x, begin in zip(arrays.values(), accumulate(sizes, initial=0), strict=False):
+        packed[begin : begin + x.size] = x.ravel()
+    parts = uploaded(torch.from_numpy(packed), device).split(sizes)
+    named = zip(arrays.items(), parts, strict=True)
+    return {name: part[: x.size].view(x.shape) for (name, x), part in named}

@@ -57,7 +57,9 @@ def tokens(count, device):
     [{}, {"compression": "mean", "rope_theta": None, "config": replace(SMALL, top_p=0.8)}],
     ids=["weighted", "mean, no positions, a budget"],
 )
+@pytest.mark.usefixtures("poisoned_memory")
 def test_steps_of_ragged_batches_are_one_pass_of_each_sequence(make_layer, device, backend, options):
+    """In slots whose gaps hold NaN."""
     layer = make_layer(backend=backend, **options)
     lens = [sum(counts) for counts in zip(*CALLS, strict=True)]
     sequences = [tokens(n, device) for n in lens]

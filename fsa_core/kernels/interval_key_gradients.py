@@ -14,7 +14,14 @@ from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
 from fsa_core.kernels.query_tiles import load_block, tile_tokens
-from fsa_core.kernels.windows import Windows, first_position, gradient_tile, visible_windows, walk_constants
+from fsa_core.kernels.windows import (
+    TileShape,
+    Windows,
+    first_position,
+    gradient_tile,
+    visible_windows,
+    walk_constants,
+)
 from fsa_core.plan import FLOAT32_BYTES, search_steps
 from fsa_core.problem import Problem
 
@@ -223,9 +230,10 @@ def _walk(
     splits: int,
 ) -> None:
     p, num_heads = problem, heads.stop - heads.start
-    # 438 instructions a warp and step at D = 128 in 16 bits (sm_90, Triton 3.7), and 1 load of what is
-    # spilled; 64 keys in 4 warps take 544, 50 for spills, or with 32 rows twice 274; 128 rows spill more.
-    tile = gradient_tile(p, narrow=(64, 128), wide=(32, 64))
+    # On an H200, 64K tokens, D = 128, g = 4: 4.9 to 5.0 ms, and 5.5 with two stages; 64 or 256 keys, or 128
+    # rows, take longer. In a sliding window of 512: 1.32, and 1.96 in the other shape.
+    narrow = TileShape(32, 64, 4, num_stages=3) if windows.reach else TileShape(64, 128, num_stages=3)
+    tile = gradient_tile(p, narrow, wide=TileShape(32, 64))
     num_tiles = p.num_k_tokens // tile.keys + p.num_sequences
     _of_keys[(num_tiles * num_heads * splits,)](
         *given, grad_k, grad_v, *windows.starts, p.softmax_scale, p.num_sequences,

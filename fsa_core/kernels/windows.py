@@ -63,25 +63,34 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    @classmethod
-    def of(cls, group_size: int, *, rows: int, keys: int, num_warps: int, num_stages: int) -> "Tile":
-        """As many whole tokens as ``rows`` hold."""
-        parts = -(-group_size // rows)
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """Rows and keys of a step, and how they are walked."""
+
+    rows: int
+    keys: int
+    num_warps: int = 8
+    num_stages: int = 2
+
+    def tile(self, group_size: int) -> Tile:
+        """As many whole tokens as the rows hold."""
+        parts = -(-group_size // self.rows)
         heads = -(-group_size // parts)
-        return cls(rows // heads, heads, parts, rows, keys, num_warps, num_stages)
+        return Tile(self.rows // heads, heads, parts, self.rows, self.keys, self.num_warps, self.num_stages)
 
 
-def gradient_tile(problem: Problem, narrow: tuple[int, int], wide: tuple[int, int]) -> Tile:
-    """Tiles of (rows, keys) where 256 bytes hold the numbers of a row, or where they do not.
+def gradient_tile(problem: Problem, narrow: TileShape, wide: TileShape) -> Tile:
+    """Where 256 bytes hold the 16-bit numbers of a row, or where they do not.
 
     float32, multiplied in three parts, takes shared memory for each part.
     """
     p = problem
     width = padded_dim(max(p.head_dim, p.value_dim))
-    rows, keys = narrow if width * p.dtype.itemsize <= 256 else wide
+    shape = narrow if p.dtype.itemsize == 2 and width <= 128 else wide
     if p.dtype.itemsize == 4 and width > 64:
-        rows, keys = 32, 4096 // width
-    return Tile.of(p.group_size, rows=rows, keys=keys, num_warps=8, num_stages=2)
+        shape = TileShape(32, 4096 // width)
+    return shape.tile(p.group_size)
 
 
 def walk_constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, int]:

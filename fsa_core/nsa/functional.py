@@ -210,7 +210,8 @@ def nsa_attention(
     check_compression("compress_k", compress_k, config)
     check_compression("compress_v", compress_v, config)
     k_cmp, v_cmp = compress_k(k, call.key_starts), compress_v(v, call.key_starts)
-    return _attend(call, q, k, v, k_cmp, v_cmp, gates, backend)
+    check_compressed(k_cmp, v_cmp, k, v)
+    return attend_checked(call, q, k, v, k_cmp, v_cmp, gates, backend)
 
 
 def nsa_attention_from_compressed(
@@ -244,11 +245,12 @@ def nsa_attention_from_compressed(
     )
     check_operands(q, k_cmp, v_cmp, k_name="k_cmp", v_name="v_cmp")
     check_window_count(call, k_cmp)
+    check_compressed(k_cmp, v_cmp, k, v)
     check_gates(gates, q)
-    return _attend(call, q, k, v, k_cmp, v_cmp, gates, backend)
+    return attend_checked(call, q, k, v, k_cmp, v_cmp, gates, backend)
 
 
-def _attend(
+def attend_checked(
     call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -258,7 +260,7 @@ def _attend(
     gates: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    check_compressed(k_cmp, v_cmp, k, v)
+    """``nsa_attention_from_compressed`` of a call whose operands and starts are known to be right."""
     compressed, block_indices = attend_and_choose(call, q, k_cmp, v_cmp, backend)
     selected, _ = selected_attention(
         q,

@@ -14,15 +14,15 @@ from fsa_core.nsa.compression import (
     MeanCompression,
     MLPCompression,
     WeightedCompression,
-    compressed_cu_seqlens,
 )
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.decoding import attend_slots
-from fsa_core.nsa.functional import nsa_attention_from_compressed
+from fsa_core.nsa.functional import attend_checked
 from fsa_core.nsa.rope import Turns, turn, turns_at
 from fsa_core.nsa.steps import Step
-from fsa_core.nsa.validation import check_starts
+from fsa_core.nsa.validation import Call, check_starts
 from fsa_core.packing import place_queries, single_sequence
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 
 COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
 
@@ -107,7 +107,7 @@ class NativeSparseAttention(nn.Module):
         Args:
             x: [num_tokens, hidden_dim], the tokens of all sequences, one sequence after the other.
             cu_seqlens: int32 [num_sequences + 1], where each sequence's tokens start; None: one sequence.
-                With a cache it may lie on the CPU: then reading it does not wait for the GPU.
+                It may lie on the CPU: then reading it does not wait for the GPU.
             cache: what was seen before these tokens, and where they are added: a prompt whole or in chunks,
                 and then one or a few tokens of each sequence a call (of some sequences none). A call with a
                 cache carries no gradient. None: the tokens are whole sequences.
@@ -123,11 +123,11 @@ class NativeSparseAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))
-        if cu_seqlens is None:
-            cu_seqlens = single_sequence(len(x), x.device if cache is None else torch.device("cpu"))
         if cache is None:
             out = self._attend(q, k, v, gates, cu_seqlens)
         else:
+            if cu_seqlens is None:
+                cu_seqlens = single_sequence(len(x), torch.device("cpu"))
             out = self._attend_cached(q, k, v, gates, cu_seqlens, cache)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
         return projected
@@ -139,26 +139,25 @@ class NativeSparseAttention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         gates: torch.Tensor,
-        cu_seqlens: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        check_starts("cu_seqlens", cu_seqlens, num_tokens=len(q))
-        position = place_queries(cu_seqlens, cu_seqlens, len(q), causal=True).position
-        k_cmp, v_cmp = self.compress_k(k, cu_seqlens), self.compress_v(v, cu_seqlens)
-        starts = compressed_cu_seqlens(cu_seqlens, self.config.kernel_size, self.config.stride)
-        window = place_queries(starts, starts, len(k_cmp), causal=True).position
-        turns = self._turns(position)
-        return nsa_attention_from_compressed(
-            _rotated(q, turns),
-            _rotated(k, turns),
-            v,
-            _rotated(k_cmp, self._turns(window * self.config.stride)),
-            v_cmp,
-            gates,
-            config=self.config,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            backend=self.backend,
-        )
+        call = self._call(len(q), cu_seqlens, q.device)
+        k_cmp, v_cmp = self.compress_k(k, call.key_starts), self.compress_v(v, call.key_starts)
+        turns = self._turns(_positions(call.cu_seqlens_q, len(q)))
+        first_keys = _positions(call.cu_seqlens_cmp, len(k_cmp)) * self.config.stride
+        q, k, k_cmp = _rotated(q, turns), _rotated(k, turns), _rotated(k_cmp, self._turns(first_keys))
+        return attend_checked(call, q, k, v, k_cmp, v_cmp, gates, self.backend)
+
+    def _call(self, num_tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> Call:
+        """cu_seqlens are read here and nowhere else: on a GPU that waits for it."""
+        if cu_seqlens is None:
+            starts = [0, num_tokens]
+            cu_seqlens = single_sequence(num_tokens, device)
+        else:
+            starts = check_starts("cu_seqlens", cu_seqlens, num_tokens)
+            cu_seqlens = cu_seqlens.to(device)
+        scale = self.head_dim**-0.5
+        return Call(self.config, cu_seqlens, cu_seqlens, tuple(starts), scale, DEFAULT_WORKSPACE_BYTES)
 
     @_graph_break
     @torch.no_grad()
@@ -173,7 +172,7 @@ class NativeSparseAttention(nn.Module):
     ) -> torch.Tensor:
         # Read once: on a GPU this waits for it.
         starts = cu_seqlens.cpu()
-        check_starts("cu_seqlens", starts, num_tokens=len(q))
+        check_starts("cu_seqlens", starts, len(q))
         if len(starts) - 1 != cache.num_sequences:
             raise ValueError(f"the cache has {cache.num_sequences} sequences, cu_seqlens {len(starts) - 1}")
         if len(q) == 0:
@@ -221,6 +220,13 @@ def _turns_of(step: Step, head_dim: int, theta: float) -> tuple[Turns, Turns]:
     num_tokens = len(step.key_row)
     cos, sin = turns_at(step.positions, head_dim, theta)
     return (cos[:num_tokens], sin[:num_tokens]), (cos[num_tokens:], sin[num_tokens:])
+
+
+def _positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """int64 [num_tokens]: the place of each packed token in its sequence."""
+    if len(cu_seqlens) == 2:
+        return torch.arange(num_tokens, device=cu_seqlens.device)
+    return place_queries(cu_seqlens, cu_seqlens, num_tokens, causal=True).position
 
 
 def _rotated(x: torch.Tensor, turns: Turns | None) -> torch.Tensor:

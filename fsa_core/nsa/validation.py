@@ -157,13 +157,15 @@ def check_window_count(call: Call, k_cmp: torch.Tensor) -> None:
         refuse("INVALID_TOKENS", "k_cmp", "token count", k_cmp.shape[0], expected)
 
 
-def check_starts(name: str, cu_seqlens: torch.Tensor, *, num_tokens: int | None = None) -> None:
-    """Refuse cu_seqlens that are not int32, from 0, never decreasing, to ``num_tokens`` if that is given."""
+def check_starts(name: str, cu_seqlens: torch.Tensor, num_tokens: int) -> list[int]:
+    """cu_seqlens on the host; refuses what is not int32, from 0, never decreasing, to ``num_tokens``."""
     if cu_seqlens.dtype != torch.int32:
         refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         refuse("INVALID_CU_SEQLENS", name, "shape", list(cu_seqlens.shape), "[num_sequences + 1]")
-    refuse_bad_starts(name, cu_seqlens.tolist(), num_tokens)
+    starts: list[int] = cu_seqlens.tolist()
+    refuse_bad_starts(name, starts, num_tokens)
+    return starts
 
 
 def check_compression(name: str, compression: Compression, config: NSAConfig) -> None:

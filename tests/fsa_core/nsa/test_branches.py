@@ -121,7 +121,7 @@ def test_bad_calls_are_refused_by_field(make_call):
     ) as error:
         compressed_attention(call.q, call.k_cmp[1:], call.v_cmp[1:], **starts)
     assert error.value.reason == "INVALID_TOKENS"
-    bad = torch.tensor([0, 70, 60], dtype=torch.int32)
+    bad = torch.tensor([0, 70, 60], dtype=torch.int32, device=call.q.device)
     with pytest.raises(InputError, match=r"cu_seqlens_k\[2\] is 60: expected at least 70"):
         select_blocks(call.q, call.k_cmp, **(starts | {"cu_seqlens_k": bad}))
     with pytest.raises(InputError, match=r"cu_seqlens_k has dtype int64: expected int32"):

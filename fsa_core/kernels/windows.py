@@ -81,15 +81,16 @@ class TileShape:
 
 
 def gradient_tile(problem: Problem, narrow: TileShape, wide: TileShape) -> Tile:
-    """Where 256 bytes hold the 16-bit numbers of a row, or where they do not.
+    """Of 16-bit numbers: narrow where 256 bytes hold those of a row, or wide.
 
     float32, multiplied in three parts, takes shared memory for each part.
     """
     p = problem
     width = padded_dim(max(p.head_dim, p.value_dim))
-    shape = narrow if p.dtype.itemsize == 2 and width <= 128 else wide
-    if p.dtype.itemsize == 4 and width > 64:
-        shape = TileShape(32, 4096 // width)
+    if p.dtype.itemsize == 2:
+        shape = narrow if width <= 128 else wide
+    else:
+        shape = TileShape(2 * wide.rows, 2 * wide.keys) if width <= 64 else TileShape(32, 4096 // width)
     return shape.tile(p.group_size)
 
 

@@ -16,6 +16,7 @@ from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.launch import Kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from tests.fsa_core.conftest import _make_case as make_case_on
 from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
 
 __all__ = ["nothing", "ours", "written"]  # fixtures, and what they launch
@@ -211,10 +212,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     [("kv_major", DEFAULT_WORKSPACE_BYTES), ("mixed", DEFAULT_WORKSPACE_BYTES), ("mixed", 1)],
 )
 def test_gradients_are_replayed_launch_by_launch(
-    make_case: Callable, written: Driver, asked: list[None], path: str, limit_bytes: int
+    written: Driver, asked: list[None], path: str, limit_bytes: int
 ) -> None:
     """All at once and, in the least memory, chunk by chunk: nothing but launches may lie between them."""
-    case = make_case(q_lens=(40, 5), head_dim=16, dtype=torch.float16)
+    # Of no device: the driver that stands in is on none that there is.
+    case = make_case_on(torch.device("cpu"), q_lens=(40, 5), head_dim=16, dtype=torch.float16)
     given = (case.q, torch.zeros(45, 4), case.q, torch.zeros(45, 4))
     options = {"path": path, "workspace_limit_bytes": limit_bytes}
     runs, counts = [], []

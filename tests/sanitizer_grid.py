@@ -22,6 +22,7 @@ import torch
 from fsa_core.api import attend
 from fsa_core.decode import paged_selected_attention
 from fsa_core.nsa.functional import select_blocks
+from fsa_core.nsa.gating import gated_sum_torch, gated_sum_triton
 from fsa_core.nsa.reference import select_blocks_reference
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS
 from tests.fsa_core.conftest import (
@@ -93,6 +94,7 @@ def grid(device: torch.device) -> Iterator[tuple[str, Check]]:
         exact = make_call(CPU, q_lens=Q_LENS, k_lens=K_LENS, **sizes | {"dtype": torch.float32})
         yield f"selection {name}", partial(check_selection, exact, device)
         yield f"decode {name}", partial(check_decode, make_paged(CPU, k_lens=(70, 0, 200), **sizes), device)
+        yield f"gates {name}", partial(check_gates, sizes["value_dim"], sizes["dtype"], device)
 
 
 def dtype_on(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -170,6 +172,21 @@ def check_selection(call: Call, device: torch.device) -> None:
     got = select_blocks(q, k_cmp, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, backend="triton", **options)
     rest = (call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
     assert torch.equal(got.cpu(), select_blocks_reference(call.q, call.k_cmp, *rest)), "other blocks"
+
+
+def check_gates(value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The gated sum and its gradients, of rows that fill no tile."""
+    generator = torch.Generator().manual_seed(0)
+    *branches, grad = (torch.randn(37, 3, value_dim, generator=generator).to(dtype) for _ in range(4))
+    gates = torch.rand(37, 3, 3, generator=generator)
+    answers = []
+    for function, where in ((gated_sum_torch, CPU), (gated_sum_triton, device)):
+        operands = [x.to(where).requires_grad_() for x in (*branches, gates)]
+        out = function((operands[0], operands[1], operands[2]), operands[3])
+        grads = torch.autograd.grad(out, operands, grad.to(where))
+        answers.append([x.detach().float().cpu() for x in (out, *grads)])
+    for expected, got in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 def check_decode(paged: PagedCase, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Where the tokens of packed ("varlen") sequences lie, on the device and without synchronising."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,7 +35,23 @@ def place_queries(
 
 
 def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
-    """The ``cu_seqlens`` of one sequence that has all the tokens: int32 [2]."""
+    """The ``cu_seqlens`` of one sequence that has all the tokens: int32 [2], not to be written to."""
+    if device.type != "cuda":
+        return _new_single_sequence(num_tokens, device)
+    # One made within a graph is filled when the graph runs, and one used there must live as long as it.
+    if torch.cuda.is_current_stream_capturing():
+        return _new_single_sequence(num_tokens, device)
+    # By stream, so that what fills it comes before whoever reads it.
+    return _kept_single_sequence(num_tokens, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _kept_single_sequence(num_tokens: int, device: torch.device, stream: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return _new_single_sequence(num_tokens, device)
+
+
+def _new_single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
     # Computed on the device, in one launch: copying a list there would synchronise.
     if num_tokens == 0:
         return torch.zeros(2, dtype=torch.int32, device=device)

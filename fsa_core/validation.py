@@ -54,29 +54,63 @@ def validate_selected(
     ``check_values=False`` leaves the contents of cu_seqlens and block_indices unread. Reading them, when they
     are valid, costs one synchronisation on CUDA if rows ascend, and at most three if they do not.
     """
-    check_operands(q, k, v)
-    check_choice("block_size", block_size, BLOCK_SIZES)
-    _check_query_block_size(query_block_size)
-    scale = checked_scale(softmax_scale, q.shape[2])
-    num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
-    check_index_shape(q, k, block_indices)
-    if query_block_size == 1:
-        check_row_count(block_indices, q.shape[0], "one a query token")
+    key = _description(
+        (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k),
+        (block_size, softmax_scale, causal, query_block_size),
+    )
+    problem = None if key is None else _accepted.get(key)
+    if problem is None:
+        check_operands(q, k, v)
+        check_choice("block_size", block_size, BLOCK_SIZES)
+        _check_query_block_size(query_block_size)
+        scale = checked_scale(softmax_scale, q.shape[2])
+        num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
+        check_index_shape(q, k, block_indices)
+        if query_block_size == 1:
+            check_row_count(block_indices, q.shape[0], "one a query token")
+        problem = _problem(
+            q,
+            k,
+            v,
+            num_sequences=num_sequences,
+            block_size=block_size,
+            index_heads=block_indices.shape[0],
+            num_slots=block_indices.shape[2],
+            causal=causal,
+            softmax_scale=scale,
+        )
+        if key is not None:
+            if len(_accepted) >= MOST_ACCEPTED:
+                _accepted.clear()
+            _accepted[key] = problem
     if check_values:
         starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
-        options: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
-        _check_values(q, k, block_indices, *starts, causal=causal, **options)
-    return _problem(
-        q,
-        k,
-        v,
-        num_sequences=num_sequences,
-        block_size=block_size,
-        index_heads=block_indices.shape[0],
-        num_slots=block_indices.shape[2],
-        causal=causal,
-        softmax_scale=scale,
-    )
+        sizes: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
+        _check_values(q, k, block_indices, *starts, causal=causal, **sizes)
+    return problem
+
+
+MOST_ACCEPTED = 1024
+# By all that decides it but values: to look up what was accepted takes a third of the time of looking again.
+_accepted: dict[tuple[Any, ...], Problem] = {}
+PLAIN_TYPES = frozenset((int, float, bool, type(None)))
+
+
+def _description(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that the checks look at but values, to find it by; None of what has to be looked at every time."""
+    types = tuple(map(type, options))
+    if not PLAIN_TYPES.issuperset(types):
+        return None
+    facts: list[Any] = []
+    for x in tensors:
+        if x is None:
+            facts.append(None)
+        elif isinstance(x, torch.Tensor):
+            facts += (x.shape, x.dtype, x.device)
+        else:
+            return None
+    # The types tell True from 1.
+    return (*facts, *options, *types)
 
 
 def validate_dense(

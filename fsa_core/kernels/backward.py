@@ -28,7 +28,7 @@ from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_gradients import query_gradients
-from fsa_core.kernels.replay import Memory, Replayed
+from fsa_core.kernels.replay import Memory, Replayed, clear
 from fsa_core.kernels.share_sums import sum_shares
 from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pairs
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
@@ -36,7 +36,6 @@ from fsa_core.problem import Problem
 
 # Few keys a program: a block that everybody chose has many items to add.
 SUM_KEYS = 16
-NUMBERS_TO_CLEAR = 4096
 
 
 @kernel
@@ -294,12 +293,6 @@ def _sum_items(
         tl.store(sum_ptrs, total, mask=mask)
 
 
-@kernel
-def _clear(sums_ptr, size, NUMBERS: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    tl.store(sums_ptr + places, tl.zeros((NUMBERS,), tl.float32), mask=places < size)
-
-
 def selected_attention_backward(
     problem: Problem,
     q: torch.Tensor,
@@ -438,8 +431,7 @@ def _walk(call: _Call, workspace: _Workspace, kv_heads: range, first_range_segme
     p, plan, keys = call.problem, call.plan, call.plan.keys
     ranks = plan.tile_heads_per_kv_head
     if keys.has_sums:
-        size = workspace.sums.numel()
-        _clear[(-(-size // NUMBERS_TO_CLEAR),)](workspace.sums, size, NUMBERS=NUMBERS_TO_CLEAR)
+        clear(workspace.sums)
     # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
     for rank in range(ranks):
         first_index_head = kv_heads.start * ranks + rank if plan.index_per_head else 0

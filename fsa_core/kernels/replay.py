@@ -16,16 +16,29 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.runtime import driver
 
-from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, noted_launches
+from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, kernel, noted_launches
 
 Tensors = tuple[torch.Tensor, ...]
+CLEARED_IN_TILE = 4096
 # Of all programs together; beyond that all are forgotten. One is a kilobyte, a program 10 of them or, of a
 # million tokens, a thousand.
 MOST_LAUNCHES = 1 << 16
 # Of buffers, as torch's allocator has it.
 BUFFER_ALIGNMENT = 512
+
+
+@kernel
+def _clear(x_ptr, size, TILE: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tl.store(x_ptr + places, tl.zeros((TILE,), x_ptr.dtype.element_ty), mask=places < size)
+
+
+def clear(x: torch.Tensor) -> None:
+    """Zeros in all of ``x``, which is contiguous; a launch as any, so that it can be launched again."""
+    _clear[(-(-x.numel() // CLEARED_IN_TILE),)](x, x.numel(), TILE=CLEARED_IN_TILE)
 
 
 @dataclass(slots=True)
@@ -37,20 +50,20 @@ class Memory:
 
     like: torch.Tensor
     answers: list[torch.Tensor] = field(default_factory=list)
-    cleared: list[torch.Tensor] = field(default_factory=list)
-    uncleared: list[torch.Tensor] = field(default_factory=list)
+    buffers: list[torch.Tensor] = field(default_factory=list)
 
     def answer(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         self.answers.append(self.like.new_empty(shape, dtype=dtype))
         return self.answers[-1]
 
     def new_zeros(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self.cleared.append(self.like.new_zeros(shape, dtype=dtype))
-        return self.cleared[-1]
+        buffer = self.new_empty(*shape, dtype=dtype)
+        clear(buffer)
+        return buffer
 
     def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self.uncleared.append(self.like.new_empty(shape, dtype=dtype))
-        return self.uncleared[-1]
+        self.buffers.append(self.like.new_empty(shape, dtype=dtype))
+        return self.buffers[-1]
 
 
 class Replayed:
@@ -113,16 +126,16 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """Launches on addresses: none, the tensors, the answers, the cleared buffers and the others.
+    """Launches on addresses: none, the tensors, the answers and the buffers.
 
-    ``cleared`` and ``uncleared``: where buffers begin in the memory of their kind, and last where it ends.
+    ``begins``: where in one piece of memory the buffers begin, and how large it is.
     """
 
     steps: tuple[_Step, ...]
     device: torch.device
     answers: tuple[tuple[torch.Size, torch.dtype], ...]
-    cleared: tuple[int, ...]
-    uncleared: tuple[int, ...]
+    begins: tuple[int, ...]
+    num_bytes: int
     # The hooks of each kernel, empty lists but when somebody watches.
     hooks: tuple[list[Any], ...]
 
@@ -137,34 +150,21 @@ class _Program:
         answers = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.answers])
         addresses += [x.data_ptr() for x in answers]
         # Named until all is launched: what is freed may be given to the next who asks.
-        kept = [
-            _append_buffers(addresses, self.cleared, torch.zeros, device),
-            _append_buffers(addresses, self.uncleared, torch.empty, device),
-        ]
+        buffers = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+        base = buffers.data_ptr()
+        addresses += [base + begin for begin in self.begins]
         stream = driver.active.get_current_stream(device.index)
         for step in self.steps:
             step.run(*step.grid, stream, *step.compiled, *step.pick(addresses), *step.rest)
-        del kept
+        del buffers
         return answers
-
-
-def _append_buffers(
-    addresses: list[int], begins: tuple[int, ...], make: Callable[..., torch.Tensor], device: torch.device
-) -> torch.Tensor | None:
-    *starts, size = begins
-    if not starts:
-        return None
-    memory = make(size, dtype=torch.uint8, device=device)
-    base = memory.data_ptr()
-    addresses += [base + start for start in starts]
-    return memory
 
 
 def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
     """None if a launch was on another device, or points to what is not the call's own."""
     if memory.like.device.index not in (None, driver.active.get_current_device()):
         return None
-    made = memory.answers + memory.cleared + memory.uncleared
+    made = memory.answers + memory.buffers
     known = addresses + [x.data_ptr() for x in made]
     # Of tensors at one address the first stands for all.
     number = {address: n for n, address in reversed(list(enumerate(known)))}
@@ -177,12 +177,13 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
         what = (compiled.function, compiled.metadata, None, None, None)
         rest = (*launched.scalars, *compiled.constants)
         steps.append(_Step(compiled.run, launched.grid, what, _picking(numbers), rest))
+    *begins, num_bytes = _begins(memory.buffers)
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,
         answers=tuple((x.shape, x.dtype) for x in memory.answers),
-        cleared=_begins(memory.cleared),
-        uncleared=_begins(memory.uncleared),
+        begins=tuple(begins),
+        num_bytes=num_bytes,
         hooks=tuple(launched.hooks for launched in launches),
     )
 
@@ -195,6 +196,7 @@ def _picking(numbers: Sequence[Any]) -> Callable[[Sequence[int]], tuple[int, ...
 
 
 def _begins(buffers: list[torch.Tensor]) -> tuple[int, ...]:
+    """Where each begins behind the one before, and where the last one ends."""
     begins = [0]
     for x in buffers:
         begins.append(begins[-1] + -(-x.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT)

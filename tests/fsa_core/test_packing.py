@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from fsa_core.packing import place_queries, row_starts, sequence_starts, single_sequence
@@ -27,6 +28,24 @@ def test_a_sequence_has_a_row_for_each_started_query_block(device):
 def test_one_sequence_has_all_tokens(device):
     assert single_sequence(7, device).tolist() == [0, 7]
     assert single_sequence(0, device).dtype == torch.int32
+
+
+def test_one_sequence_is_made_anew_in_a_graph_and_may_be_kept_for_gradients(device):
+    if device.type != "cuda":
+        pytest.skip("nothing is kept on the CPU")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.inference_mode():
+        kept = single_sequence(9, device)
+        assert single_sequence(9, device) is kept
+    assert not kept.is_inference()
+    assert single_sequence(9, device) is not kept, "another stream would have to wait for this one"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = single_sequence(9, device)
+    assert captured is not kept
+    captured.zero_()
+    graph.replay()
+    assert captured.tolist() == [0, 9]
 
 
 def test_offsets_that_are_left_out_are_those_of_one_sequence(device):

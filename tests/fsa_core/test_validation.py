@@ -42,6 +42,13 @@ def test_defaults_are_one_sequence_and_the_usual_scale(make_case):
     assert validate_dense(dense.q, dense.k, dense.v, **options) == dense.problem
 
 
+def test_a_call_that_is_known_gives_the_same_problem_and_one_that_cannot_be_told_is_looked_at(make_case):
+    case = make_case()
+    assert call_of(case) is call_of(make_case(seed=1))
+    assert call_of(case, softmax_scale=0.5) != call_of(case)
+    assert call_of(case, softmax_scale=np.float64(0.5)) == call_of(case, softmax_scale=0.5)
+
+
 def test_any_strides_and_nan_are_allowed(make_case):
     case = make_case()
     q = torch.full_like(case.q, torch.nan).transpose(0, 1).contiguous().transpose(0, 1)
@@ -162,6 +169,8 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "reason", "message"), REFUSED, ids=[message for *_, message in REFUSED])
 def test_what_the_contract_refuses_is_named(make_case, device, changes, reason, message):
     changes = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in changes.items()}
+    # What is accepted is remembered, and must not stand for what only looks like it.
+    call_of(make_case())
     with pytest.raises(InputError) as caught:
         call_of(make_case(), **changes)
     error = caught.value

@@ -13,7 +13,7 @@ from fsa_core.decode import paged_selected_attention
 from fsa_core.kernels import backward, decode, forward, replay
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.kernels.launch import Kernel, noted_launches
+from fsa_core.kernels.launch import Kernel, kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from tests.fsa_core.conftest import _make_case as make_case_on
@@ -21,10 +21,12 @@ from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothi
 
 __all__ = ["nothing", "ours", "written"]  # fixtures, and what they launch
 GRID = (3, 2)
+# In these launches; what is larger is an address.
+LARGEST_NUMBER = 1 << 20
 
 
 class Work:
-    """Two launches on two tensors, an answer and a buffer of each kind; counts how often it is asked."""
+    """Three launches on two tensors, an answer and two buffers, one cleared; counts how often it is asked."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -41,6 +43,12 @@ class Work:
         self.kernel[GRID](counts, parts, 0.25, size, 3, WIDTH=2)
 
 
+@pytest.fixture(autouse=True)
+def clearing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled anew: what another test's driver compiled is launched by that one."""
+    monkeypatch.setattr(replay, "_clear", kernel(replay._clear.jitted.fn))
+
+
 def operands() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(64, dtype=torch.float16), torch.zeros(64, dtype=torch.int32)
 
@@ -49,12 +57,17 @@ def pattern(launches: list[tuple[Any, ...]], given: list[int]) -> list[tuple[Any
     """Launches with what they point to in place of addresses: a given tensor or one that was made."""
     made: list[int] = []
     named = []
-    for *what, (first, second, *rest) in launches:
-        for address in (first, second):
-            if address not in given and address not in made:
-                made.append(address)
-        names = [given.index(x) if x in given else f"made {made.index(x)}" for x in (first, second)]
-        named.append((*what, *names, *rest))
+    for *what, values in launches:
+        names: list[Any] = []
+        for x in values:
+            if x in given:
+                names.append(f"given {given.index(x)}")
+            elif x > LARGEST_NUMBER:
+                made += [] if x in made else [x]
+                names.append(f"made {made.index(x)}")
+            else:
+                names.append(x)
+        named.append((*what, *names))
     return named
 
 
@@ -71,7 +84,8 @@ def test_a_call_of_known_sizes_launches_the_same_on_its_own_tensors(ours: Kernel
     # The first call compiles, the second is noted.
     assert work.calls == 2
     assert all(p == patterns[0] for p in patterns)
-    assert len(patterns[0]) == 3
+    # Three, and one that clears.
+    assert len(patterns[0]) == 4
     for (out,) in answers:
         assert (out.shape, out.dtype) == ((40, 4), torch.float16)
     assert len({out.data_ptr() for (out,) in answers}) == len(answers)
@@ -90,7 +104,7 @@ def test_sizes_that_are_new_and_tensors_that_are_one_are_calls_of_their_own(
         (out,) = replayed(tensors, size)
         assert out.shape == (size, 4)
         first, second = ([x.data_ptr() for x in tensors])[:2]
-        assert [launched[-1][0] for launched in written.launches[:2]] == [first, second]
+        assert [launched[-1][0] for launched in written.launches[1:3]] == [first, second]
     calls = work.calls
     for tensors, size in known:
         replayed(tensors, size)
@@ -103,22 +117,23 @@ def test_buffers_lie_apart_and_those_that_are_to_be_are_cleared(
 ) -> None:
     replayed, tensors = Replayed(Work(ours)), operands()
     made: list[torch.Tensor] = []
-    for name in ("zeros", "empty"):
-        make = getattr(torch, name)
+    make = torch.empty
 
-        def kept(*args: Any, make: Callable = make, **options: Any) -> torch.Tensor:
-            made.append(make(*args, **options))
-            return made[-1]
+    def kept(*args: Any, **options: Any) -> torch.Tensor:
+        made.append(make(*args, **options))
+        return made[-1]
 
-        monkeypatch.setattr(replay.torch, name, kept)
+    monkeypatch.setattr(replay.torch, "empty", kept)
     for _ in range(3):
         made.clear()
         replayed(tensors, 40)
-    out, cleared, uncleared = made
+    out, buffers = made
     assert out.shape == (40, 4)
-    assert (cleared.numel(), uncleared.numel()) == (512, 512)
-    assert not cleared.any()
-    assert [launched[-1][1] for launched in written.launches[-3:]] == [x.data_ptr() for x in made]
+    assert buffers.numel() == 1024
+    cleared, of_out, of_cleared, of_uncleared = (launched[-1] for launched in written.launches[-4:])
+    assert cleared[:2] == [buffers.data_ptr(), 40]
+    assert [x[1] for x in (of_out, of_cleared)] == [out.data_ptr(), buffers.data_ptr()]
+    assert of_uncleared[:2] == [buffers.data_ptr(), buffers.data_ptr() + 512]
 
 
 @compiles
@@ -137,7 +152,7 @@ def test_misaligned_and_watched_calls_are_not_replayed(ours: Kernel, written: Dr
         replayed(tensors, 40)
     finally:
         knobs.runtime.launch_enter_hook.remove(seen.append)
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert work.calls == calls + 2
     replayed(tensors, 40)
     assert work.calls == calls + 2

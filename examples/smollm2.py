@@ -47,4 +47,9 @@ def _convert(folder: Path) -> None:
         unfinished = Path(scratch) / folder.name
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another process was faster, and a folder that is full is not replaced.
+            if not folder.exists():
+                raise

@@ -178,7 +178,7 @@ def _selected(backend: str, path: str, workspace_limit_bytes: int) -> Implementa
     if backend == "triton":
         forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
         backward = partial(_triton_backward, path=path, workspace_limit_bytes=workspace_limit_bytes)
-        return Implementation(forward, backward)
+        return Implementation(forward, backward, knows_none=True)
     if backend == "cpu":
         return Implementation(selected_attention_cpu, selected_attention_cpu_backward)
     return Implementation(selected_attention_reference, selected_attention_reference_backward)

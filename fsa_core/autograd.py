@@ -18,11 +18,13 @@ class Implementation:
 
     ``forward(problem, q, k, v, *rest)`` returns out and lse. ``backward(problem, q, k, v, *rest, out, lse,
     grad_out, grad_lse)`` returns the gradients of q, k and v. ``rest`` is what has no gradient:
-    block_indices, unless attention is dense, cu_seqlens_q and cu_seqlens_k.
+    block_indices, unless attention is dense, cu_seqlens_q and cu_seqlens_k. ``knows_none``: grad_lse is None
+    where nothing depends on lse, which saves a tensor of zeros.
     """
 
     forward: Callable[..., Answer]
     backward: Callable[..., Gradients]
+    knows_none: bool = False
 
 
 def differentiable_attention(
@@ -53,16 +55,24 @@ def _answer(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, implementation: Implementation, problem: Problem, *tensors: torch.Tensor) -> Answer:
+        # None for what nothing depends on; lse, most often.
+        ctx.set_materialize_grads(False)
         out, lse = _answer(implementation, problem, *tensors)
         ctx.implementation, ctx.problem = implementation, problem
         ctx.save_for_backward(*tensors, out, lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
+        out, lse = tensors[-2:]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if grad_lse is None and not ctx.implementation.knows_none:
+            grad_lse = torch.zeros_like(lse)
         # Autograd expands the gradient of a sum instead of writing it out.
-        given = (*tensors, grad_out.contiguous(), grad_lse.contiguous())
+        given = (*tensors, grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous())
         if torch.is_grad_enabled():
             grads = _Gradients.apply(ctx.implementation, ctx.problem, *given)  # type: ignore[no-untyped-call]
         else:
@@ -73,9 +83,7 @@ class _Attention(torch.autograd.Function):
         return None, None, *asked, *[None] * (len(tensors) - 5)
 
 
-def _gradients(
-    implementation: Implementation, problem: Problem, *tensors: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def _gradients(implementation: Implementation, problem: Problem, *tensors: Any) -> tuple[torch.Tensor, ...]:
     operands = tensors[:3]
     if problem.num_q_tokens == 0:
         return tuple(torch.zeros_like(x) for x in operands)
@@ -91,7 +99,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, implementation: Implementation, problem: Problem, *tensors: torch.Tensor
+        ctx: Any, implementation: Implementation, problem: Problem, *tensors: Any
     ) -> tuple[torch.Tensor, ...]:
         return _gradients(implementation, problem, *tensors)
 

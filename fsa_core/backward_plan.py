@@ -14,6 +14,7 @@ from fsa_core.plan import (
     MAX_REGISTERS,
     MAX_WORKSPACE_BYTES,
     MIN_CHUNK_TOKENS,
+    SLOT_BITS,
     ForwardPlan,
     Tuning,
     default_tuning,
@@ -28,14 +29,15 @@ from fsa_core.problem import Problem
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
-# A pair in the index: its rank, its token and slot, and a counter of its strip. Strips end where chunks do,
-# and so may have counters of a tile and of all segments more.
-PAIR_BYTES = 12
+# A pair in the index: its rank, its token and slot, and its share of a counter of its strip. Strips end where
+# chunks do, and so may have counters of a tile and of all segments more.
+PAIR_BYTES = 9
 TILE_PAIRS = 1024
 # Pairs of a work item. Every item of a block that has several takes room for float32 gradients of the block:
-# of long calls only longer items have it.
+# the longer a call, the longer the items that have it.
 ITEM_PAIRS = 1024
 LONG_ITEM_PAIRS = 4096
+LONGEST_ITEM_PAIRS = (4 * LONG_ITEM_PAIRS, 8 * LONG_ITEM_PAIRS)
 # Rows of a tile that adds to gradients of keys, of 16 bits.
 KEY_ROWS = 64
 
@@ -50,7 +52,7 @@ class KeyPlan:
     ``with_queries``: shares of grad_q are made as well. A work item is up to ``pairs_per_item`` pairs of one
     KV block. The blocks of a chunk that have more than one item have at most ``max_splits`` together. A
     program has ``tile_keys`` keys of a block and walks its pairs ``tile_pairs`` at a time, in ``tile_rows``
-    rows.
+    rows. A pair's slot takes ``slot_bits`` of its 31 bits, and its token of the chunk the others.
     """
 
     with_queries: bool
@@ -68,6 +70,7 @@ class KeyPlan:
     tile_keys: int
     num_warps: int
     num_stages: int
+    slot_bits: int
     workspace_bytes: int
 
 
@@ -119,6 +122,8 @@ def plan_backward(
         keys = (
             _in_one_chunk(sizes, room, ITEM_PAIRS, with_queries=False)
             or _in_one_chunk(sizes, room, LONG_ITEM_PAIRS, with_queries=False)
+            or _in_one_chunk(sizes, room, LONGEST_ITEM_PAIRS[0], with_queries=False)
+            or _in_one_chunk(sizes, room, LONGEST_ITEM_PAIRS[1], with_queries=False)
             or _in_chunks(sizes, room)
         )
         queries = _query_plan(p, room, path, tuning or default_tuning(p))
@@ -193,7 +198,8 @@ class _Sizes:
         tile_keys = min(p.block_size, 16 if is_float32 else 64 if widest <= 128 else 32)
         tile_rows = max(32 if is_float32 else KEY_ROWS, power_of_two(p.heads_per_pair))
         partials = p.num_slots * p.heads_per_pair * p.head_dim
-        most_tokens = MAX_CHUNK_NUMBERS // (p.num_q_heads * max(p.head_dim, p.value_dim))
+        # The last number of a chunk, not their count, has to fit.
+        most_tokens = (MAX_CHUNK_NUMBERS + 1) // (p.num_q_heads * max(p.head_dim, p.value_dim))
         is_small = widest <= 128 and tile_rows <= 64
         return cls(
             problem=p,
@@ -210,7 +216,7 @@ class _Sizes:
             num_stages=2 if is_small and not is_float32 and p.heads_per_pair >= 4 else 1,
             block_bytes=FLOAT32_BYTES * p.block_size * (p.head_dim + p.value_dim),
             partials=partials,
-            most_tokens=min(most_tokens, MAX_CHUNK_TOKENS),
+            most_tokens=min(most_tokens, 1 << (31 - _bits(p.num_slots))),
         )
 
     def pairs_per_item(self, pairs: int) -> int:
@@ -229,8 +235,12 @@ class _Sizes:
         """
         return INT32_BYTES * (4 * (self.segments + 1) + max_items + TILE_PAIRS)
 
-    def plan(self, **chosen: Any) -> KeyPlan:
+    def plan(self, *, chunk_tokens: int, **chosen: Any) -> KeyPlan:
+        # As many for all that are no longer, so that kernels are compiled once.
+        is_long = chunk_tokens > MAX_CHUNK_TOKENS
         return KeyPlan(
+            chunk_tokens=chunk_tokens,
+            slot_bits=_bits(self.problem.num_slots) if is_long else SLOT_BITS,
             tile_rows=self.tile_rows,
             tile_pairs=self.tile_pairs,
             tile_keys=self.tile_keys,
@@ -238,6 +248,10 @@ class _Sizes:
             num_stages=self.num_stages,
             **chosen,
         )
+
+
+def _bits(num_slots: int) -> int:
+    return (num_slots - 1).bit_length()
 
 
 def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queries: bool) -> KeyPlan | None:

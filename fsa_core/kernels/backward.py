@@ -24,7 +24,6 @@ import triton.language as tl
 from fsa_core.backward_plan import BackwardPlan, plan_backward
 from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.delta import write_delta
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_gradients import query_gradients
@@ -94,6 +93,7 @@ def _gradients(
     PAIRS_PER_ITEM: tl.constexpr,
     WITH_SUMS: tl.constexpr,
     WITH_QUERIES: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One work item under KEYS keys of its block.
@@ -194,7 +194,7 @@ def _gradients(
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="tf32x3")
         if WITH_QUERIES:
             grad_q = tl.dot(tl.trans(grad_scores), k, input_precision="tf32x3")
-            place = (group_head * num_tokens + chunk_token) * num_slots + (pairs & SLOT_MASK)
+            place = (group_head * num_tokens + chunk_token) * num_slots + (pairs & ((1 << SLOT_BITS) - 1))
             share_ptrs = shares_ptr + ((place * (HEADS_PER_PAIR * HEAD_DIM))[:, None] + q_offsets)
             # Scaled here: a share that was not might overflow float16.
             tl.store(share_ptrs, (grad_q * scale).to(shares_ptr.dtype.element_ty), mask=q_mask)
@@ -304,7 +304,7 @@ def selected_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     *,
     path: str = KV_MAJOR,
     tuning: Tuning | None = None,
@@ -314,16 +314,18 @@ def selected_attention_backward(
 
     q [total_q, num_q_heads, head_dim], k [total_k, num_kv_heads, head_dim], v [total_k, num_kv_heads,
     value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1]; out,
-    grad_out [total_q, num_q_heads, value_dim] and lse, grad_lse float32 [total_q, num_q_heads], total_q > 0.
-    path and tuning as in ``plan_backward``, which says what raises ValueError; on what path the forward pass
-    went does not matter. Returns the gradients of q, k and v, in their shapes and dtypes.
+    grad_out [total_q, num_q_heads, value_dim] and lse, grad_lse float32 [total_q, num_q_heads], total_q > 0;
+    grad_lse may be None, for zeros. path and tuning as in ``plan_backward``, which says what raises
+    ValueError; on what path the forward pass went does not matter. Returns the gradients of q, k and v, in
+    their shapes and dtypes.
     """
     p, plan = problem, plan_backward(problem, workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
+    of_delta = (*tensors, out) if grad_lse is None else (*tensors, out, grad_lse)
     for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
         # Two calls: what the first took is free again before the second takes as much.
-        deltas = _replayed_keys((*tensors, out, grad_lse), p, plan, kv_heads)
+        deltas = _replayed_keys(of_delta, p, plan, kv_heads, grad_lse is not None)
         if plan.queries is not None:
             _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
         del deltas
@@ -362,9 +364,14 @@ def _key_gradients(
     problem: Problem,
     plan: BackwardPlan,
     kv_heads: range,
+    with_grad_lse: bool,
 ) -> None:
-    """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta."""
-    *others, out, grad_lse = tensors
+    """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta.
+
+    After the tensors of the call come out and, ``with_grad_lse``, that.
+    """
+    *others, out = tensors[:-1] if with_grad_lse else tensors
+    grad_lse = tensors[-1] if with_grad_lse else None
     new = memory.new_empty if plan.queries is None else memory.answer
     delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
     call = _Call.of(problem, plan, kv_heads, tuple(others), delta)
@@ -441,7 +448,7 @@ def _walk(call: _Call, workspace: _Workspace, kv_heads: range, first_range_segme
                 workspace.index, call.block_indices, call.given.cu_seqlens_q, call.given.cu_seqlens_k,
                 first_token=first_token, num_tokens=num_tokens, chunk_tokens=keys.chunk_tokens,
                 first_head=first_index_head, head_step=ranks, block_size=p.block_size,
-                pairs_per_item=keys.pairs_per_item,
+                pairs_per_item=keys.pairs_per_item, slot_bits=keys.slot_bits,
             )  # fmt: skip
             for launched in _parts(kv_heads, keys.launch_heads):
                 index_head = launched.start - kv_heads.start
@@ -472,7 +479,7 @@ def _launch(call: _Call, workspace: _Workspace, at: Chunk, rank: int, first_rang
         HEADS_PER_PAIR=p.heads_per_pair, GROUP_SIZE=p.group_size, HEAD_DIM_PADDED=padded_dim(p.head_dim),
         VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, ROWS=keys.tile_rows, KEYS=keys.tile_keys,
         PAIRS=keys.tile_pairs, PAIRS_PER_ITEM=keys.pairs_per_item, WITH_QUERIES=keys.with_queries,
-        STAGES=keys.num_stages, num_warps=keys.num_warps, num_stages=1,
+        SLOT_BITS=keys.slot_bits, STAGES=keys.num_stages, num_warps=keys.num_warps, num_stages=1,
     )  # fmt: skip
     is_last = rank == plan.tile_heads_per_kv_head - 1 and at.first_token + at.num_tokens == p.num_q_tokens
     sum_keys = min(SUM_KEYS, p.block_size)

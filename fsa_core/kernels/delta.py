@@ -21,6 +21,7 @@ def _delta(
     NUM_Q_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
+    WITH_GRAD_LSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -32,24 +33,26 @@ def _delta(
     out = tl.load(out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
     grad_out = tl.load(grad_out_ptr + places[:, None] * VALUE_DIM + dims[None, :], mask=mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
-    delta -= tl.load(grad_lse_ptr + places, mask=row_mask, other=0.0)
+    if WITH_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + places, mask=row_mask, other=0.0)
     tl.store(delta_ptr + rows, delta, mask=row_mask)
 
 
 def write_delta(
     out: torch.Tensor,
     grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     delta: torch.Tensor,
     first_head: int = 0,
 ) -> None:
     """delta = sum(out * grad_out) - grad_lse of the query heads from ``first_head`` on.
 
-    out, grad_out [num_q_tokens, num_q_heads, value_dim], grad_lse float32 [num_q_tokens, num_q_heads], at
-    least one token; delta float32 [num_q_tokens, heads] is written. All contiguous.
+    out, grad_out [num_q_tokens, num_q_heads, value_dim], grad_lse float32 [num_q_tokens, num_q_heads] or
+    None for zeros, at least one token; delta float32 [num_q_tokens, heads] is written. All contiguous.
     """
     num_tokens, num_heads = delta.shape
     _delta[(-(-num_tokens * num_heads // DELTA_ROWS),)](
-        out, grad_out, grad_lse, delta, num_tokens, first_head, num_heads, NUM_Q_HEADS=out.shape[1],
-        VALUE_DIM=out.shape[2], VALUE_DIM_PADDED=padded_dim(out.shape[2]), ROWS=DELTA_ROWS,
+        out, grad_out, delta if grad_lse is None else grad_lse, delta, num_tokens, first_head, num_heads,
+        NUM_Q_HEADS=out.shape[1], VALUE_DIM=out.shape[2], VALUE_DIM_PADDED=padded_dim(out.shape[2]),
+        WITH_GRAD_LSE=grad_lse is not None, ROWS=DELTA_ROWS,
     )  # fmt: skip

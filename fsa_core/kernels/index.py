@@ -25,7 +25,7 @@ from fsa_core.kernels.primitives import load_segments
 from fsa_core.kernels.replay import Memory
 
 MAX_SLOTS_IN_TILE = 128
-PAIRS_IN_TILE = 1024
+PAIRS_IN_TILE = 512
 SEGMENTS_IN_TILE = 1024
 # A pair is one int32, token << SLOT_BITS | slot: the partial kernel would otherwise divide for every row.
 SLOT_BITS = tl.constexpr(plan.SLOT_BITS)

@@ -142,14 +142,15 @@ def interval_attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     *,
     workspace_limit_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, in their shapes and dtypes; tensors as in the forward pass, contiguous.
 
     k and v may be compressed or not, as ``windows`` says. out, grad_out [num_q_tokens, num_q_heads,
-    value_dim] and lse, grad_lse float32 [num_q_tokens, num_q_heads]. The limit: see ``gradients_of_keys``.
+    value_dim] and lse, grad_lse float32 [num_q_tokens, num_q_heads]; grad_lse may be None, for zeros. The
+    limit: see ``gradients_of_keys``.
     """
     delta = torch.empty_like(lse)
     write_delta(out, grad_out, grad_lse, delta)

@@ -10,7 +10,7 @@ launches, without host synchronisation or atomics:
 3. items: where each segment's pairs, and the work items cut from them, begin;
 4. pairs: each goes to its segment's begin + those of strips before + its rank.
 
-A strip is longer the more segments there are, so that counters are no more than pairs.
+A strip is longer the more segments there are, so that counters are a fourth of the pairs.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.index import PAIRS_IN_TILE, SEGMENTS_IN_TILE, SLOT_BITS, larger, store_offsets
+from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import blocks_of_tokens
 from fsa_core.kernels.replay import Memory
-from fsa_core.plan import search_steps
+from fsa_core.plan import SLOT_BITS, search_steps
 
+PAIRS_IN_TILE = 1024
+# A strip has at least as many pairs for each of its counters: these are memory too.
+PAIRS_A_COUNTER = 4
 # Of the counters, a program's: enough loads under way at once, enough programs.
 STRIPS_IN_TILE = 64
 SEGMENTS_IN_COLUMN = 32
@@ -38,7 +41,7 @@ class SortedIndex:
 
     ranks [heads, tokens, slots]: the pair's place among its strip's of its segment, -1 for a slot that
     selects nothing.
-    pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first; the
+    pairs [heads, tokens * slots]: token << slot_bits | slot, the token counted from the chunk's first; the
     pairs of a row by segment, and then by token and slot.
     counts [rows, strips, segments]: of each segment, the pairs in the strips before.
     offsets [rows, segments + 1]: where each row's segments begin in all ``pairs``.
@@ -85,9 +88,9 @@ def new_sorted_index(
 
 
 def _strips_of(pairs: int, num_segments: int) -> tuple[int, int]:
-    """How many strips a chunk of ``pairs`` is, and their tiles: as many pairs as a strip has counters."""
+    """How many strips a chunk of ``pairs`` is, and their tiles."""
     tiles = -(-pairs // PAIRS_IN_TILE)
-    strip_tiles = min(-(-num_segments // PAIRS_IN_TILE), tiles)
+    strip_tiles = min(-(-num_segments * PAIRS_A_COUNTER // PAIRS_IN_TILE), tiles)
     return -(-tiles // strip_tiles), strip_tiles
 
 
@@ -265,6 +268,7 @@ def _pairs(
     BLOCK_SIZE: tl.constexpr,
     PAIRS_PER_ITEM: tl.constexpr,
     PAIRS: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
 ):
     """Writes the pairs in order; and the first pair of an item names its segment."""
     tile, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -304,6 +308,7 @@ def sort_pairs(
     head_step: int,
     block_size: int,
     pairs_per_item: int,
+    slot_bits: int = SLOT_BITS,
 ) -> None:
     """Fills ``index`` for ``num_tokens`` query tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
@@ -337,5 +342,5 @@ def sort_pairs(
     _pairs[-(-chunk_pairs // PAIRS_IN_TILE), num_chunks, num_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, index.offsets,
         index.item_offsets, index.pairs, index.item_segment, *sizes, num_strips, index.item_segment.shape[1],
-        BLOCK_SIZE=block_size, PAIRS_PER_ITEM=pairs_per_item, PAIRS=PAIRS_IN_TILE,
+        BLOCK_SIZE=block_size, PAIRS_PER_ITEM=pairs_per_item, PAIRS=PAIRS_IN_TILE, SLOT_BITS=slot_bits,
     )  # fmt: skip

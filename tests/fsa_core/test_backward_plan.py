@@ -61,13 +61,21 @@ def test_all_heads_of_a_short_call_are_indexed_and_taken_together() -> None:
 
 def test_items_are_of_one_size_up_to_65536_tokens_and_longer_after() -> None:
     """What the bits of grad_k and grad_v hang on, beside the tiles."""
-    keys = [plan_backward(problem(tokens), path=QUERY_TILE).keys for tokens in (8192, 65536, 2**18)]
-    assert [x.pairs_per_item for x in keys] == [1024, 1024, 4096]
+    lengths = (8192, 65536, 2**18, 2**19, 2**20)
+    keys = [plan_backward(problem(tokens), path=QUERY_TILE).keys for tokens in lengths]
+    assert [x.pairs_per_item for x in keys] == [1024, 1024, 4096, 16384, 32768]
     assert plan_backward(problem(8192)).keys.pairs_per_item == 1024
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_million_tokens_are_indexed_once(group_size: int) -> None:
+    keys = plan_backward(problem(2**20, group_size)).keys
+    assert keys.chunk_tokens == 2**20
+    assert not keys.has_sums
+
+
 def test_gradients_of_more_keys_than_fit_are_taken_in_ranges() -> None:
-    plan = plan_backward(problem(2**20))
+    plan = plan_backward(problem(2**20, group_size=16))
     assert plan.keys.range_segments < plan.segments
     assert plan.keys.has_sums
 

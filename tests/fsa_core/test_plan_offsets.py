@@ -78,7 +78,9 @@ def test_backward(problem: Problem, limit_bytes: int, path: str) -> None:
         "pairs of all items": keys.max_items * keys.pairs_per_item,
         "programs": keys.max_items * keys.launch_heads,
         "splits": keys.max_splits,
-        "rows of q and out in a chunk": keys.chunk_tokens * p.num_q_heads * max(p.head_dim, p.value_dim),
+        "the last of q or out in a chunk": keys.chunk_tokens * p.num_q_heads * max(p.head_dim, p.value_dim)
+        - 1,
+        "pairs as they are packed": (keys.chunk_tokens << keys.slot_bits) - 1,
     }
     if keys.with_queries:
         shares = keys.launch_heads * keys.chunk_tokens * p.num_slots * p.heads_per_pair

@@ -27,6 +27,21 @@ def test_a_popular_block_is_many_items(check_gradients: Callable, monkeypatch: p
     check_gradients(q_lens=(60, 40), distribution="same", dtype=torch.float16, head_dim=32, group_size=4)
 
 
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("path", [KV_MAJOR, MIXED])
+def test_long_chunks_pack_a_pair_into_fewer_bits(
+    make_case: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    monkeypatch.setattr(backward_plan, "MAX_CHUNK_TOKENS", 16)
+    case = make_case(q_lens=(60, 20), num_slots=3, dtype=torch.float16, head_dim=32)
+    assert plan_backward(case.problem, path=path).keys.slot_bits == 2
+    grads, given = gradients(case, path=path)
+    assert_gradients_close_to_oracle(grads, case, *given)
+
+
 @pytest.mark.parametrize(("path", "index_heads"), [(KV_MAJOR, 4), (MIXED, 1)])
 def test_a_tiny_workspace_takes_keys_in_ranges_and_tokens_in_chunks(
     make_case: Callable, assert_gradients_close_to_oracle: Callable, path: str, index_heads: int

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from fsa_core.kernels import sorted_index
-from fsa_core.kernels.index import SLOT_BITS
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pairs
-from fsa_core.plan import num_segments
+from fsa_core.plan import SLOT_BITS, num_segments
 from tests.fsa_core.conftest import Case
 
 PAIRS_PER_ITEM = 5
 
 
-def indexed(case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int) -> SortedIndex:
+def indexed(
+    case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int, slot_bits: int = SLOT_BITS
+) -> SortedIndex:
     """Of every second head, the group being shorter than the buffers are for."""
     p = case.problem
     index = new_sorted_index(
@@ -26,12 +27,12 @@ def indexed(case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int)
     sort_pairs(
         index, case.block_indices, case.cu_seqlens_q, case.cu_seqlens_k, first_token=first_token,
         num_tokens=num_tokens, chunk_tokens=chunk_tokens, first_head=1, head_step=2,
-        block_size=p.block_size, pairs_per_item=PAIRS_PER_ITEM,
+        block_size=p.block_size, pairs_per_item=PAIRS_PER_ITEM, slot_bits=slot_bits,
     )  # fmt: skip
     return index
 
 
-def sorted_lists(case: Case, head: int, first_token: int, end: int) -> list[list[int]]:
+def sorted_lists(case: Case, head: int, first_token: int, end: int, slot_bits: int) -> list[list[int]]:
     """Of each segment the pairs of some tokens under a head, by token and slot."""
     p, starts_k = case.problem, case.cu_seqlens_k.tolist()
     found: list[list[int]] = [[] for _ in range(num_segments(p))]
@@ -40,19 +41,22 @@ def sorted_lists(case: Case, head: int, first_token: int, end: int) -> list[list
         first_segment = starts_k[sequence] // p.block_size + sequence
         for slot, block in enumerate(case.block_indices[head, token].tolist()):
             if block >= 0:
-                found[first_segment + block].append((token - first_token) << SLOT_BITS.value | slot)
+                found[first_segment + block].append((token - first_token) << slot_bits | slot)
     return found
 
 
-def check(case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int) -> None:
-    index = indexed(case, first_token=first_token, num_tokens=num_tokens, chunk_tokens=chunk_tokens)
+def check(
+    case: Case, *, first_token: int, num_tokens: int, chunk_tokens: int, slot_bits: int = SLOT_BITS
+) -> None:
+    sizes = {"first_token": first_token, "num_tokens": num_tokens, "chunk_tokens": chunk_tokens}
+    index = indexed(case, **sizes, slot_bits=slot_bits)
     num_chunks = index.offsets.shape[0] // index.ranks.shape[0]
     pairs = index.pairs.flatten().tolist()
     for row, offsets in enumerate(index.offsets.tolist()):
         head, chunk = divmod(row, num_chunks)
         start = first_token + chunk * chunk_tokens
         end = min(start + chunk_tokens, first_token + num_tokens)
-        expected = sorted_lists(case, 1 + 2 * head, start, end)
+        expected = sorted_lists(case, 1 + 2 * head, start, end, slot_bits)
         assert [pairs[a:b] for a, b in pairwise(offsets)] == expected
         counts = [-(-len(found) // PAIRS_PER_ITEM) for found in expected]
         owners = [segment for segment, count in enumerate(counts) for _ in range(count)]
@@ -70,17 +74,22 @@ def test_pairs_lie_by_block_and_then_by_token_and_slot(make_case: Callable, dist
     check(case, first_token=0, num_tokens=197, chunk_tokens=200)
 
 
+def test_a_long_chunk_leaves_slots_only_the_bits_they_need(make_case: Callable) -> None:
+    case = make_case(q_lens=(70, 20), num_slots=4, index_heads=2)
+    check(case, first_token=0, num_tokens=90, chunk_tokens=90, slot_bits=2)
+
+
 def test_chunks_of_a_group_of_tokens_are_sorted_apart(make_case: Callable) -> None:
     case = make_case(q_lens=(90, 60), num_slots=3, index_heads=4, num_kv_heads=4)
     check(case, first_token=40, num_tokens=100, chunk_tokens=31)
 
 
 def test_strips_of_several_tiles(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 tiles of 32 pairs for 71 segments."""
+    """12 tiles of 32 pairs, 9 a strip, for 71 segments."""
     monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 32)
     case = make_case(q_lens=(60,), k_lens=(16 * 70,), num_slots=6, block_size=16, index_heads=2)
     index = indexed(case, first_token=0, num_tokens=60, chunk_tokens=60)
-    assert index.counts.shape[1] == 4
+    assert index.counts.shape[1] == 2
     check(case, first_token=0, num_tokens=60, chunk_tokens=60)
 
 

@@ -11,8 +11,6 @@ from fsa_core.timing import Timer, host_timer, timer_for
 # Contenders take turns so often, so that a clock that drifts drifts for all of them.
 ROUNDS = 4
 MOST_RUNS_A_TURN = 50
-# Beside ours, where the host's time is measured: the same call, launching nothing.
-PYTHON = "python"
 # A call slower than this is timed once: its noise is small beside what turns would cost.
 SLOW_SECONDS = 20.0
 
@@ -61,27 +59,6 @@ def enqueue_timer(run: Callable[[], object], count: int) -> list[float]:
     seconds = host_timer(run, count)
     torch.cuda.synchronize()
     return seconds
-
-
-def launching_nothing(run: Callable[[], object]) -> Callable[[], object]:
-    """The call without what its launches cost: Python, torch's allocations and autograd are left."""
-    from triton.runtime import driver
-
-    launcher = driver.active.launcher_cls
-
-    def timed() -> object:
-        launch = launcher.__call__
-        launcher.__call__ = _nothing
-        try:
-            return run()
-        finally:
-            launcher.__call__ = launch
-
-    return timed
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def extra_bytes(run: Callable[[], object]) -> int:

@@ -17,17 +17,10 @@ from benchmarks import report
 from benchmarks.cases import SUITES, Case, as_recorded, suite
 from benchmarks.contenders import Contender, Run, contenders_of
 from benchmarks.gate import Sample, sampled_truth, worst_error
+from benchmarks.host import controls
 from benchmarks.indices import recorded_block_indices
 from benchmarks.inputs import Inputs, make_inputs, work_of
-from benchmarks.measure import (
-    PYTHON,
-    enqueue_timer,
-    extra_bytes,
-    launching_nothing,
-    measure_ceilings,
-    take_turns,
-    timer_for,
-)
+from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, take_turns, timer_for
 from benchmarks.operator_gate import operator_error
 from benchmarks.progress import progress_bar
 from benchmarks.results_file import Measured, Results, Row, machine_of
@@ -105,8 +98,9 @@ def measure(
     else:
         memory = dict.fromkeys(runs)
     if case.clock == "host":
-        # The same call, so nothing to check.
-        runs[PYTHON], measured[PYTHON], memory[PYTHON] = launching_nothing(runs["ours"]), Measured(), None
+        for name, run in controls(x, case.stage, runs["ours"]).items():
+            # They compute nothing, so there is nothing to check.
+            runs[name], measured[name], memory[name] = run, Measured(), None
     timer = enqueue_timer if case.clock == "host" else timer_for(device)
     for name, times in take_turns(runs, timer, seconds_each).items():
         measured[name] = Measured(

@@ -115,6 +115,6 @@ def test_segments_whose_keys_take_64_bits(make_case: Callable, device: torch.dev
         chunk_tokens=9, first_head=0, head_step=1, block_size=p.block_size, pairs_per_item=PAIRS_PER_ITEM,
     )  # fmt: skip
     for head in range(2):
-        expected = [pair for found in sorted_lists(case, head, 0, 9) for pair in found]
+        expected = [pair for found in sorted_lists(case, head, 0, 9, SLOT_BITS) for pair in found]
         first = int(index.offsets[head, 0])
         assert index.pairs.flatten()[first : first + len(expected)].tolist() == expected

@@ -252,8 +252,17 @@ def assert_close_to_oracle(out: torch.Tensor, lse: torch.Tensor, case: Case, *, 
     assert torch.equal(lse == -torch.inf, empty), "lse is -inf exactly where a token has no keys"
     assert not out[empty].any(), "a token without keys gives zeros"
     eager_out, eager_lse = eager_attention(case)
-    _assert_error(out, eager_out, true_out, p.dtype, factor, "out")
+    # A weight is off by as much, relatively, as its score is absolutely; eager attention adds scores up in
+    # another order.
+    _assert_error(out, eager_out, true_out, p.dtype, factor, "out", _largest_logit(case))
     _assert_error(lse[~empty], eager_lse[~empty], true_lse[~empty], torch.float32, factor, "lse")
+
+
+def _largest_logit(case: Case) -> float:
+    """At least 1."""
+    lse = case.oracle[1]
+    seen = lse > -torch.inf
+    return max(1.0, lse[seen].abs().amax().item()) if seen.any() else 1.0
 
 
 def eager_gradients(case: Case, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -279,8 +288,7 @@ def assert_gradients_close_to_oracle(
     sees_nothing = ~mask.any(-1).T
     unseen = ~mask.unflatten(0, (-1, case.problem.group_size)).any(1).any(1).T
     # Weights are made again from the log-sum-exp, whose rounding, in float32, eager attention has not.
-    lse = case.oracle[1]
-    logit = max(1.0, lse[lse > -torch.inf].abs().amax().item()) if (lse > -torch.inf).any() else 1.0
+    logit = _largest_logit(case)
     # A score's gradient is a difference of two sums, equal where there is one key: what is left is their
     # rounding, of which eager attention may have none.
     largest_sum = (grad_out.double() * case.oracle[0]).abs().sum(-1).amax().item() if grad_out.numel() else 0

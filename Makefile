@@ -32,7 +32,7 @@ test: $(INSTALLED) ## Run the test suite; needs no GPU
 # Numpy multiplies for Triton's interpreter: tiles too small to share between threads.
 test-shapes: $(INSTALLED) ## Give the kernels SHAPES random problems, in Triton's interpreter
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/fsa_core/kernels/test_random_shapes.py \
-	  --shapes $(SHAPES) --timeout 0 $(PYTEST_ARGS)
+	  --shapes $(SHAPES) --explore --timeout 0 $(PYTEST_ARGS)
 
 test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; needs no network
 	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)

@@ -11,22 +11,20 @@ from hypothesis import Phase, settings
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where numerical tests run")
     parser.addoption("--shapes", type=int, default=12, help="how many random problems the kernels are given")
+    parser.addoption("--explore", action="store_true", help="draw other examples on every run, not the same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # A shell that starts the suite in the background has it ignore Ctrl-C, and so all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A shared machine makes single examples slow; pytest-timeout bounds the whole test.
-    settings.register_profile("fsa", deadline=None)
+    # A shared machine makes single examples slow; pytest-timeout bounds the whole test. Everybody's run has
+    # the same examples unless it explores; what that finds is printed so that it can be run again.
+    explores = config.getoption("--explore")
+    settings.register_profile("fsa", deadline=None, derandomize=not explores, print_blob=True)
     settings.load_profile("fsa")
-    # Other shapes on every run, also in CI: what they find is printed so that it can be run again. To explain
-    # it, hypothesis would trace every line, also of all that passes.
+    # To explain what fails, hypothesis would trace every line, also of all that passes.
     settings.register_profile(
-        "shapes",
-        max_examples=config.getoption("--shapes"),
-        derandomize=False,
-        print_blob=True,
-        phases=set(Phase) - {Phase.explain},
+        "shapes", max_examples=config.getoption("--shapes"), phases=set(Phase) - {Phase.explain}
     )
     # Triton reads this when it is imported: without a GPU its kernels run in the interpreter. A process for
     # tests that only compile has it set to 0.

@@ -52,7 +52,7 @@ def test_forward(problem: Problem, limit_bytes: int, path: str) -> None:
             "counters": rows * plan.segments * COUNTER_INTS,
             "offsets": rows * (plan.segments + 1),
             "pairs of a group": plan.group_tokens * p.num_slots,
-            "pairs of all items": plan.max_items * plan.tile.pairs_per_item,
+            "pairs of a block, as whole items": plan.chunk_tokens * p.num_slots + plan.tile.pairs_per_item,
             "partials": partials * p.value_dim,
         }
     if plan.query_tile is not None:
@@ -75,7 +75,7 @@ def test_backward(problem: Problem, limit_bytes: int, path: str) -> None:
         "keys": rows * plan.segments,
         "offsets": rows * (plan.segments + 1),
         "pairs of a group": index_heads * keys.group_tokens * p.num_slots,
-        "pairs of all items": keys.max_items * keys.pairs_per_item,
+        "pairs of a block, as whole items": keys.chunk_tokens * p.num_slots + keys.pairs_per_item,
         "programs": keys.max_items * keys.launch_heads,
         "splits": keys.max_splits,
         "the last of q or out in a chunk": keys.chunk_tokens * p.num_q_heads * max(p.head_dim, p.value_dim)

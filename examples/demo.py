@@ -1,6 +1,6 @@
 """The demonstration behind ``make demo``: starts a server, runs transformers_remote.py against it, stops it.
 
-The server takes every GPU there is, else the CPU. Arguments are those of transformers_remote.py.
+The server takes every GPU there is, else the CPU.
 """
 
 import json
@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+
+import options
 
 # The first start on a GPU compiles the kernels.
 START_SECONDS = 300.0
@@ -87,6 +89,8 @@ def _wait_healthy(server: subprocess.Popen[bytes]) -> dict[str, int]:
 
 
 def main() -> int:
+    # What is wrong with them is said before anything starts; transformers_remote.py takes the same.
+    options.parser("Start a server, let a language model compute its attention there, stop it.").parse_args()
     # Noted, not raised: an exception comes wherever the main thread is, and is lost where none can be raised,
     # as in a callback of the import system. This thread does nothing but wait.
     signals: list[int] = []

@@ -11,15 +11,14 @@ SmolLM2-135M runs here, on the CPU; every layer sends its q, k and v to the serv
 Exits 1 when the full run disagrees with local attention.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import attention_hook
+import options
 import smollm2
 import stages
 import torch
@@ -40,9 +39,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from service.client import AttentionClient, AttentionError
 
 NAME = "fsa_remote"
-CONTEXT = Path(__file__).resolve().parent.parent / "LICENSE"
-PROMPT = "Why is the sky blue? Answer in two sentences."
-QUESTION = "In one sentence, what does this text allow me to do?"
 # Two correct float32 implementations differ by rounding alone: that is how far transformers' own eager and
 # SDPA attention are apart. Another order of summation may reach a few times that, and a wrong block,
 # mask or scale is off by orders of magnitude.
@@ -236,29 +232,23 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options.parser(__doc__.splitlines()[0])
     parser.add_argument("--target", default="127.0.0.1:50051", help="the server's gRPC address")
     parser.add_argument("--metrics-url", default="http://127.0.0.1:9464/metrics", help="its metrics")
-    parser.add_argument("--prompt", default=PROMPT, help="of the full run")
-    parser.add_argument("--context", type=Path, default=CONTEXT, help="text file of the sparse run")
-    parser.add_argument("--question", default=QUESTION, help="about that text")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--block-size", type=int, default=32, choices=(16, 32, 64, 128, 256))
-    parser.add_argument("--blocks", type=int, default=16, help="that a token attends in the sparse run")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
 
-    with AttentionClient(options.target) as client:
+    with AttentionClient(given.target) as client:
         first_time = "" if smollm2.cache_folder().exists() else ", converting it this once: half a minute"
         with step(f"Loading SmolLM2-135M{first_time}"):
-            chat = Chat(*smollm2.load(), options.max_new_tokens)
+            chat = Chat(*smollm2.load(), given.max_new_tokens)
         try:
-            agree = compare_full(chat, client, options.prompt, options.block_size)
-            context = options.context.read_text()
-            show_sparse(chat, client, f"{context}\n\n{options.question}", options.block_size, options.blocks)
+            agree = compare_full(chat, client, given.prompt, given.block_size)
+            context = given.context.read_text()
+            show_sparse(chat, client, f"{context}\n\n{given.question}", given.block_size, given.blocks)
         except AttentionError as error:
-            console.print(f"{options.target}: {error}", style="bold red", markup=False)
+            console.print(f"{given.target}: {error}", style="bold red", markup=False)
             return 1
-    console.print(stages.table(stages.read(options.metrics_url)))
+    console.print(stages.table(stages.read(given.metrics_url)))
     return 0 if agree else 1
 
 

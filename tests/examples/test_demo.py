@@ -56,6 +56,24 @@ def test_demo_agrees_and_reports(context: Path) -> None:
         assert re.search(rf"│ {stage} +│ +[1-9]", output), f"no requests in stage {stage}:\n{output}"
 
 
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("--blocks=0", "argument --blocks: '0': expected a whole number from 1 on"),
+        ("--max-new-tokens=few", "argument --max-new-tokens: 'few': expected a whole number from 1 on"),
+        ("--block-size=48", "argument --block-size: invalid choice: 48"),
+        ("--context=nowhere.txt", "argument --context: 'nowhere.txt': expected a text file (No such file"),
+        ("--slots=4", "unrecognized arguments: --slots=4"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_starts(argument: str, complaint: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), argument]
+    demo = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert demo.returncode == 2
+    assert complaint in demo.stderr
+    assert demo.stdout == ""
+
+
 def test_interrupted_demo_leaves_no_process(context: Path) -> None:
     demo = start_demo(context)
     started = next((line for line in demo.stdout if re.match(r"Server \d+ on port", line)), "")

@@ -106,6 +106,16 @@ class NSACache:
             raise IndexError("nothing was appended yet")
         return self._slots
 
+    def forget(self, sequence: int) -> None:
+        """Empty one sequence's slot: the next tokens given for it begin another sequence there.
+
+        Raises:
+            IndexError: there is no such sequence.
+        """
+        if not 0 <= sequence < self.num_sequences:
+            raise IndexError(f"sequence is {sequence}: expected one of the {self.num_sequences} of the cache")
+        self._lengths = (*self._lengths[:sequence], 0, *self._lengths[sequence + 1 :])
+
     def begin(self, starts: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> Step:
         """Make room for more tokens, of sequence i from starts[i] to starts[i + 1].
 

@@ -82,6 +82,28 @@ def test_steps_of_ragged_batches_are_one_pass_of_each_sequence(make_layer, devic
         assert_error(torch.cat(served), expected, expected.double(), torch.float32, "served", roundings=64)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_slot_that_is_forgotten_serves_the_next_sequence(make_layer, device, backend):
+    """Beside one that goes on; of what was there, NaN, nothing is left."""
+    layer, cache = make_layer(backend=backend), NSACache(2)
+    staying, gone, next_one = tokens(20, device), tokens(30, device), tokens(13, device)
+    gone[5:] = torch.nan
+    parts = [layer(torch.cat([gone, staying[:9]]), cumulative((30, 9)), cache)[30:]]
+    cache.forget(0)
+    assert cache.lengths == [0, 9]
+    parts.append(layer(staying[9:12], cumulative((0, 3)), cache))
+    served = layer(torch.cat([next_one[:11], staying[12:]]), cumulative((11, 8)), cache)
+    last = layer(next_one[11:], cumulative((2, 0)), cache)
+    assert cache.lengths == [13, 20]
+    pairs = ((next_one, [served[:11], last]), (staying, [*parts, served[11:]]))
+    for sequence, got in pairs:
+        expected = make_layer()(sequence)
+        assert_error(torch.cat(got), expected, expected.double(), torch.float32, "served", roundings=64)
+    for missing in (-1, 2):
+        with pytest.raises(IndexError, match=f"sequence is {missing}: expected one of the 2 of the cache"):
+            cache.forget(missing)
+
+
 def test_a_step_costs_as_many_launches_whatever_the_number_of_sequences(make_layer, device):
     fill, layer = (make_layer(backend=backend, compression="mlp") for backend in ("auto", "triton"))
 

@@ -89,6 +89,8 @@ def check_static(config: dict[str, Any]) -> None:
 
 
 def healthcheck(config: dict[str, Any]) -> list[str]:
+    in_format = "HEALTHCHECK is in the image, so that it was built in Docker's format (BUILDAH_FORMAT=docker)"
+    require("Healthcheck" in config, in_format)
     kind, *command = config["Healthcheck"]["Test"]
     require(kind == "CMD", "HEALTHCHECK needs no shell")
     return command

@@ -46,6 +46,8 @@ class Case:
     part: Part = "selected"
     # Sequences, of the part "decode".
     batch: int = 1
+    # Consecutive tokens that share a row of indices, of the part "selected".
+    query_block_size: int = 1
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class Case:
         dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
         sizes = f"h{self.num_kv_heads}-{dims}-{self.block_size}x{self.num_slots}"
         if self.part == "selected":
-            return sizes
+            return sizes + (f"-q{self.query_block_size}" if self.query_block_size > 1 else "")
         return f"{self.part}-" + (f"b{self.batch}-" if self.part == "decode" else "") + sizes
 
 
@@ -81,6 +83,12 @@ def _lengths() -> list[Case]:
 def _adversarial() -> list[Case]:
     """Every token chooses the same block: what is popular must cost no more than what is not."""
     return [Case(n, g, "same", stage) for stage, n, g in product(STAGES, (8192, 65536), (1, 4, 16))]
+
+
+def _patterns() -> list[Case]:
+    """Rows of indices that a block of queries shares, beside dense attention of as many keys."""
+    grid = product((64, 128), TARGET_TOKENS, OPERATOR_GROUP_SIZES)
+    return [Case(n, g, "random", query_block_size=shared) for shared, n, g in grid]
 
 
 def _index() -> list[Case]:
@@ -116,6 +124,9 @@ def _smoke() -> list[Case]:
     shape = {"num_kv_heads": 2, "head_dim": 32, "value_dim": 16, "block_size": 16, "num_slots": 4}
     kinds: tuple[Kind, ...] = ("random", "real", "same")
     selected = [Case(384, 2, kind, stage, dtype="float32", **shape) for stage, kind in product(STAGES, kinds)]
+    selected += [
+        Case(384, 2, "random", stage, dtype="float32", query_block_size=32, **shape) for stage in STAGES
+    ]
     parts: tuple[tuple[Part, Stage], ...] = (
         ("selection", "forward"),
         ("operator", "forward"),
@@ -132,6 +143,7 @@ SUITES = {
     "targets": _targets,
     "lengths": _lengths,
     "adversarial": _adversarial,
+    "patterns": _patterns,
     "index": _index,
     "host": _host,
     "operator": _operator,

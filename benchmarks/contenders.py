@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,15 +56,18 @@ def contenders_of(case: Case, device: torch.device, peers: Path | None) -> list[
     if case.clock == "host" or case.num_tokens > MOST_PEER_TOKENS:
         return [ours]
     if device.type == "cpu":
-        dense = Contender("dense causal", prepare_dense_causal, dense=True)
-        return [ours, Contender("dense masked", prepare_dense_masked), dense]
+        masked = Contender("dense masked", prepare_dense_masked)
+        return [ours, masked, Contender("dense causal", prepare_dense_causal, dense=True)]
     sparse = []
     if peers is not None:
         from benchmarks.peers import PEERS, import_from
 
         import_from(peers)
         sparse = [Contender(name, prepare) for name, prepare in PEERS.items()]
-    return [ours, *sparse, Contender("dense cuDNN", prepare_dense_cudnn, dense=True)]
+    dense = [Contender("dense cuDNN", prepare_dense_cudnn, dense=True)]
+    if case.query_block_size > 1:
+        dense.append(Contender("dense FlashAttention", prepare_dense_flash, dense=True))
+    return [ours, *sparse, *dense]
 
 
 def _of_operator(case: Case, device: torch.device, peers: Path | None) -> list[Contender]:
@@ -89,9 +93,10 @@ def prepare_ours(x: Inputs, stage: Stage) -> Run:
             q,
             k,
             v,
-            x.block_indices,
+            x.rows,
             block_size=x.block_size,
             softmax_scale=x.softmax_scale,
+            query_block_size=x.query_block_size,
             validate=False,
         )
 
@@ -106,8 +111,8 @@ def _without_lse(answer: Answer) -> Answer:
     return answer[:1] if len(answer) == 2 else answer
 
 
-def prepare_dense_cudnn(x: Inputs, stage: Stage) -> Run:
-    """Dense causal attention: what a user would run instead.
+def _prepare_dense(x: Inputs, stage: Stage, *, backend: SDPBackend) -> Run:
+    """Dense causal attention of torch's on a GPU: what a user would run instead.
 
     K and V are repeated for their query heads before the timer; the backward pass adds their gradients up.
     """
@@ -118,10 +123,14 @@ def prepare_dense_cudnn(x: Inputs, stage: Stage) -> Run:
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if k.shape[1] < q.shape[1]:
             k, v = (t.repeat_interleave(x.group_size, 1) for t in (k, v))
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.softmax_scale)
 
     return _unbatched(_by_autograd(forward, (q, k, v), _heads_first(x.grad_out), stage))
+
+
+prepare_dense_cudnn = partial(_prepare_dense, backend=SDPBackend.CUDNN_ATTENTION)
+prepare_dense_flash = partial(_prepare_dense, backend=SDPBackend.FLASH_ATTENTION)
 
 
 def prepare_dense_causal(x: Inputs, stage: Stage) -> Run:

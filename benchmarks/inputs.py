@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case
 from fsa_core.drawn_indices import causal_block_indices
+from fsa_core.patterns import expand_query_blocks
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
@@ -16,7 +17,8 @@ class Inputs:
     """q [tokens, q heads, dim]; k, v [tokens, kv heads, dim]; block_indices [kv heads, tokens, slots].
 
     A part of the operator that selects has no block_indices. Of decode, q is a token for each sequence, and
-    k, v are the keys of all sequences.
+    k, v are the keys of all sequences. ``rows``: what ``query_block_size`` tokens share a row of, of which
+    block_indices are the normal form.
     ``grad_out`` [tokens, q heads, value dim] is what the backward stage starts from.
     """
 
@@ -28,6 +30,8 @@ class Inputs:
     cu_seqlens: torch.Tensor
     block_size: int
     softmax_scale: float
+    rows: torch.Tensor
+    query_block_size: int
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +80,19 @@ def make_inputs(case: Case, device: torch.device, recorded: torch.Tensor | None 
     else:
         sizes = (case.num_tokens, case.num_kv_heads, case.num_slots, case.block_size)
         ids = causal_block_indices(*sizes, case.kind, generator)
+    cu_seqlens = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.num_tokens
+    rows, shared = ids, case.query_block_size
+    if shared > 1:
+        # That of the last token: the others see no more.
+        rows = ids[:, shared - 1 :: shared].contiguous()
+        ids = expand_query_blocks(
+            rows,
+            query_block_size=shared,
+            block_size=case.block_size,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            causal=True,
+        )
     num_q_heads = case.num_kv_heads * case.group_size
     return Inputs(
         q=normal(num_queries, num_q_heads, case.head_dim),
@@ -83,9 +100,11 @@ def make_inputs(case: Case, device: torch.device, recorded: torch.Tensor | None 
         v=normal(num_tokens, case.num_kv_heads, case.value_dim),
         grad_out=normal(num_queries, num_q_heads, case.value_dim),
         block_indices=ids,
-        cu_seqlens=torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.num_tokens,
+        cu_seqlens=cu_seqlens,
         block_size=case.block_size,
         softmax_scale=case.head_dim**-0.5,
+        rows=rows,
+        query_block_size=shared,
     )
 
 

@@ -21,6 +21,7 @@ COLORS = {
     "nsa": "#009E73",
     "sfnsa": "#CC79A7",
     "dense cuDNN": "#7F7F7F",
+    "dense FlashAttention": "#56B4E9",
     "dense causal": "#7F7F7F",
     "dense masked": "#E69F00",
 }

@@ -69,6 +69,7 @@ def all_goals(ceilings: Ceilings | None = None) -> list[Goal]:
         *_growth_goals(),
         *_time_goals(),
         *_cpu_goals(),
+        *_pattern_goals(),
         *_operator_goals(ceilings),
     ]
 
@@ -253,17 +254,31 @@ def _cpu_goals() -> list[Goal]:
         goals.append(_goal(name, cases, masked, min, bound))
     cases = [case for case in suite("cpu") if case.num_tokens == 8192]
     name = "CPU, 8192 tokens, time of an attended key, ours / dense causal"
-    return [*goals, _goal(name, cases, _key_times_dense_causal, max, 3.0, at_most=True)]
+    return [*goals, _goal(name, cases, _key_times("dense causal"), max, 3.0, at_most=True)]
 
 
-def _key_times_dense_causal(row: Row) -> float | None:
+def _pattern_goals() -> list[Goal]:
+    goals = []
+    for rival in ("dense cuDNN", "dense FlashAttention"):
+        for shared in (64, 128):
+            cases = [case for case in suite("patterns") if case.query_block_size == shared]
+            name = f"rows shared by {shared} queries, time of an attended key, ours / {rival}"
+            goals.append(_goal(name, cases, _key_times(rival), max, 1.0, at_most=True))
+    return goals
+
+
+def _key_times(rival: str) -> Value:
     """Our time of an attended (query head, key) pair over that of dense causal attention."""
-    ours, dense = row.seconds("ours"), row.seconds("dense causal")
-    if ours is None or dense is None or row.work is None:
-        return None
-    case = row.case
-    dense_pairs = case.num_kv_heads * case.group_size * case.num_tokens * (case.num_tokens + 1) // 2
-    return (ours / row.work.pairs) / (dense / dense_pairs)
+
+    def value(row: Row) -> float | None:
+        ours, dense = row.seconds("ours"), row.seconds(rival)
+        if ours is None or dense is None or row.work is None:
+            return None
+        case = row.case
+        dense_pairs = case.num_kv_heads * case.group_size * case.num_tokens * (case.num_tokens + 1) // 2
+        return (ours / row.work.pairs) / (dense / dense_pairs)
+
+    return value
 
 
 def _goal(

@@ -64,7 +64,8 @@ def selected_attention(
         backend: "auto" (Triton kernels for CUDA tensors, "cpu" for CPU tensors), "triton", "cpu" or
             "reference" (float64, slow). A named backend runs or raises; it is never exchanged for another.
         path: how the Triton kernels go about the forward pass and the gradient of q: "auto" (by shape, as
-            measured on this kind of GPU; see ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside
+            measured on this kind of GPU, and by query tiles where queries share rows that fill them; see
+            ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside
             the tokens that chose them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks
             that any of them chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest).
             A named path runs or raises. Gradients of k and v are computed the same way on every path.

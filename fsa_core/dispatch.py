@@ -6,7 +6,16 @@ from math import log2
 
 import torch
 
-from fsa_core.plan import KV_MAJOR, PATHS, Tuning, default_tuning, padded_dim, takes
+from fsa_core.plan import (
+    KV_MAJOR,
+    PATHS,
+    QUERY_TILE,
+    Tuning,
+    default_tuning,
+    is_shared_by_tiles,
+    padded_dim,
+    takes,
+)
 from fsa_core.problem import Problem
 from fsa_core.tuning_table import Entry, Shape, table_for
 
@@ -35,6 +44,8 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
     The nearest measured shape counts, among those with tiles as wide and elements as large. Lengths do not:
     a packed call knows only the sum of its sequences' lengths, and an answer must not depend on company.
     (With tens of millions of keys, query tiles run out of numbers for blocks, and the call goes KV-major.)
+    Queries that share a row of indices and fill a query tile are attended by those, whatever was measured of
+    rows that each token has for itself.
 
     Args:
         device_name: as the driver names it, or "cpu".
@@ -51,6 +62,8 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
         best, tuning, reason = KV_MAJOR, default_tuning(problem), nearest
     else:
         best, tuning, reason = nearest.entry.path, nearest.entry.tuning, nearest.reason
+    if path == AUTO and is_shared_by_tiles(problem, tuning.shared):
+        best, reason = QUERY_TILE, f"{problem.query_block_size} queries share a row; sizes: {reason}"
     if path != AUTO:
         return Choice(path, tuning, f"asked for; sizes: {reason}")
     if not takes(problem, best):

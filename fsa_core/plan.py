@@ -388,11 +388,26 @@ def partial_tile(problem: Problem, tuning: PartialTuning, most_keys: int = 128) 
     )
 
 
-def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
-    """As many tokens as the rows hold, unless there are more slots than a program sorts at once."""
+def is_shared_by_tiles(problem: Problem, tuning: SharedTuning) -> bool:
+    """Whether queries that share a row of indices fill the rows of a query tile.
+
+    A tile then attends no block that a token of it did not choose (or, where it lies across two rows, few).
+    """
+    tokens = _tile_tokens(problem, tuning)
+    is_full = tokens == MAX_TILE_TOKENS or (tokens + 1) * problem.heads_per_pair > tuning.rows
+    return is_full and problem.query_block_size >= max(tokens, 2)
+
+
+def _tile_tokens(problem: Problem, tuning: SharedTuning) -> int:
+    """As many as the rows hold, unless there are more slots than a program sorts at once."""
     tokens = max(min(tuning.rows // problem.heads_per_pair, MAX_TILE_TOKENS), 1)
     while tokens > 1 and power_of_two(tokens) * slot_class(problem.num_slots) > MAX_SORTED:
         tokens //= 2
+    return tokens
+
+
+def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
+    tokens = _tile_tokens(problem, tuning)
     min_tokens = 1 if path == QUERY_TILE else -(-tokens // tuning.shared_by)
     pairs = tokens * problem.num_slots
     return QueryTile(

@@ -17,7 +17,8 @@ class Problem:
 
     ``block_size`` is 0 for dense attention, and so are ``index_heads`` and ``num_slots``.
     ``index_heads`` is 1, ``num_kv_heads`` or ``num_q_heads``; ``num_slots`` is the K of
-    ``block_indices [index_heads, num_q_tokens, num_slots]``, one row a query token.
+    ``block_indices [index_heads, num_q_tokens, num_slots]``, one row a query token. So many consecutive rows
+    of a sequence, from its first, are one row that they share: ``query_block_size``.
     """
 
     num_q_tokens: int
@@ -33,6 +34,7 @@ class Problem:
     block_size: int
     causal: bool
     softmax_scale: float
+    query_block_size: int = 1
 
     @property
     def is_dense(self) -> bool:

@@ -78,6 +78,7 @@ def validate_selected(
             num_slots=block_indices.shape[2],
             causal=causal,
             softmax_scale=scale,
+            query_block_size=query_block_size,
         )
         if key is not None:
             if len(_accepted) >= MOST_ACCEPTED:
@@ -174,7 +175,13 @@ def validate_compact(
     check_choice("block_size", pattern.block_size, BLOCK_SIZES)
     _check_query_block_size(pattern.query_block_size)
     index_heads, num_slots = pattern.check(problem, *sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k))
-    return replace(problem, index_heads=index_heads, num_slots=num_slots, block_size=pattern.block_size)
+    return replace(
+        problem,
+        index_heads=index_heads,
+        num_slots=num_slots,
+        block_size=pattern.block_size,
+        query_block_size=pattern.query_block_size,
+    )
 
 
 def _problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **rest: Any) -> Problem:

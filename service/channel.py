@@ -151,9 +151,9 @@ class Submit:
 
     batch: int
     jobs: tuple[Job, ...]
-    # What the jobs share: batch, job count | dtype, heads, dims, index heads, block size, causal, scale.
+    # What the jobs share: batch, job count | dtype, heads, dims, index heads, block sizes, causal, scale.
     # Of those that select also: kernel size (else 0), stride, forced blocks, window, shares (or 0), gated.
-    _COMMON = struct.Struct("<QI BIIIIIIBd IIIIIddB")
+    _COMMON = struct.Struct("<QI BIIIIIIIBd IIIIIddB")
     # What they do not: slice | query tokens, key tokens, sequences, slots.
     _JOB = struct.Struct("<IQQ QQII")
 
@@ -197,6 +197,7 @@ def _common_fields(p: Problem) -> tuple[int | float, ...]:
         p.value_dim,
         p.index_heads,
         p.block_size,
+        p.query_block_size,
         p.causal,
         p.softmax_scale,
         *_selection_fields(p),
@@ -221,7 +222,8 @@ def _selection_fields(p: Problem) -> tuple[int | float, ...]:
 
 def _problem(common: list[int | float], sizes: list[int]) -> Problem:
     """The Problem of a job, or ProtocolError where its sizes contradict one another."""
-    dtype, q_heads, kv_heads, head_dim, value_dim, index_heads, block_size, causal, scale, *selection = common
+    dtype, q_heads, kv_heads, head_dim, value_dim, index_heads, block_size, *others = common
+    query_block_size, causal, scale, *selection = others
     num_q_tokens, num_k_tokens, num_sequences, num_slots = sizes
     is_dense = block_size == 0
     sound = (
@@ -231,6 +233,7 @@ def _problem(common: list[int | float], sizes: list[int]) -> Problem:
         and q_heads % kv_heads == 0
         and (index_heads == num_slots == 0 if is_dense else index_heads in (1, kv_heads, q_heads))
         and (is_dense or block_size in BLOCK_SIZES)
+        and (query_block_size == 1 or (query_block_size > 1 and not is_dense and not selection[0]))
         and causal in (0, 1)
         and math.isfinite(scale)
     )
@@ -250,6 +253,7 @@ def _problem(common: list[int | float], sizes: list[int]) -> Problem:
         block_size=int(block_size),
         causal=bool(causal),
         softmax_scale=scale,
+        query_block_size=int(query_block_size),
     )
     return _selecting(problem, selection) if selection[0] else problem
 

@@ -28,7 +28,7 @@ BLOCK_BYTES = 40
 CHUNK_QUERIES = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectingProblem(Problem):
     """A call that chooses its blocks, seen as the selected attention that it comes to.
 
@@ -44,7 +44,7 @@ class SelectingProblem(Problem):
         """The call of ``problem``'s tensors, whatever its own blocks."""
         sizes = {field.name: getattr(problem, field.name) for field in fields(Problem)}
         sizes |= {"index_heads": problem.num_kv_heads, "num_slots": config.top_k}
-        sizes["block_size"] = config.block_size
+        sizes |= {"block_size": config.block_size, "query_block_size": 1}
         return cls(**sizes, config=config, is_gated=is_gated)
 
 

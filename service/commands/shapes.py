@@ -17,7 +17,10 @@ Tokens = Annotated[str, typer.Option(help="Lengths of the sequence, with commas 
 
 @dataclass(frozen=True, slots=True)
 class CallShape:
-    """Everything of a call but its length. ``value_dim`` and ``index_heads`` 0: head_dim and kv_heads."""
+    """Everything of a call but its length. ``value_dim`` and ``index_heads`` 0: head_dim and kv_heads.
+
+    ``query_block_size``: queries that share a row of indices.
+    """
 
     q_heads: int
     kv_heads: int
@@ -27,6 +30,7 @@ class CallShape:
     dtype: str = "bfloat16"
     value_dim: int = 0
     index_heads: int = 0
+    query_block_size: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "CallShape":
@@ -58,18 +62,20 @@ class CallShape:
         def tensor(*shape: int, dtype: torch.dtype = dtypes[self.dtype]) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
+        # A query_block_size of 0 is refused below.
+        num_rows = -(-num_tokens // max(self.query_block_size, 1))
         try:
             return validate_selected(
                 tensor(num_tokens, self.q_heads, self.head_dim),
                 tensor(num_tokens, self.kv_heads, self.head_dim),
                 tensor(num_tokens, self.kv_heads, self.value_dim or self.head_dim),
-                tensor(self.index_heads or self.kv_heads, num_tokens, self.slots, dtype=torch.int32),
+                tensor(self.index_heads or self.kv_heads, num_rows, self.slots, dtype=torch.int32),
                 block_size=self.block_size,
                 cu_seqlens_q=None,
                 cu_seqlens_k=None,
                 softmax_scale=None,
                 causal=True,
-                query_block_size=1,
+                query_block_size=self.query_block_size,
                 check_values=False,
             )
         except InputError as error:

@@ -130,7 +130,11 @@ def test_a_named_path_is_the_one_that_runs(make_case, monkeypatch):
     for length, path in enumerate(("kv_major", "query_tile", "mixed", "auto"), start=5):
         case = make_case(q_lens=(length,), head_dim=16, dtype=torch.float32)
         run(case, backend="triton", path=path)
-    assert planned == ["kv_major", "query_tile", "mixed", "kv_major"]
+    # So many queries that share a row as a tile has.
+    x = make_case(q_lens=(40,), head_dim=16, group_size=4, dtype=torch.float32)
+    options = x.options | {"query_block_size": 16, "backend": "triton"}
+    selected_attention(x.q, x.k, x.v, x.block_indices[:, [15, 31, 39]], **options)
+    assert planned == ["kv_major", "query_tile", "mixed", "kv_major", "query_tile"]
 
 
 def test_a_path_that_is_not_there_is_refused(make_case, device):

@@ -122,6 +122,36 @@ def test_company_changes_no_choice(use_table) -> None:
         assert choose(replace(packed, num_slots=num_slots), DEVICE).path == path
 
 
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        # The 32 rows of a tile are 8 tokens of 4 heads, or 10 of 3.
+        ({"query_block_size": 8}, QUERY_TILE),
+        ({"query_block_size": 7}, MIXED),
+        ({"query_block_size": 10, "num_q_heads": 6}, QUERY_TILE),
+        ({"query_block_size": 9, "num_q_heads": 6}, MIXED),
+        # More than a tile of 8 tokens sorts: 4 of them leave half of its rows empty.
+        ({"query_block_size": 64, "num_slots": 129}, MIXED),
+        ({"query_block_size": 64, "num_slots": 128}, QUERY_TILE),
+        # A token fills a tile by itself.
+        ({"query_block_size": 1, "num_q_heads": 64}, MIXED),
+        ({"query_block_size": 2, "num_q_heads": 64}, QUERY_TILE),
+        ({"query_block_size": 64, "num_k_tokens": 2**28}, KV_MAJOR),
+    ],
+    ids=str,
+)
+def test_query_tiles_take_the_queries_that_share_a_row_and_fill_them(
+    use_table, changes: dict, path: str
+) -> None:
+    use_table(Entry(SHAPE, MIXED, TUNING))
+    problem = replace(PROBLEM, **changes)
+    choice = choose(problem, DEVICE)
+    assert (choice.path, choice.tuning) == (path, TUNING)
+    shared = f"{problem.query_block_size} queries share a row; sizes: table test-gpu"
+    assert choice.reason.startswith(shared) == (path == QUERY_TILE)
+    assert choose(problem, DEVICE, MIXED).path == MIXED
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_named_path_is_kept_with_the_sizes_of_the_shape(use_table, path: str) -> None:
     use_table(Entry(SHAPE, MIXED, TUNING))

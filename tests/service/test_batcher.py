@@ -50,6 +50,7 @@ def test_requests_that_differ_in_length_and_few_slots_only_ride_together() -> No
         replace(SELECTED, causal=False),
         replace(SELECTED, softmax_scale=1.0),
         replace(SELECTED, num_slots=17),
+        replace(SELECTED, query_block_size=64),
         DENSE,
     ],
     ids=str,

@@ -58,6 +58,7 @@ def problems(draw: st.DrawFn) -> Problem:
         block_size=block_size,
         causal=draw(st.booleans()),
         softmax_scale=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        query_block_size=draw(st.integers(1, 2**31)) if block_size else 1,
     )
     if not (block_size and problem.causal and draw(st.booleans())):
         return problem

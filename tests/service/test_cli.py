@@ -250,6 +250,12 @@ class TestInfoOfAShape:
         assert values["reason"].startswith("table nvidia-h200, entry g=4 D=128 16-bit up to 16 blocks of 64")
         assert values["workspace of 1024 tokens"].endswith("MiB")
 
+    def test_says_so_where_queries_share_a_row(self, fsa: Fsa) -> None:
+        shape = f"{self.SHAPE},query_block_size=64"
+        answer = json.loads(fsa("info", "--shape", shape, "--device", "NVIDIA H200", "--json").out)
+        assert answer["path"] == "query_tile"
+        assert answer["reason"].startswith("64 queries share a row; sizes: table nvidia-h200")
+
     def test_prints_tiles_and_bytes_as_json(self, fsa: Fsa) -> None:
         words = ("--device", "Unheard-of 9000", "--path", "mixed", "--json")
         answer = json.loads(fsa("info", "--shape", f"{self.SHAPE},dtype=float32", *words).out)
@@ -270,6 +276,7 @@ class TestInfoOfAShape:
             (["--shape", f"{SHAPE},slots=many"], "--shape has slots=many; it must be a number", 2),
             (["--shape", f"{SHAPE},dtype=int8"], "--shape has dtype=int8; it can be bfloat16", 2),
             (["--shape", f"{SHAPE},kv_heads=3"], "--shape: k has 3 heads, q has 8", 2),
+            (["--shape", f"{SHAPE},query_block_size=0"], "--shape: query_block_size is 0: expected", 2),
             (["--shape", SHAPE, "--tokens", "1,x"], "--tokens is '1,x'; it must be positive integers", 2),
             (["--shape", SHAPE, "--device", "X", "--path", "union"], "path is 'union': expected one of", 1),
         ],

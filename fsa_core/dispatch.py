@@ -12,8 +12,8 @@ from fsa_core.plan import (
     QUERY_TILE,
     Tuning,
     default_tuning,
-    is_shared_by_tiles,
     padded_dim,
+    row_tile_tokens,
     takes,
 )
 from fsa_core.problem import Problem
@@ -44,8 +44,8 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
     The nearest measured shape counts, among those with tiles as wide and elements as large. Lengths do not:
     a packed call knows only the sum of its sequences' lengths, and an answer must not depend on company.
     (With tens of millions of keys, query tiles run out of numbers for blocks, and the call goes KV-major.)
-    Queries that share a row of indices and fill a query tile are attended by those, whatever was measured of
-    rows that each token has for itself.
+    Queries that share a row of indices are attended by query tiles if they fill these, whatever was measured
+    of rows that each token has for itself.
 
     Args:
         device_name: as the driver names it, or "cpu".
@@ -62,7 +62,7 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
         best, tuning, reason = KV_MAJOR, default_tuning(problem), nearest
     else:
         best, tuning, reason = nearest.entry.path, nearest.entry.tuning, nearest.reason
-    if path == AUTO and is_shared_by_tiles(problem, tuning.shared):
+    if path == AUTO and row_tile_tokens(problem, tuning.shared):
         best, reason = QUERY_TILE, f"{problem.query_block_size} queries share a row; sizes: {reason}"
     if path != AUTO:
         return Choice(path, tuning, f"asked for; sizes: {reason}")

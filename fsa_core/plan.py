@@ -102,6 +102,7 @@ class QueryTile:
 
     A tile is ``tokens`` tokens with the query heads of one tile head, in ``rows`` rows. The blocks that at
     least ``min_tokens`` of them chose are shared, or all where few choices are left: at most ``max_shared``.
+    ``is_row``: they share a row of indices, and so all that it has.
     """
 
     tokens: int
@@ -109,6 +110,7 @@ class QueryTile:
     keys: int
     min_tokens: int
     max_shared: int
+    is_row: bool
     num_warps: int
     max_registers: int
     num_stages: int
@@ -388,26 +390,28 @@ def partial_tile(problem: Problem, tuning: PartialTuning, most_keys: int = 128) 
     )
 
 
-def is_shared_by_tiles(problem: Problem, tuning: SharedTuning) -> bool:
-    """Whether queries that share a row of indices fill the rows of a query tile.
+def row_tile_tokens(problem: Problem, tuning: SharedTuning) -> int:
+    """Tokens of a query tile that lies in one row of indices, which they share.
 
-    A tile then attends no block that a token of it did not choose (or, where it lies across two rows, few).
+    0 where those that share a row cannot be cut into tiles that have more than half of what fills one.
     """
-    tokens = _tile_tokens(problem, tuning)
-    is_full = tokens == MAX_TILE_TOKENS or (tokens + 1) * problem.heads_per_pair > tuning.rows
-    return is_full and problem.query_block_size >= max(tokens, 2)
+    full, shared = _full_tile_tokens(problem, tuning), problem.query_block_size
+    if shared == 1:
+        return 0
+    tokens = max(n for n in range(1, full + 1) if shared % n == 0)
+    return tokens if 2 * tokens > full else 0
 
 
-def _tile_tokens(problem: Problem, tuning: SharedTuning) -> int:
-    """As many as the rows hold, unless there are more slots than a program sorts at once."""
-    tokens = max(min(tuning.rows // problem.heads_per_pair, MAX_TILE_TOKENS), 1)
-    while tokens > 1 and power_of_two(tokens) * slot_class(problem.num_slots) > MAX_SORTED:
-        tokens //= 2
-    return tokens
+def _full_tile_tokens(problem: Problem, tuning: SharedTuning) -> int:
+    return max(min(tuning.rows // problem.heads_per_pair, MAX_TILE_TOKENS), 1)
 
 
 def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
-    tokens = _tile_tokens(problem, tuning)
+    """As many tokens as the rows hold, unless there are more slots than a program sorts at once."""
+    row_tokens = row_tile_tokens(problem, tuning) if path == QUERY_TILE else 0
+    tokens = row_tokens or _full_tile_tokens(problem, tuning)
+    while not row_tokens and tokens > 1 and power_of_two(tokens) * slot_class(problem.num_slots) > MAX_SORTED:
+        tokens //= 2
     min_tokens = 1 if path == QUERY_TILE else -(-tokens // tuning.shared_by)
     pairs = tokens * problem.num_slots
     return QueryTile(
@@ -415,7 +419,8 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
         rows=max(tuning.rows, power_of_two(problem.heads_per_pair)),
         keys=min(problem.block_size, 32 if problem.dtype == torch.float32 else 64),
         min_tokens=min_tokens,
-        max_shared=min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
+        max_shared=problem.num_slots if row_tokens else min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
+        is_row=row_tokens > 0,
         num_warps=tuning.num_warps,
         max_registers=tuning.max_registers,
         num_stages=tuning.num_stages,

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.stages import kernel_sizes, window_sizes
 from fsa_core.nsa.validation import Call
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS, QUERY_TILE
 from tests.fsa_core.conftest import _make_case as make_case
 from tests.fsa_core.conftest import _make_paged as make_paged
 from tests.fsa_core.nsa.conftest import _make_call as make_call
@@ -176,7 +176,10 @@ def caught() -> Iterator[Launches]:
 def compile_shape(
     shape: dict[str, Any], paths: tuple[str, ...], limits_bytes: tuple[int, ...]
 ) -> Iterator[Compiled]:
-    """The kernels of one shape: forward on ``paths``, backward in one pass or, within 1 byte, in two."""
+    """The kernels of one shape: forward on ``paths``, backward in one pass or, within 1 byte, in two.
+
+    And forward where queries share a row of indices.
+    """
     case = make_case(torch.device("cpu"), q_lens=(40, 5), num_kv_heads=2, **shape)
     with caught() as launches:
         for path, limit_bytes in product(paths, limits_bytes):
@@ -184,6 +187,8 @@ def compile_shape(
             given = (*answer, *case.output_gradients())
             options = {"path": path, "workspace_limit_bytes": limit_bytes}
             selected_attention_backward(case.problem, *case.tensors, *given, **options)
+        sharing = replace(case.problem, query_block_size=64)
+        selected_attention_forward(sharing, *case.tensors, path=QUERY_TILE)
     yield from launches.compiled.values()
 
 

@@ -24,12 +24,13 @@ from fsa_core.decode import paged_selected_attention
 from fsa_core.nsa.functional import select_blocks
 from fsa_core.nsa.gating import gated_sum_torch, gated_sum_triton
 from fsa_core.nsa.reference import select_blocks_reference
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, QUERY_TILE
 from tests.fsa_core.conftest import (
     Case,
     PagedCase,
     assert_close_to_oracle,
     assert_gradients_close_to_oracle,
+    sharing_rows,
 )
 from tests.fsa_core.conftest import _make_case as make_case
 from tests.fsa_core.conftest import _make_paged as make_paged
@@ -117,17 +118,25 @@ def selections(device: torch.device) -> Iterator[tuple[str, Case, torch.Tensor, 
             distribution="ragged" if selection == "wild" else selection,
             **shape | {"dtype": dtype},
         )
-        ids = case.block_indices
         name = f"g={shape['group_size']} D={shape['head_dim']} {name_of(dtype)} {selection}"
-        if selection == "wild":
-            wild = torch.tensor(WILD_IDS, dtype=torch.int32)[torch.arange(ids.numel()) % len(WILD_IDS)]
-            ids = torch.where(ids == -1, wild.view_as(ids), ids)
-        for path in PATHS:
-            options = {"path": path, "workspace_limit_bytes": DEFAULT_WORKSPACE_BYTES}
-            yield f"{name} {path}", case, ids, options
-            if selection == "random":
-                options = {"path": path, "workspace_limit_bytes": SMALL_WORKSPACE_BYTES}
-                yield f"{name} {path}, small workspace", case, ids, options
+        calls = [(name, case, PATHS)]
+        if selection in ("random", "wild"):
+            calls.append((f"{name}, shared rows", sharing_rows(case, 64), (QUERY_TILE,)))
+        for name, case, paths in calls:
+            ids = _with_wild_ids(case) if selection == "wild" else case.block_indices
+            for path in paths:
+                options = {"path": path, "workspace_limit_bytes": DEFAULT_WORKSPACE_BYTES}
+                yield f"{name} {path}", case, ids, options
+                if selection == "random":
+                    options = {"path": path, "workspace_limit_bytes": SMALL_WORKSPACE_BYTES}
+                    yield f"{name} {path}, small workspace", case, ids, options
+
+
+def _with_wild_ids(case: Case) -> torch.Tensor:
+    """In unused slots what names no block."""
+    ids = case.block_indices
+    wild = torch.tensor(WILD_IDS, dtype=torch.int32)[torch.arange(ids.numel()) % len(WILD_IDS)]
+    return torch.where(ids == -1, wild.view_as(ids), ids)
 
 
 def check_selected(case: Case, ids: torch.Tensor, device: torch.device, **options: Any) -> None:

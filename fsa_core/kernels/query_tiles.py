@@ -3,7 +3,7 @@
 A tile is a few consecutive tokens of one sequence with all query heads of their index head. Two launches:
 
 1. agree: list the blocks that enough of a tile's tokens chose, each with a mask of those tokens, and hand on
-   what is left of block_indices;
+   what is left of block_indices. Where a tile's tokens share a row of indices, the list is that row;
 2. attend: walk a tile's list with an online softmax, under the masks.
 
 Tiles are cut from the start of each sequence and see only their own tokens, so an answer is bitwise the same
@@ -21,7 +21,15 @@ from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
 from fsa_core.kernels.replay import Memory
-from fsa_core.plan import FEW_LEFT, ForwardPlan, Group, QueryTile, padded_dim, search_steps
+from fsa_core.plan import (
+    FEW_LEFT,
+    ForwardPlan,
+    Group,
+    QueryTile,
+    padded_dim,
+    power_of_two,
+    search_steps,
+)
 from fsa_core.problem import Problem
 
 # What tiles leave may be nothing, and a program that finds no work item takes its time, too.
@@ -32,9 +40,9 @@ MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
 class Agreement:
     """What the tiles of a group of tokens share, and what is left.
 
-    blocks int32, masks int64 [index heads, tiles, max_shared]: block ids, ascending, and which of the tile's
-    tokens chose each (bit t: the t-th). counts int32 [index heads, tiles, 2]: how many of them every token of
-    the tile may see whole, and how many there are.
+    blocks int32, masks int64 [index heads, tiles, max_shared]: block ids, those that every token of the tile
+    may see whole before the others, and which of the tile's tokens chose each (bit t: the t-th). counts int32
+    [index heads, tiles, 2]: how many of them are seen whole, and how many there are.
     leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
     """
 
@@ -75,6 +83,14 @@ def tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.
     return sequence, first, tl.load(cu_seqlens_q_ptr + sequence + 1)
 
 
+@triton.jit
+def _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr):
+    """The blocks of a tile's sequence, and the keys that its first token sees, as all others do."""
+    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
+    num_seen = tl.minimum(first + k_length - q_end + 1, k_length) if CAUSAL else k_length
+    return (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE, num_seen
+
+
 @kernel
 def _agree(
     indices_ptr,
@@ -113,8 +129,7 @@ def _agree(
         tl.store(counts_ptr + tile_place * 2, 0)
         tl.store(counts_ptr + tile_place * 2 + 1, 0)
         return
-    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
-    num_blocks = (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    num_blocks, num_seen = _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
     size: tl.constexpr = 1 << (LOG_TOKENS + LOG_SLOTS)
     place = tl.arange(0, size)
     token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
@@ -138,8 +153,6 @@ def _agree(
     list_place = tile_place * MAX_SHARED + tl.cumsum(is_last.to(tl.int32), 0) - 1
     tl.store(blocks_ptr + list_place, block, mask=is_last)
     tl.store(masks_ptr + list_place, mask, mask=is_last)
-    # What the first token sees whole, the others do.
-    num_seen = tl.minimum(first + k_length - q_end + 1, k_length) if CAUSAL else k_length
     is_whole = is_last & ((block + 1) * BLOCK_SIZE <= num_seen)
     tl.store(counts_ptr + tile_place * 2, tl.sum(is_whole.to(tl.int32), 0))
     tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(is_last.to(tl.int32), 0))
@@ -152,6 +165,55 @@ def _agree(
         here = (packed >= first_token) & (packed < first_token + num_tokens)
         left = tl.where(is_shared, -1, block)
         tl.store(leftover_ptr + packed.to(tl.int64) * num_slots + slot_of, left, mask=exists & here)
+
+
+@kernel
+def _list_rows(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    blocks_ptr,
+    masks_ptr,
+    counts_ptr,
+    head_stride,
+    num_slots,
+    num_sequences,
+    search_steps,
+    first_tile,
+    num_tiles,
+    first_index_head,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MAX_SHARED: tl.constexpr,
+):
+    """The list of a tile whose tokens share a row: that of its last token, which sees most, slot by slot."""
+    tile = first_tile + tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    tile_place = head * num_tiles + tl.program_id(0)
+    if first >= q_end:
+        tl.store(counts_ptr + tile_place * 2, 0)
+        tl.store(counts_ptr + tile_place * 2 + 1, 0)
+        return
+    num_blocks, num_seen = _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
+    slot = tl.arange(0, SLOTS)
+    last = tl.minimum(first + TOKENS, q_end) - 1
+    row_ptr = indices_ptr + (first_index_head + head) * head_stride + last.to(tl.int64) * num_slots
+    ids = tl.load(row_ptr + slot, mask=slot < num_slots, other=-1)
+    # Ids that name no block of the sequence select nothing.
+    exists = (ids >= 0) & (ids < num_blocks)
+    is_whole = exists & ((ids + 1) * BLOCK_SIZE <= num_seen)
+    is_cut = exists & ((ids + 1) * BLOCK_SIZE > num_seen)
+    num_whole = tl.sum(is_whole.to(tl.int32), 0)
+    place_of_whole = tl.cumsum(is_whole.to(tl.int32), 0) - 1
+    place_of_cut = num_whole + tl.cumsum(is_cut.to(tl.int32), 0) - 1
+    list_place = tile_place * MAX_SHARED + tl.where(is_whole, place_of_whole, place_of_cut)
+    tl.store(blocks_ptr + list_place, ids, mask=exists)
+    tl.store(masks_ptr + list_place, tl.full((SLOTS,), -1, tl.int64), mask=exists)
+    tl.store(counts_ptr + tile_place * 2, num_whole)
+    tl.store(counts_ptr + tile_place * 2 + 1, num_whole + tl.sum(is_cut.to(tl.int32), 0))
 
 
 @triton.jit
@@ -329,11 +391,27 @@ def agree(
     """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``."""
     p, steps = problem, search_steps(problem.num_sequences)
     first_tile, num_tiles = tiles_of(p, tile, group)
+    if tile.is_row:
+        _listing(p, tile)[num_tiles, group.num_index_heads](
+            block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
+            block_indices.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
+            agreement.counts.shape[1], group.first_index_head,
+        )  # fmt: skip
+        return
     _agreeing(p, tile, plan.has_partials)[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
         agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
         agreement.counts.shape[1], group.first_index_head,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _listing(problem: Problem, tile: QueryTile) -> BoundKernel:
+    """The kernel with what is the same for all groups."""
+    return _list_rows.bind(
+        BLOCK_SIZE=problem.block_size, TOKENS=tile.tokens, SLOTS=power_of_two(problem.num_slots),
+        CAUSAL=problem.causal, MAX_SHARED=tile.max_shared,
     )  # fmt: skip
 
 

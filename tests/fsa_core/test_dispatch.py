@@ -125,14 +125,14 @@ def test_company_changes_no_choice(use_table) -> None:
 @pytest.mark.parametrize(
     ("changes", "path"),
     [
-        # The 32 rows of a tile are 8 tokens of 4 heads, or 10 of 3.
+        # The 32 rows of a tile hold 8 tokens of 4 heads, or 10 of 3; tiles of 7 and of 8 are more than half.
         ({"query_block_size": 8}, QUERY_TILE),
-        ({"query_block_size": 7}, MIXED),
-        ({"query_block_size": 10, "num_q_heads": 6}, QUERY_TILE),
-        ({"query_block_size": 9, "num_q_heads": 6}, MIXED),
-        # More than a tile of 8 tokens sorts: 4 of them leave half of its rows empty.
-        ({"query_block_size": 64, "num_slots": 129}, MIXED),
-        ({"query_block_size": 64, "num_slots": 128}, QUERY_TILE),
+        ({"query_block_size": 7}, QUERY_TILE),
+        ({"query_block_size": 4}, MIXED),
+        ({"query_block_size": 11}, MIXED),
+        ({"query_block_size": 64, "num_q_heads": 6}, QUERY_TILE),
+        # More than a program sorts: a row needs no sorting.
+        ({"query_block_size": 64, "num_slots": 4096}, QUERY_TILE),
         # A token fills a tile by itself.
         ({"query_block_size": 1, "num_q_heads": 64}, MIXED),
         ({"query_block_size": 2, "num_q_heads": 64}, QUERY_TILE),

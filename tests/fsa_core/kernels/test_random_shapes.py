@@ -18,7 +18,7 @@ from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, ForwardPlan, chunks, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM, Problem
-from tests.fsa_core.conftest import DISTRIBUTIONS, Case
+from tests.fsa_core.conftest import DISTRIBUTIONS, Case, sharing_rows
 
 PROGRESS_EVERY = 25
 # Of as few numbers as are drawn here, the largest error of eager attention is small by luck now and then.
@@ -29,9 +29,10 @@ MAX_PROGRAMS = 16
 
 @dataclass(frozen=True)
 class Draw:
-    """A case as ``make_case`` takes it, and what the plans are told."""
+    """A case as ``make_case`` takes it, how many queries share a row, and what the plans are told."""
 
     options: dict[str, Any]
+    query_block_size: int
     path: str
     workspace_limit_bytes: int
     item_pairs: int
@@ -71,6 +72,7 @@ def draws(draw: st.DrawFn) -> Draw:
     }
     return Draw(
         options,
+        query_block_size=draw(st.just(1) | st.sampled_from((2, 16, 64))),
         path=draw(st.sampled_from(PATHS)),
         workspace_limit_bytes=draw(
             st.sampled_from((DEFAULT_WORKSPACE_BYTES, 1)) | st.integers(1 << 10, 1 << 20)
@@ -133,6 +135,8 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         # The interpreter's tl.dot is wrong for it.
         options["dtype"] = torch.float16
     case = make_case(**options)
+    if drawn.query_block_size > 1:
+        case = sharing_rows(case, drawn.query_block_size)
     given_gradients = case.output_gradients()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward_plan, "ITEM_PAIRS", drawn.item_pairs)

@@ -122,14 +122,14 @@ def selections(device: torch.device) -> Iterator[tuple[str, Case, torch.Tensor, 
         calls = [(name, case, PATHS)]
         if selection in ("random", "wild"):
             calls.append((f"{name}, shared rows", sharing_rows(case, 64), (QUERY_TILE,)))
-        for name, case, paths in calls:
-            ids = _with_wild_ids(case) if selection == "wild" else case.block_indices
+        for called, given, paths in calls:
+            ids = _with_wild_ids(given) if selection == "wild" else given.block_indices
             for path in paths:
                 options = {"path": path, "workspace_limit_bytes": DEFAULT_WORKSPACE_BYTES}
-                yield f"{name} {path}", case, ids, options
+                yield f"{called} {path}", given, ids, options
                 if selection == "random":
                     options = {"path": path, "workspace_limit_bytes": SMALL_WORKSPACE_BYTES}
-                    yield f"{name} {path}, small workspace", case, ids, options
+                    yield f"{called} {path}, small workspace", given, ids, options
 
 
 def _with_wild_ids(case: Case) -> torch.Tensor:

@@ -205,15 +205,15 @@ def _list_rows(
     # Ids that name no block of the sequence select nothing.
     exists = (ids >= 0) & (ids < num_blocks)
     is_whole = exists & ((ids + 1) * BLOCK_SIZE <= num_seen)
-    is_cut = exists & ((ids + 1) * BLOCK_SIZE > num_seen)
     num_whole = tl.sum(is_whole.to(tl.int32), 0)
-    place_of_whole = tl.cumsum(is_whole.to(tl.int32), 0) - 1
-    place_of_cut = num_whole + tl.cumsum(is_cut.to(tl.int32), 0) - 1
-    list_place = tile_place * MAX_SHARED + tl.where(is_whole, place_of_whole, place_of_cut)
+    # How many there are up to a slot, it included.
+    whole = tl.cumsum(is_whole.to(tl.int32), 0)
+    others = tl.cumsum(exists.to(tl.int32), 0) - whole
+    list_place = tile_place * MAX_SHARED + tl.where(is_whole, whole, num_whole + others) - 1
     tl.store(blocks_ptr + list_place, ids, mask=exists)
     tl.store(masks_ptr + list_place, tl.full((SLOTS,), -1, tl.int64), mask=exists)
     tl.store(counts_ptr + tile_place * 2, num_whole)
-    tl.store(counts_ptr + tile_place * 2 + 1, num_whole + tl.sum(is_cut.to(tl.int32), 0))
+    tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(exists.to(tl.int32), 0))
 
 
 @triton.jit

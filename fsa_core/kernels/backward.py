@@ -17,14 +17,16 @@ the call; those of k and v do not where all tokens ride in one chunk, with items
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
 
-from fsa_core.backward_plan import BackwardPlan, plan_backward
+from fsa_core.backward_plan import BackwardPlan, KeyPlan, plan_backward
+from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.delta import write_delta
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import Kernel, kernel
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_gradients import query_gradients
 from fsa_core.kernels.replay import Memory, Replayed, clear
@@ -33,8 +35,9 @@ from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pa
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Chunk, Tuning, padded_dim, search_steps
 from fsa_core.problem import Problem
 
-# Few keys a program: a block that everybody chose has many items to add.
-SUM_KEYS = 16
+# Few keys a program: a block that everybody chose has many items to add. So many are on their way at once.
+SUM_KEYS = 8
+SUM_STAGES = tl.constexpr(4)
 
 
 @kernel
@@ -276,7 +279,7 @@ def _sum_items(
     if num_items > 1:
         split = group_head.to(tl.int64) * max_splits
         split += tl.load(split_offsets_ptr + row * (num_segments + 1) + segment)
-        for item in range(num_items):
+        for item in tl.range(0, num_items, num_stages=SUM_STAGES):
             total += tl.load(splits_ptr + (split + item) * block_numbers + place, mask=mask, other=0.0)
     if is_last != 0:
         sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
@@ -459,6 +462,21 @@ def _walk(call: _Call, workspace: _Workspace, kv_heads: range, first_range_segme
                     _launch(call, workspace, at, rank, first_range_segment)
 
 
+def _key_kernel(problem: Problem, keys: KeyPlan, device: torch.device) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel of a work item for this device, and the constants that it alone has."""
+    p = problem
+    if hopper.runs_on(device):
+        from fsa_core.kernels import hopper_key_gradients
+
+        if hopper_key_gradients.takes(p, keys):
+            return hopper_key_gradients.gradients, hopper_key_gradients.constants(p)
+    return _gradients, {
+        "HEAD_DIM_PADDED": padded_dim(p.head_dim), "VALUE_DIM_PADDED": padded_dim(p.value_dim),
+        "ROWS": keys.tile_rows, "KEYS": keys.tile_keys, "WITH_QUERIES": keys.with_queries,
+        "STAGES": keys.num_stages, "num_warps": keys.num_warps, "num_stages": 1,
+    }  # fmt: skip
+
+
 def _launch(call: _Call, workspace: _Workspace, at: Chunk, rank: int, first_range_segment: int) -> None:
     """A chunk of tokens under tile head ``rank`` of each of some KV heads, which are the heads of ``at``."""
     p, plan, keys, given = call.problem, call.plan, call.plan.keys, call.given
@@ -469,17 +487,16 @@ def _launch(call: _Call, workspace: _Workspace, at: Chunk, rank: int, first_rang
         "NUM_KV_HEADS": p.num_kv_heads, "INDEX_PER_HEAD": plan.index_per_head, "HEAD_DIM": p.head_dim,
         "VALUE_DIM": p.value_dim, "BLOCK_SIZE": p.block_size, "WITH_SUMS": keys.has_sums,
     }  # fmt: skip
-    _gradients[keys.max_items * at.num_heads, p.block_size // keys.tile_keys](
+    gradients_of_keys, own = _key_kernel(p, keys, given.q.device)
+    gradients_of_keys[keys.max_items * at.num_heads, p.block_size // keys.tile_keys](
         *given.tensors, workspace.shares, workspace.sums, workspace.splits, call.grads[1], call.grads[2],
         index.pairs, index.offsets, index.item_offsets, index.split_offsets, index.item_segment,
         given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale, at.first_token, at.num_tokens, p.num_slots,
         p.num_sequences, steps, plan.segments, num_chunks, keys.max_items, keys.max_splits, at.first_head,
         at.num_heads, at.first_index_head, given.first_delta_head, given.delta.shape[1], rank, at.number,
         first_range_segment, range_segments, **shapes, NUM_Q_HEADS=p.num_q_heads,
-        HEADS_PER_PAIR=p.heads_per_pair, GROUP_SIZE=p.group_size, HEAD_DIM_PADDED=padded_dim(p.head_dim),
-        VALUE_DIM_PADDED=padded_dim(p.value_dim), CAUSAL=p.causal, ROWS=keys.tile_rows, KEYS=keys.tile_keys,
-        PAIRS=keys.tile_pairs, PAIRS_PER_ITEM=keys.pairs_per_item, WITH_QUERIES=keys.with_queries,
-        SLOT_BITS=keys.slot_bits, STAGES=keys.num_stages, num_warps=keys.num_warps, num_stages=1,
+        HEADS_PER_PAIR=p.heads_per_pair, GROUP_SIZE=p.group_size, CAUSAL=p.causal, PAIRS=keys.tile_pairs,
+        PAIRS_PER_ITEM=keys.pairs_per_item, SLOT_BITS=keys.slot_bits, **own,
     )  # fmt: skip
     is_last = rank == plan.tile_heads_per_kv_head - 1 and at.first_token + at.num_tokens == p.num_q_tokens
     sum_keys = min(SUM_KEYS, p.block_size)

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -44,8 +44,17 @@ ALIGNMENT = 16
 Launch = Callable[..., None]
 
 
-def kernel(function: Callable[..., None]) -> "Kernel":
-    """``triton.jit`` for what is launched; functions that kernels call stay ``triton.jit``.
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; Triton's interpreter runs one program at a time."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def kernel(function: Callable[..., None], jit: Callable[..., Any] = triton.jit) -> "Kernel":
+    """``triton.jit`` for what is launched, or Gluon's; functions that kernels call stay ``triton.jit``.
 
     The parameters of ``function`` are pointers, named ``..._ptr``, then scalars, then constants
     (``tl.constexpr``). It is launched as any kernel, ``function[grid](*pointers, *scalars, CONSTANT=...,
@@ -55,7 +64,7 @@ def kernel(function: Callable[..., None]) -> "Kernel":
     parameters = inspect.signature(function).parameters.values()
     arguments = [x.name for x in parameters if x.annotation is not tl.constexpr]
     scalars = [name for name in arguments if not name.endswith("_ptr")]
-    jitted = triton.jit(function, do_not_specialize=scalars)
+    jitted = jit(function, do_not_specialize=scalars)
     return Kernel(jitted, num_pointers=len(arguments) - len(scalars))
 
 

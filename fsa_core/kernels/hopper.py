@@ -1,0 +1,30 @@
+"""Kernels that are written for Hopper alone, in Gluon: where they can run, and what they have in common.
+
+Gluon is Triton's language below ``tl``: layouts, shared memory, barriers and which warps do what are the
+kernel's own business. A few warps gather rows into shared memory with asynchronous copies (cp.async), the
+others multiply what has arrived (wgmma), and neither waits for the other until a buffer is full or empty.
+Every such kernel has a twin in ``tl``, which is what runs on other GPUs and in Triton's interpreter.
+
+Modules that import Gluon are imported once ``runs_on`` has said that they can be.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+from triton import knobs
+
+# Those whose Gluon these kernels are written in; before 3.6 it was another language.
+KNOWN_VERSIONS = ("3.6", "3.7")
+CAPABILITY = (9, 0)
+
+
+def runs_on(device: torch.device) -> bool:
+    return device.type == "cuda" and _has_units(device) and not knobs.runtime.interpret
+
+
+@lru_cache
+def _has_units(device: torch.device) -> bool:
+    version = ".".join(triton.__version__.split(".")[:2])
+    is_nvidia = torch.version.hip is None
+    return version in KNOWN_VERSIONS and is_nvidia and torch.cuda.get_device_capability(device) == CAPABILITY

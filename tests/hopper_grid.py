@@ -22,9 +22,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
+from fsa_core.kernels import decode, hopper
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.compressed import (
     compressed_attention_forward,
@@ -58,6 +60,9 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     {"head_dim": 80, "value_dim": 16, "dtype": torch.float16, "block_size": 16, "group_size": 1},
     # Where v is narrower than k, ptxas was wrong.
     {"head_dim": 128, "value_dim": 32, "dtype": torch.bfloat16, "block_size": 64, "group_size": 4},
+    # What kernels for Hopper alone take.
+    {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "group_size": 16},
+    {"head_dim": 128, "value_dim": 64, "dtype": torch.float16, "block_size": 128, "group_size": 12},
 )
 WINDOWS: tuple[dict[str, Any], ...] = (
     {"head_dim": 128, "value_dim": 128, "dtype": torch.bfloat16, "config": NSAConfig(), "group_size": 4},
@@ -134,7 +139,7 @@ def _compile(
     kernel: JITFunction, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> Compiled:
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         signature=signature,
         constexprs={places[name]: value for name, value in constants.items()},
@@ -165,12 +170,12 @@ def _told(cubin: bytes) -> str:
 @contextmanager
 def caught() -> Iterator[Launches]:
     """What is launched inside is compiled instead."""
-    launches, run = Launches(), JITFunction.run
+    launches, run, runs_on = Launches(), JITFunction.run, hopper.runs_on
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run, hopper.runs_on = run, runs_on
 
 
 def compile_shape(
@@ -182,7 +187,9 @@ def compile_shape(
     """
     case = make_case(torch.device("cpu"), q_lens=(40, 5), num_kv_heads=2, **shape)
     with caught() as launches:
-        for path, limit_bytes in product(paths, limits_bytes):
+        # What is for every GPU, and what is for Hopper alone.
+        for path, limit_bytes, is_hopper in product(paths, limits_bytes, (False, True)):
+            hopper.runs_on = lambda _device, is_hopper=is_hopper: is_hopper
             answer = selected_attention_forward(case.problem, *case.tensors, path=path)
             given = (*answer, *case.output_gradients())
             options = {"path": path, "workspace_limit_bytes": limit_bytes}
@@ -204,6 +211,9 @@ def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
     over_windows, over_keys = (call.q, call.k_cmp, call.v_cmp), (call.q, call.k, call.v)
     key_sizes = window_sizes(checked, *over_keys)
     with caught() as launches:
+        hopper.runs_on = lambda _device: True
+        compressed_attention_forward(*sizes, *over_windows)
+        hopper.runs_on = lambda _device: False
         out, lse, shares = compressed_attention_forward(*sizes, *over_windows)
         row_shares(*sizes, call.q, call.k_cmp)
         select_blocks_forward(*sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget)
@@ -223,7 +233,10 @@ def compile_decode(shape: dict[str, Any]) -> Iterator[Compiled]:
     paged = make_paged(torch.device("cpu"), page_size=page_size, k_lens=(300, 40), **shape)
     *tensors, starts = paged.tensors.values()
     with caught() as launches:
-        paged_selected_attention_forward(paged.case.problem, *tensors, None)
+        # A program takes all splits of a row, or one.
+        for multiprocessors in (1, 1 << 30):
+            decode.multiprocessors = lambda _device, count=multiprocessors: count
+            paged_selected_attention_forward(paged.case.problem, *tensors, None)
         paged_selected_attention_forward(paged.case.problem, *tensors, starts)
     yield from launches.compiled.values()
 

@@ -6,12 +6,15 @@ whose windows are keys, those of the first steps as well. Tiles are cut from the
 answer is bitwise the same alone and in any company.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.launch import kernel
-from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
+from fsa_core.kernels import hopper
+from fsa_core.kernels.launch import kernel, multiprocessors
+from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
 from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.windows import (
     RowShares,
@@ -158,7 +161,7 @@ def _attend_windows(
             acc.to(out_ptr.dtype.element_ty),
             mask=row_mask[:, None] & value_mask[None, :],
         )
-        tl.store(lse_ptr + places, (row_max * scale + tl.log2(row_sum)) * LN_2, mask=row_mask)
+        tl.store(lse_ptr + places, natural_lse(row_max, row_sum, scale), mask=row_mask)
     if WITH_SHARES:
         # Head by head, as selection reads them: its tiles are tokens of one head.
         places = heads.to(tl.int64) * num_q_tokens + tokens
@@ -217,15 +220,45 @@ def _launch(
     *,
     with_values: bool,
 ) -> None:
-    p, tile = problem, _tile(problem, windows)
+    p = problem
     row_max, row_share = (lse, lse) if shares is None else (shares.max, shares.share)
-    num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
-    _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
+    arguments = (
         q, k_cmp, v_cmp, out, lse, row_max, row_share, *windows.starts,
         p.softmax_scale * LOG2_E.value, p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences),
-        **walk_constants(p, windows, tile), WITH_VALUES=with_values, WITH_SHARES=shares is not None,
-        num_warps=tile.num_warps,
     )  # fmt: skip
+    if (
+        with_values
+        and hopper.runs_on(q.device)
+        and _launch_on_hopper(p, windows, arguments, shares is not None)
+    ):
+        return
+    tile = _tile(p, windows)
+    num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
+    _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
+        *arguments, **walk_constants(p, windows, tile), WITH_VALUES=with_values,
+        WITH_SHARES=shares is not None, num_warps=tile.num_warps,
+    )  # fmt: skip
+
+
+def _launch_on_hopper(
+    problem: Problem, windows: Windows, arguments: tuple[Any, ...], with_shares: bool
+) -> bool:
+    """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
+    from fsa_core.kernels import hopper_windows
+    from fsa_core.kernels.hopper_tiles import ROWS
+
+    p = problem
+    if not hopper_windows.takes(p, windows):
+        return False
+    tokens = ROWS // p.group_size
+    num_tiles = p.num_q_tokens // tokens + p.num_sequences
+    programs = min(multiprocessors(arguments[0].device), num_tiles * p.num_kv_heads)
+    hopper_windows.attend_windows[(programs,)](
+        *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
+        GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
+        STRIDE=windows.stride, TOKENS=tokens, WITH_SHARES=with_shares, num_warps=4,
+    )  # fmt: skip
+    return True
 
 
 def _tile(problem: Problem, windows: Windows) -> Tile:

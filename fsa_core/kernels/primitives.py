@@ -23,6 +23,15 @@ def reciprocal(row_sum):
 
 
 @triton.jit
+def natural_lse(row_max, row_sum, scale):
+    """The natural log-sum-exp of a row whose maximum is not scaled; ``scale`` is in log2 units.
+
+    Multiplied and added in one rounding, which a compiler may else do in one kernel and not in its twin.
+    """
+    return tl.fma(row_max, scale, tl.log2(row_sum)) * LN_2
+
+
+@triton.jit
 def find_sequence(cu_seqlens_ptr, token, num_sequences, search_steps):
     """The sequence that holds packed ``token`` (a scalar or a tensor of token numbers).
 

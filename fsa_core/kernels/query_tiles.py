@@ -17,9 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.kernels.primitives import LN_2, LOG2_E, find_segment_sequence, finite, first_segment, reciprocal
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
+from fsa_core.kernels.primitives import (
+    LOG2_E,
+    find_segment_sequence,
+    finite,
+    first_segment,
+    natural_lse,
+    reciprocal,
+)
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import (
     FEW_LEFT,
@@ -52,13 +60,9 @@ class Agreement:
     leftover: torch.Tensor
 
 
-@lru_cache
 def mixed_programs(device: torch.device) -> int:
     """How many programs take the work items of what a chunk's tiles leave in turn."""
-    if device.type != "cuda":
-        return MIXED_PROGRAMS_PER_MULTIPROCESSOR
-    multiprocessors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+    return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 
 
 @triton.jit
@@ -360,7 +364,7 @@ def _attend(
         acc.to(out_ptr.dtype.element_ty),
         mask=row_mask[:, None] & value_mask[None, :],
     )
-    tl.store(lse_ptr + places, (row_max * scale + tl.log2(row_sum)) * LN_2, mask=row_mask)
+    tl.store(lse_ptr + places, natural_lse(row_max, row_sum, scale), mask=row_mask)
 
 
 def new_agreement(
@@ -452,11 +456,31 @@ def attend_shared(
     """
     p, steps = problem, search_steps(problem.num_sequences)
     first_tile, num_tiles = tiles_of(p, tile, group)
-    _attending(p, plan, tile)[num_tiles, group.num_heads](
+    arguments = (
         q, k, v, out, lse, agreement.blocks, agreement.masks, agreement.counts, cu_seqlens_q, cu_seqlens_k,
         p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
         first_tile, agreement.counts.shape[1], group.first_head,
     )  # fmt: skip
+    attend = _attending_on_hopper(p, plan, tile) if hopper.runs_on(q.device) else None
+    if attend is None:
+        _attending(p, plan, tile)[num_tiles, group.num_heads](*arguments)
+    else:
+        programs = min(multiprocessors(q.device), num_tiles * group.num_heads)
+        attend[(programs,)](*arguments, num_tiles, group.num_heads)
+
+
+@lru_cache(maxsize=1024)
+def _attending_on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel | None:
+    """The kernel for Hopper alone, if it takes the tile."""
+    from fsa_core.kernels import hopper_query_tiles
+    from fsa_core.kernels.hopper_tiles import exact_dims
+
+    if not hopper_query_tiles.takes(problem, tile):
+        return None
+    shared = exact_dims(attention_constants(problem, plan))
+    return hopper_query_tiles.attend.bind(
+        **shared, TOKENS=tile.tokens, MAX_SHARED=tile.max_shared, num_warps=4
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,235 @@
+"""Attention of query tiles over what they share, for Hopper: ``query_tiles._attend`` in Gluon."""
+
+from functools import partial
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from fsa_core.kernels import hopper_tiles
+from fsa_core.kernels.hopper_tiles import (
+    COPYING_REGISTERS,
+    COPYING_WARPS,
+    REGISTERS,
+    ROWS,
+    SIDE,
+    attend_steps,
+    copy_queries,
+    copy_steps,
+    new_shared,
+    share_of,
+    store_out,
+)
+from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.primitives import find_segment_sequence, first_segment, natural_lse
+from fsa_core.plan import QueryTile
+from fsa_core.problem import Problem
+
+
+@gluon.jit
+def _find_tile(
+    work,
+    lists,
+    where,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    MAX_SHARED: gl.constexpr,
+):
+    """Of tile number ``work``: its head, its first token and the end of those that are asked for; what turns
+    a packed token into a position, how many keys its sequence has, its first row of keys; where its list is,
+    how many steps of that are whole and how many there are; whether any token is asked for at all.
+    """
+    _blocks_ptr, _masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = lists
+    tokens, first_tile, num_asked, num_tiles, first_head = where
+    first_token, num_tokens, num_sequences, search_steps = tokens
+    PARTS: gl.constexpr = BLOCK_SIZE // SIDE
+    # A head's tiles come one after the other: its keys and values are then in the L2 cache.
+    group_head = work // num_asked
+    place = work % num_asked
+    tile = first_tile + place
+    sequence = find_segment_sequence(cu_seqlens_q_ptr, tile, num_sequences, search_steps, TOKENS)
+    tile_in_sequence = tile - first_segment(cu_seqlens_q_ptr, sequence, TOKENS)
+    first = gl.load(cu_seqlens_q_ptr + sequence) + tile_in_sequence * TOKENS
+    q_end = gl.load(cu_seqlens_q_ptr + sequence + 1)
+    k_start = gl.load(cu_seqlens_k_ptr + sequence)
+    k_length = gl.load(cu_seqlens_k_ptr + sequence + 1) - k_start
+    end = gl.minimum(q_end, first_token + num_tokens)
+    head = first_head + group_head
+    first_row = k_start.to(gl.int64) * NUM_KV_HEADS + head // TILE_HEADS_PER_KV_HEAD
+    list_place = place.to(gl.int64)
+    if INDEX_PER_HEAD:
+        list_place += group_head.to(gl.int64) * num_tiles
+    is_asked = (first < end) & (first + TOKENS > first_token)
+    num_whole = gl.load(counts_ptr + list_place * 2) * PARTS
+    num_steps = gl.load(counts_ptr + list_place * 2 + 1) * PARTS
+    entry = list_place * MAX_SHARED
+    return head, first, end, k_length - q_end, k_length, first_row, entry, num_whole, num_steps, is_asked
+
+
+@gluon.jit
+def _copy_tiles(
+    pointers,
+    lists,
+    where,
+    shared,
+    num_work,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    MAX_SHARED: gl.constexpr,
+):
+    q_ptr, k_ptr, v_ptr = pointers
+    n = 0
+    q_phase = 1
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = _find_tile(
+            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
+            MAX_SHARED,
+        )  # fmt: skip
+        if is_asked:
+            first_q_row = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
+            copy_queries(
+                q_ptr + first_q_row * HEAD_DIM, shared, end - first, q_phase, NUM_Q_HEADS, HEADS_PER_PAIR,
+                TOKENS, HEAD_DIM,
+            )  # fmt: skip
+            q_phase ^= 1
+            copy_steps(
+                k_ptr + first_row * HEAD_DIM, v_ptr + first_row * VALUE_DIM, lists[0] + entry, shared, n,
+                num_steps, k_length, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
+            )  # fmt: skip
+            n += num_steps
+
+
+@gluon.jit
+def _attend_tiles(
+    answers,
+    lists,
+    where,
+    shared,
+    num_work,
+    scale,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TOKENS: gl.constexpr,
+    MAX_SHARED: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """Half of the rows of each tile: out, and lse in natural units."""
+    out_ptr, lse_ptr = answers
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    tile_rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
+    tile_token = tile_rows // HEADS_PER_PAIR
+    tile_bit = tile_token.to(gl.int64)
+    places = tile_token * NUM_Q_HEADS + tile_rows % HEADS_PER_PAIR
+    first_token = where[0][0]
+    n = 0
+    q_phase = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = _find_tile(
+            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
+            MAX_SHARED,
+        )  # fmt: skip
+        if is_asked:
+            if CAUSAL:
+                last_key = gl.minimum(first + tile_token + q_shift, k_length - 1)
+            else:
+                last_key = tile_token * 0 + k_length - 1
+            mbarrier.wait(shared[3], q_phase)
+            q_phase ^= 1
+            row_max, row_sum, acc = attend_steps(
+                lists[0] + entry, lists[1] + entry, shared, n, num_steps, num_whole, last_key, tile_bit,
+                scale, VALUE_DIM, BLOCK_SIZE, HALF,
+            )  # fmt: skip
+            n += num_steps
+            first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
+            # A tile at the border of a group of tokens is attended by both groups; each writes its own.
+            store_out(
+                out_ptr + first_place * VALUE_DIM, shared, acc, share_of(row_sum), first_token - first,
+                end - first, NUM_Q_HEADS, HEADS_PER_PAIR, TOKENS, VALUE_DIM, HALF,
+            )  # fmt: skip
+            asked = (tile_token < TOKENS) & (tile_token >= first_token - first) & (tile_token < end - first)
+            lse = natural_lse(row_max, row_sum, scale)
+            gl.store(lse_ptr + first_place + places, lse, mask=asked)
+
+
+@partial(kernel, jit=gluon.jit)
+def attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    blocks_ptr,
+    masks_ptr,
+    counts_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    num_sequences,
+    search_steps,
+    first_tile,
+    num_tiles,
+    first_head,
+    num_asked,
+    num_heads,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    TOKENS: gl.constexpr,
+    MAX_SHARED: gl.constexpr,
+):
+    """Arguments as of ``_attend``, and how many tiles to take under how many heads."""
+    shared = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
+    pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr)
+    lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
+    tokens = (first_token, num_tokens, num_sequences, search_steps)
+    where = (tokens, first_tile, num_asked, num_tiles, first_head)
+    num_work = num_asked * num_heads
+    gl.warp_specialize(
+        [
+            (_attend_tiles, (
+                answers, lists, where, shared, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
+                TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED,
+                gl.constexpr(0),
+            )),
+            (_attend_tiles, (
+                answers, lists, where, shared, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
+                TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED,
+                gl.constexpr(1),
+            )),
+            (_copy_tiles, (
+                pointers, lists, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
+                TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, TOKENS, MAX_SHARED,
+            )),
+        ],
+        [4, COPYING_WARPS],
+        [REGISTERS, COPYING_REGISTERS],
+    )  # fmt: skip
+
+
+def takes(problem: Problem, tile: QueryTile) -> bool:
+    """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
+    return hopper_tiles.takes(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)

@@ -1,0 +1,276 @@
+"""What kernels that attend by query tiles have in common on Hopper, in Gluon.
+
+A program is three groups of four warps and takes every so many-th tile of 128 rows. One group copies: the
+rows of q, then the keys and values that the tile walks, SIDE keys a step, as many steps ahead as shared
+memory has room for, also while the tile before is still being attended. Two attend, 64 rows each. While they
+multiply a step's scores they still multiply the values of the step before (FlashAttention-3, arXiv
+2407.08608), so that the softmax is computed beside products.
+
+A tile's rows see their steps in order, whatever else there is: the bits are those of the tile alone, and
+those of the twins in ``tl``, which add in the same order.
+"""
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fsa_core.problem import Problem
+
+DIMS = (64, 128)
+# Rows of an attending group, and keys of a step.
+SIDE = gl.constexpr(64)
+ROWS = 2 * SIDE.value
+COPYING_WARPS = gl.constexpr(4)
+# Of an attending and of a copying thread; those of the first attending group are what is left of 504.
+REGISTERS, COPYING_REGISTERS = gl.constexpr(216), gl.constexpr(72)
+STAGES = gl.constexpr(4)
+
+
+def takes(problem: Problem) -> bool:
+    """Whether heads are as wide as these kernels multiply; where out is written from, q was."""
+    p = problem
+    is_wide = p.head_dim in DIMS and p.value_dim in DIMS and p.value_dim <= p.head_dim
+    return is_wide and p.dtype.itemsize == 2
+
+
+def exact_dims(constants: dict[str, Any]) -> dict[str, Any]:
+    """Constants of a twin without those of dims that are padded: here none is."""
+    return {name: value for name, value in constants.items() if not name.endswith("_PADDED")}
+
+
+@gluon.jit
+def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr):
+    """Room for q and for steps of keys and values; what says that they are there, and that they are read."""
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], k_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], v_layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=32 * COPYING_WARPS)
+    mbarrier.init(q_free, count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS)
+        mbarrier.init(free.index(stage), count=2)
+    return q_tiles, k_tiles, v_tiles, q_ready, q_free, ready, free
+
+
+@gluon.jit
+def _copy(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
+    """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros."""
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    offsets = row_offsets[:, None] + dims[None, :]
+    async_copy.async_copy_global_to_shared(tile, x_ptr + offsets, row_mask[:, None])
+
+
+@gluon.jit
+def copy_queries(
+    q_ptr,
+    shared,
+    num_tokens,
+    q_phase,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):
+    """Begins to copy HEADS heads of up to TOKENS tokens, those that ``num_tokens`` says there are."""
+    q_tiles, _k, _v, q_ready, q_free, _ready, _free = shared
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
+    mbarrier.wait(q_free, q_phase)
+    for half in gl.static_range(2):
+        rows = half * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
+        token = rows // HEADS
+        places = (token * NUM_Q_HEADS + rows % HEADS) * HEAD_DIM
+        _copy(q_ptr, q_tiles.index(half), places, (token < TOKENS) & (token < num_tokens), HEAD_DIM, layout)
+    # Every thread arrives when its own copies have.
+    async_copy.mbarrier_arrive(q_ready, increment_count=False)
+
+
+@gluon.jit
+def copy_steps(
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    shared,
+    n,
+    num_steps,
+    num_keys,
+    NUM_KV_HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+):
+    """Begins to copy a tile's steps in turn, as soon as there is room; ``n`` were before them.
+
+    A step is a part of the block that ``blocks_ptr`` lists. BLOCK_SIZE 0: of all keys, one after another.
+    """
+    _q, k_tiles, v_tiles, _q_ready, _q_free, ready, free = shared
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
+    PARTS: gl.constexpr = BLOCK_SIZE // SIDE
+    keys = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
+    block = 0
+    if BLOCK_SIZE:
+        block = gl.load(blocks_ptr, mask=num_steps > 0, other=0)
+    for step in range(num_steps):
+        stage = (n + step) % STAGES
+        first_key = step * SIDE
+        if BLOCK_SIZE:
+            first_key = block * BLOCK_SIZE + step % PARTS * SIDE
+            # On its way while this one's keys are.
+            block = gl.load(blocks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
+        exists = keys < num_keys - first_key
+        first_row = first_key.to(gl.int64) * NUM_KV_HEADS
+        mbarrier.wait(free.index(stage), (((n + step) // STAGES) & 1) ^ 1)
+        k_rows, v_rows = keys * (NUM_KV_HEADS * HEAD_DIM), keys * (NUM_KV_HEADS * VALUE_DIM)
+        _copy(k_ptr + first_row * HEAD_DIM, k_tiles.index(stage), k_rows, exists, HEAD_DIM, layout)
+        _copy(v_ptr + first_row * VALUE_DIM, v_tiles.index(stage), v_rows, exists, VALUE_DIM, layout)
+        async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _weigh(scores, row_max, row_sum, chose, scale, SELECTS: gl.constexpr):
+    """Online softmax over a step: the new maximum and sum, its weights, and what older sums shrink by."""
+    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    if SELECTS:
+        new_max = gl.where(chose, new_max, row_max)
+    finite = gl.where(new_max == float("-inf"), 0.0, new_max)
+    shift = finite * scale
+    if SELECTS:
+        # A row that did not choose the block subtracts infinity: its weights are 0.
+        weights = gl.exp2(scores * scale - gl.where(chose, shift, float("inf"))[:, None])
+        shrink = gl.exp2((row_max - finite) * scale)
+    else:
+        weights = gl.exp2(scores * scale - shift[:, None])
+        shrink = gl.exp2(row_max * scale - shift)
+    return new_max, row_sum * shrink + gl.sum(weights, 1), weights, shrink
+
+
+@gluon.jit
+def _first_key(blocks_ptr, step, BLOCK_SIZE: gl.constexpr, PARTS: gl.constexpr):
+    if BLOCK_SIZE:
+        return gl.load(blocks_ptr + step // PARTS) * BLOCK_SIZE + step % PARTS * SIDE
+    else:
+        return step * SIDE
+
+
+@gluon.jit
+def attend_steps(
+    blocks_ptr,
+    masks_ptr,
+    shared,
+    n,
+    num_steps,
+    num_whole,
+    last_key,
+    tile_bit,
+    scale,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """Half of a tile's rows, from row HALF * SIDE on, over its steps: their maximum, sum and weighted values.
+
+    ``last_key`` is the last that a row sees: of steps from ``num_whole`` on some rows do not see all keys.
+    Where steps are of listed blocks, bit ``tile_bit`` of a block's mask says whether a row chose it.
+    """
+    q_tiles, k_tiles, v_tiles, _q_ready, _q_free, ready, free = shared
+    dtype: gl.constexpr = q_tiles.dtype
+    row_layout: gl.constexpr = last_key.type.layout
+    scores_layout: gl.constexpr = row_layout.parent
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    PARTS: gl.constexpr = BLOCK_SIZE // SIDE
+    SELECTS: gl.constexpr = BLOCK_SIZE > 0
+    zeros = gl.zeros([SIDE, SIDE], gl.float32, scores_layout)
+    key = gl.arange(0, SIDE, gl.SliceLayout(0, scores_layout))
+    row_max = gl.full([SIDE], float("-inf"), gl.float32, row_layout)
+    row_sum = gl.zeros([SIDE], gl.float32, row_layout)
+    acc = gl.zeros([SIDE, VALUE_DIM], gl.float32, out_layout)
+    q = q_tiles.index(HALF)
+    if num_steps > 0:
+        stage = n % STAGES
+        mask = gl.full([], 0, gl.int64)
+        chose = last_key >= 0
+        if SELECTS:
+            chose = ((gl.load(masks_ptr) >> tile_bit) & 1) != 0
+            mask = gl.load(masks_ptr + 1 // PARTS, mask=num_steps > 1, other=0)
+        mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+        fence_async_shared()
+        scores = warpgroup_mma(q, k_tiles.index(stage).permute([1, 0]), zeros, use_acc=False)
+        if num_whole <= 0:
+            keys = _first_key(blocks_ptr, 0, BLOCK_SIZE, PARTS) + key
+            scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+        row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
+        left = gl.convert_layout(weights.to(dtype), weights_layout)
+        for step in range(1, num_steps):
+            if SELECTS:
+                chose = ((mask >> tile_bit) & 1) != 0
+                mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
+            last_stage, stage = stage, (n + step) % STAGES
+            mbarrier.wait(ready.index(stage), ((n + step) // STAGES) & 1)
+            fence_async_shared()
+            k = k_tiles.index(stage).permute([1, 0])
+            scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+            acc = warpgroup_mma(left, v_tiles.index(last_stage), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            if step >= num_whole:
+                keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
+                scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+            row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index(last_stage), count=1)
+            left = gl.convert_layout(weights.to(dtype), weights_layout)
+            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+        acc = warpgroup_mma(left, v_tiles.index(stage), acc)
+        mbarrier.arrive(free.index(stage), count=1)
+    return row_max, row_sum, acc
+
+
+@gluon.jit
+def share_of(row_sum):
+    """What to multiply a row's weighted values by; 1 where it has no weights."""
+    return 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum)
+
+
+@gluon.jit
+def store_out(
+    out_ptr,
+    shared,
+    acc,
+    share,
+    first_asked,
+    end_asked,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """Writes half of a tile's rows, of its tokens from ``first_asked`` to ``end_asked``, and frees q."""
+    q_tiles, _k, _v, _q_ready, q_free, _ready, _free = shared
+    dtype: gl.constexpr = q_tiles.dtype
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    # By way of shared memory, where q was, so that a thread writes 16 bytes.
+    tile = q_tiles.index(HALF)._reinterpret(dtype, [SIDE, VALUE_DIM], out_layout)
+    tile.store((acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]).to(dtype))
+    out = tile.load(layout)
+    mbarrier.arrive(q_free, count=1)
+    rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, layout))
+    token = rows // HEADS
+    places = (token * NUM_Q_HEADS + rows % HEADS) * VALUE_DIM
+    asked = (token < TOKENS) & (token >= first_asked) & (token < end_asked)
+    gl.store(out_ptr + (places[:, None] + dims[None, :]), out, mask=asked[:, None])

@@ -1,0 +1,215 @@
+"""Attention over compressed keys for Hopper: what ``compressed._attend_windows`` computes, in Gluon."""
+
+from functools import partial
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from fsa_core.kernels import hopper_tiles
+from fsa_core.kernels.hopper_tiles import (
+    COPYING_REGISTERS,
+    COPYING_WARPS,
+    REGISTERS,
+    ROWS,
+    SIDE,
+    attend_steps,
+    copy_queries,
+    copy_steps,
+    new_shared,
+    share_of,
+    store_out,
+)
+from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.primitives import natural_lse
+from fsa_core.kernels.query_tiles import tile_tokens
+from fsa_core.kernels.windows import Windows, visible_windows
+from fsa_core.problem import Problem
+
+
+@gluon.jit
+def _find_tile(
+    work,
+    starts,
+    where,
+    NUM_KV_HEADS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Of tile number ``work``: its KV head, its first token and the end of its sequence's, what turns a token
+    into a position; its sequence's first row of windows and how many there are; how many steps every token of
+    it sees whole, and how many any sees; whether there is such a tile.
+    """
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr = starts
+    num_tiles, num_sequences, search_steps = where
+    # The last tiles see most: begun last, they would be what all others wait for.
+    tile = num_tiles - 1 - work // NUM_KV_HEADS
+    kv_head = work % NUM_KV_HEADS
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    k_length = gl.load(cu_seqlens_k_ptr + sequence + 1) - gl.load(cu_seqlens_k_ptr + sequence)
+    q_shift = k_length - q_end
+    first_row = gl.load(cu_seqlens_cmp_ptr + sequence).to(gl.int64) * NUM_KV_HEADS + kv_head
+    num_windows = visible_windows(k_length - 1, KERNEL_SIZE, STRIDE)
+    last = gl.minimum(first + TOKENS, q_end) - 1
+    num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // SIDE
+    num_steps = (visible_windows(last + q_shift, KERNEL_SIZE, STRIDE) + SIDE - 1) // SIDE
+    return kv_head, first, q_end, q_shift, first_row, num_windows, num_whole, num_steps, first < q_end
+
+
+@gluon.jit
+def _copy_tiles(
+    pointers,
+    starts,
+    where,
+    shared,
+    num_work,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    q_ptr, k_ptr, v_ptr = pointers
+    n = 0
+    q_phase = 1
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        kv_head, first, q_end, _shift, first_row, num_windows, _whole, num_steps, exists = _find_tile(
+            work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+        )
+        if exists:
+            first_q_row = first.to(gl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
+            copy_queries(
+                q_ptr + first_q_row * HEAD_DIM, shared, q_end - first, q_phase, NUM_Q_HEADS, GROUP_SIZE,
+                TOKENS, HEAD_DIM,
+            )  # fmt: skip
+            q_phase ^= 1
+            # They lie one after another: there is no list.
+            copy_steps(
+                k_ptr + first_row * HEAD_DIM, v_ptr + first_row * VALUE_DIM, starts[0], shared, n, num_steps,
+                num_windows, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, 0,
+            )  # fmt: skip
+            n += num_steps
+
+
+@gluon.jit
+def _attend_tiles(
+    answers,
+    starts,
+    where,
+    shared,
+    num_work,
+    num_q_tokens,
+    scale,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    WITH_SHARES: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """Half of the rows of each tile: out, lse in natural units and, WITH_SHARES, what selection needs."""
+    out_ptr, lse_ptr, row_max_ptr, row_share_ptr = answers
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    tile_rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
+    tile_token = tile_rows // GROUP_SIZE
+    group_head = tile_rows % GROUP_SIZE
+    n = 0
+    q_phase = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        kv_head, first, q_end, q_shift, _row, _windows, num_whole, num_steps, exists = _find_tile(
+            work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+        )
+        if exists:
+            last_window = visible_windows(first + tile_token + q_shift, KERNEL_SIZE, STRIDE) - 1
+            mbarrier.wait(shared[3], q_phase)
+            q_phase ^= 1
+            row_max, row_sum, acc = attend_steps(
+                starts[0], starts[0], shared, n, num_steps, num_whole, last_window, tile_token, scale,
+                VALUE_DIM, 0, HALF,
+            )  # fmt: skip
+            n += num_steps
+            share = share_of(row_sum)
+            first_place = first.to(gl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
+            store_out(
+                out_ptr + first_place * VALUE_DIM, shared, acc, share, 0, q_end - first, NUM_Q_HEADS,
+                GROUP_SIZE, TOKENS, VALUE_DIM, HALF,
+            )  # fmt: skip
+            row_mask = (tile_token < TOKENS) & (first + tile_token < q_end)
+            lse = natural_lse(row_max, row_sum, scale)
+            gl.store(lse_ptr + first_place + tile_token * NUM_Q_HEADS + group_head, lse, mask=row_mask)
+            if WITH_SHARES:
+                # Head by head, as selection reads them: its tiles are tokens of one head.
+                places = (kv_head * GROUP_SIZE + group_head).to(gl.int64) * num_q_tokens + first + tile_token
+                finite = gl.where(row_max == float("-inf"), 0.0, row_max)
+                gl.store(row_max_ptr + places, finite * scale, mask=row_mask)
+                gl.store(row_share_ptr + places, share, mask=row_mask)
+
+
+@partial(kernel, jit=gluon.jit)
+def attend_windows(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    row_max_ptr,
+    row_share_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    cu_seqlens_cmp_ptr,
+    scale,
+    num_q_tokens,
+    num_sequences,
+    search_steps,
+    num_tiles,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    WITH_SHARES: gl.constexpr,
+):
+    """Arguments as of ``_attend_windows``, and how many tiles to take under every KV head."""
+    shared = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
+    pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr, row_max_ptr, row_share_ptr)
+    starts = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr)
+    where = (num_tiles, num_sequences, search_steps)
+    num_work = num_tiles * NUM_KV_HEADS
+    gl.warp_specialize(
+        [
+            (_attend_tiles, (
+                answers, starts, where, shared, num_work, num_q_tokens, scale, NUM_Q_HEADS, NUM_KV_HEADS,
+                GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES, gl.constexpr(0),
+            )),
+            (_attend_tiles, (
+                answers, starts, where, shared, num_work, num_q_tokens, scale, NUM_Q_HEADS, NUM_KV_HEADS,
+                GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES, gl.constexpr(1),
+            )),
+            (_copy_tiles, (
+                pointers, starts, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM,
+                VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS,
+            )),
+        ],
+        [4, COPYING_WARPS],
+        [REGISTERS, COPYING_REGISTERS],
+    )  # fmt: skip
+
+
+def takes(problem: Problem, windows: Windows) -> bool:
+    """Whether the heads are of a width that is multiplied, in one tile, and there is enough for full tiles.
+
+    A sliding window is short: fewer rows see fewer keys in vain.
+    """
+    p = problem
+    has_many = p.num_q_tokens * p.group_size > ROWS * p.num_sequences
+    return hopper_tiles.takes(p) and not windows.reach and p.group_size <= ROWS and has_many

@@ -22,6 +22,8 @@ DRAWN_KINDS: tuple[Kind, ...] = ("random", "real")
 TARGET_TOKENS = (8192, 32768, 65536)
 TARGET_GROUP_SIZES = (1, 2, 4, 8, 16)
 OPERATOR_GROUP_SIZES = (1, 4, 16)
+# Layers of a model that decodes, whose steps are one CUDA graph: a layer alone would be timed with its start.
+DECODED_LAYERS = 16
 # Where dense attention stops being faster is looked for between these.
 BREAK_EVEN_TOKENS = (2048, 4096, 8192, 12288, 16384, 32768, 65536)
 # Beyond these the peers' memory grows past a GPU's, and dense attention takes seconds.
@@ -55,6 +57,11 @@ class Case:
             return f"{self.stage}-n{self.num_tokens}-g{self.group_size}-{self.layout}"
         clock = "host-" if self.clock == "host" else ""
         return f"{clock}{self.stage}-{self.kind}-n{self.num_tokens}-g{self.group_size}-{self.layout}"
+
+    @property
+    def calls(self) -> int:
+        """That a run makes; what is reported is the time of one."""
+        return DECODED_LAYERS if self.part == "decode" else 1
 
     @property
     def layout(self) -> str:

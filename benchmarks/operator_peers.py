@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import Case, Stage
 from benchmarks.contenders import Answer, Run
 from benchmarks.inputs import Inputs
-from benchmarks.operator_contenders import Attend, Stages, StagesOf, pages_of, replayed
+from benchmarks.operator_contenders import Attend, Stages, StagesOf, layer_by_layer, pages_of
 from fsa_core.nsa.config import NSAConfig
 
 
@@ -79,12 +79,12 @@ def _sfnsa_decoding(case: Case, x: Inputs, stage: Stage) -> Run:
     table = pages_of(case, x)
     lengths = torch.full((case.batch,), case.num_tokens, dtype=torch.int32, device=x.q.device)
 
-    def run() -> Answer:
-        caches = (k_cache, v_cache, x.block_indices, table, lengths)
+    def attend(ids: torch.Tensor) -> torch.Tensor:
+        caches = (k_cache, v_cache, ids, table, lengths)
         sizes = {"block_size": case.block_size, "top_n": case.num_slots, "sm_scale": x.softmax_scale}
-        return slc_attn_decode(x.q, *caches, **sizes)[0], table
+        return slc_attn_decode(x.q, *caches, **sizes)[0]
 
-    return replayed(run, x)
+    return layer_by_layer(attend, case, x)
 
 
 STAGES_OF_PEERS: dict[str, StagesOf] = {"fsa": _fsa, "nsa": _nsa, "sfnsa": _sfnsa}

@@ -104,9 +104,9 @@ def measure(
     timer = enqueue_timer if case.clock == "host" else timer_for(device)
     for name, times in take_turns(runs, timer, seconds_each).items():
         measured[name] = Measured(
-            median_seconds=times.median_seconds,
-            p20_seconds=times.p20_seconds,
-            p80_seconds=times.p80_seconds,
+            median_seconds=times.median_seconds / case.calls,
+            p20_seconds=times.p20_seconds / case.calls,
+            p80_seconds=times.p80_seconds / case.calls,
             runs=times.runs,
             extra_bytes=memory[name],
             worst_error=measured[name].worst_error,

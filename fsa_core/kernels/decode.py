@@ -1,13 +1,15 @@
-"""Selected attention over a paged cache: a token's slots are split over programs, and their answers merged.
+"""Selected attention over a paged cache: a token's slots are cut into splits, whose answers are merged.
 
-What a step costs is reading the chosen blocks, once. Two launches, no host synchronisation:
+What a step costs is reading the chosen blocks, once. No host synchronisation:
 
-1. a program takes some slots of a token under a KV head, with the query heads of the group as rows, looks up
-   all their pages at once, and walks the blocks with an online softmax while the next ones are on their way;
+1. a program takes slots of a token under a KV head, with the query heads of the group as rows, looks up all
+   their pages at once, and walks the blocks with an online softmax while the next ones are on their way;
 2. a token's splits are added in order by their log-sum-exp, without atomics.
 
-How slots are split follows from the sizes of a row alone, so that an answer is bitwise the same alone and in
-any company, and, up to MAX_SPLITS, with unused slots behind it.
+Where there are few tokens a program takes one split, and merging is a launch of its own. Where there are
+enough to keep the GPU busy a program takes all splits of a row, one after the other, and merges them itself.
+How slots are split follows from the sizes of a row alone and splits are merged alike in both, so that an
+answer is bitwise the same alone and in any company, and, up to MAX_SPLITS, with unused slots behind it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.launch import BoundKernel, kernel
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import padded_dim, power_of_two
@@ -88,11 +90,46 @@ def _sequence_of(cu_seqlens_q_ptr, token, num_sequences):
     return tl.minimum(sequence, num_sequences - 1)
 
 
+@triton.jit
+def _merged(
+    split_out_ptr,
+    split_lse_ptr,
+    rows,
+    row_mask,
+    places,
+    mask,
+    split_rows,
+    VALUE_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Rows of all splits, added one after another, all in natural units: the answer's rows and their lse.
+
+    split_out [splits, split_rows, VALUE_DIM], of which ``places`` are the rows' numbers, and split_lse alike.
+    A row of one used split comes out as it went in, so that unused slots change no bit.
+    """
+    row_max = tl.full(rows.shape, float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
+        row_max = tl.maximum(row_max, lse)
+    shift = finite(row_max)
+    row_sum = tl.zeros(rows.shape, tl.float32)
+    acc = tl.zeros(places.shape, tl.float32)
+    # Unrolled: no load waits for another.
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
+        weight = tl.exp(lse - shift)
+        row_sum += weight
+        acc += weight[:, None] * tl.load(split_out_ptr + split * split_rows * VALUE_DIM + places, mask=mask)
+    return acc * reciprocal(row_sum)[:, None], row_max + tl.log(row_sum)
+
+
 @kernel
 def _attend_slots(
     q_ptr,
     k_ptr,
     v_ptr,
+    split_out_ptr,
+    split_lse_ptr,
     out_ptr,
     lse_ptr,
     page_table_ptr,
@@ -127,11 +164,14 @@ def _attend_slots(
     V_HEAD: tl.constexpr,
     V_DIM: tl.constexpr,
     SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALL_SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One split of a token: out [splits, tokens, q heads, dim], normalised, and lse, natural.
+    """SPLITS splits of SLOTS slots of a token: split_out [splits, tokens, q heads, dim], normalised, and
+    split_lse, natural. If they are several, they are all of the row's: their merge is in out and lse.
 
     Ids and pages that name nothing the token may see select nothing, so that no index can reach memory it
     should not.
@@ -139,7 +179,7 @@ def _attend_slots(
     token = tl.program_id(0)
     head = tl.program_id(1) // PARTS
     first_slot = tl.program_id(2) * SLOTS
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, ALL_SLOTS)
     index_row = tl.cast(token, tl.int64)
     if INDEX_PER_HEAD:
         index_row += head.to(tl.int64) * tl.num_programs(0)
@@ -181,11 +221,16 @@ def _attend_slots(
     kv_head = (head // TILE_HEADS_PER_KV_HEAD).to(tl.int64)
     k_ptr += kv_head * K_HEAD
     v_ptr += kv_head * V_HEAD
+    split_rows = tl.num_programs(0).to(tl.int64) * NUM_Q_HEADS
+    places += tl.program_id(2) * split_rows
+    numbers = places[:, None] * VALUE_DIM + value_dims[None, :]
+    mask = row_mask[:, None] & value_mask[None, :]
     steps: tl.constexpr = BLOCK_SIZE // KEYS
+    num_steps = num_used * steps
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
-    for step in tl.range(0, num_used * steps, num_stages=STAGES):
+    for step in tl.range(0, num_steps, num_stages=STAGES):
         here = slot == step // steps
         first_key = tl.sum(tl.where(here, first_keys, 0), 0) + step % steps * KEYS
         of_page = tl.sum(tl.where(here, page, 0), 0).to(tl.int64)
@@ -204,11 +249,33 @@ def _attend_slots(
         v = tl.load(v_ptrs, mask=seen[:, None] & value_mask[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
         row_max = new_max
-    acc *= reciprocal(row_sum)[:, None]
-    places += tl.program_id(2).to(tl.int64) * tl.num_programs(0) * NUM_Q_HEADS
-    out_ptrs = out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :])
-    tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
+        if SPLITS > 1:
+            # The split's last step: the next one begins anew.
+            split = step // (SLOTS * steps)
+            is_last = ((step + 1) % (SLOTS * steps) == 0) | (step + 1 == num_steps)
+            split_out = acc * reciprocal(row_sum)[:, None]
+            tl.store(split_out_ptr + split * split_rows * VALUE_DIM + numbers, split_out, mask=mask & is_last)
+            lse = (row_max + tl.log2(row_sum)) * LN_2
+            tl.store(split_lse_ptr + split * split_rows + places, lse, mask=row_mask & is_last)
+            row_max = tl.where(is_last, float("-inf"), row_max)
+            row_sum = tl.where(is_last, 0.0, row_sum)
+            acc = tl.where(is_last, 0.0, acc)
+    if SPLITS > 1:
+        # Splits without a used slot behind the last that has one.
+        for split in range(tl.cdiv(num_used, SLOTS), SPLITS):
+            tl.store(split_out_ptr + split * split_rows * VALUE_DIM + numbers, acc, mask=mask)
+            tl.store(split_lse_ptr + split * split_rows + places, row_max, mask=row_mask)
+        # Other threads of the program wrote what this one reads.
+        tl.debug_barrier()
+        acc, lse = _merged(
+            split_out_ptr, split_lse_ptr, places, row_mask, numbers, mask, split_rows, VALUE_DIM, SPLITS
+        )
+        tl.store(out_ptr + numbers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(lse_ptr + places, lse, mask=row_mask)
+    else:
+        acc *= reciprocal(row_sum)[:, None]
+        tl.store(split_out_ptr + numbers, acc.to(split_out_ptr.dtype.element_ty), mask=mask)
+        tl.store(split_lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
 
 
 @kernel
@@ -223,32 +290,18 @@ def _merge_splits(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds the splits of ROWS (token, query head) rows, one after another; all in natural units.
-
-    A row of one used split comes out as it went in, so that unused slots change no bit.
-    """
+    """Merges the splits of ROWS (token, query head) rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
     mask = row_mask[:, None] & (value_dims < VALUE_DIM)[None, :]
     places = rows[:, None] * VALUE_DIM + value_dims[None, :]
     split_rows = tl.cast(num_rows, tl.int64)
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
-        row_max = tl.maximum(row_max, lse)
-    shift = finite(row_max)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
-    # Unrolled: no load waits for another.
-    for split in tl.static_range(SPLITS):
-        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
-        weight = tl.exp(lse - shift)
-        row_sum += weight
-        acc += weight[:, None] * tl.load(split_out_ptr + split * split_rows * VALUE_DIM + places, mask=mask)
-    acc *= reciprocal(row_sum)[:, None]
+    acc, lse = _merged(
+        split_out_ptr, split_lse_ptr, rows, row_mask, places, mask, split_rows, VALUE_DIM, SPLITS
+    )
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + rows, row_max + tl.log(row_sum), mask=row_mask)
+    tl.store(lse_ptr + rows, lse, mask=row_mask)
 
 
 def paged_selected_attention_forward(
@@ -302,14 +355,16 @@ def _forward(
     if cut.num_splits > 1:
         split_out = memory.new_empty(cut.num_splits, *shape, dtype=torch.float32)
         split_lse = memory.new_empty(cut.num_splits, *shape[:2], dtype=torch.float32)
-    attend, merge = _kernels(p, cut, cache, one_token=not starts)
-    num_units = max(p.index_heads, p.num_kv_heads)
-    attend[p.num_q_tokens, num_units * cut.parts, cut.num_splits](
-        q, k_cache, v_cache, split_out, split_lse, page_table, block_indices, seq_lens,
+    num_rows = max(p.index_heads, p.num_kv_heads) * cut.parts
+    # A program a row keeps every multiprocessor busy, and reads without a pause.
+    at_once = cut.num_splits if p.num_q_tokens * num_rows >= multiprocessors(q.device) else 1
+    attend, merge = _kernels(p, cut, cache, at_once, one_token=not starts)
+    attend[p.num_q_tokens, num_rows, cut.num_splits // at_once](
+        q, k_cache, v_cache, split_out, split_lse, out, lse, page_table, block_indices, seq_lens,
         starts[0] if starts else seq_lens, p.softmax_scale * LOG2_E.value, p.num_sequences, p.num_slots,
         cache.num_pages, max_pages, page_table_stride,
     )  # fmt: skip
-    if cut.num_splits > 1:
+    if cut.num_splits > at_once:
         num_rows, rows = p.num_q_tokens * p.num_q_heads, _merged_rows(p)
         merge[(-(-num_rows // rows),)](split_out, split_lse, out, lse, num_rows)
 
@@ -319,7 +374,7 @@ _replayed = Replayed(_forward)
 
 @lru_cache(maxsize=1024)
 def _kernels(
-    problem: Problem, cut: Split, cache: _Cache, *, one_token: bool
+    problem: Problem, cut: Split, cache: _Cache, splits_at_once: int, *, one_token: bool
 ) -> tuple[BoundKernel, BoundKernel]:
     """Both kernels for a cache. Its strides are constants, which tells that rows begin at whole 16 bytes."""
     p, num_units = problem, max(problem.index_heads, problem.num_kv_heads)
@@ -332,7 +387,8 @@ def _kernels(
         NUM_Q_HEADS=p.num_q_heads, HEADS_PER_PAIR=p.heads_per_pair,
         TILE_HEADS_PER_KV_HEAD=num_units // p.num_kv_heads, HEADS=cut.heads, PARTS=cut.parts,
         HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
-        PAGE_SIZE=cache.page_size, SLOTS=cut.slots, ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES,
+        PAGE_SIZE=cache.page_size, SLOTS=cut.slots, SPLITS=splits_at_once,
+        ALL_SLOTS=power_of_two(cut.slots * splits_at_once), ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES,
         num_warps=cut.num_warps,
     )  # fmt: skip
     merge = _merge_splits.bind(**of_values, SPLITS=cut.num_splits, ROWS=_merged_rows(p), num_warps=1)

@@ -9,6 +9,7 @@ import torch
 from fsa_core.decode import paged_selected_attention
 from fsa_core.kernels import decode
 from fsa_core.kernels.decode import split
+from fsa_core.kernels.replay import Replayed
 from tests.fsa_core.conftest import PagedCase
 
 
@@ -29,6 +30,21 @@ def check(make_paged: Callable, assert_close_to_oracle: Callable) -> Callable[..
 def same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
+
+
+# A program takes all splits of a row where there is a row for every multiprocessor: always, or never.
+ALWAYS, NEVER = 1, 1 << 30
+
+
+@pytest.fixture(params=[ALWAYS, NEVER], ids=["all splits a program", "one split a program"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_rows(monkeypatch, request.param)
+
+
+def cut_rows(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
+    monkeypatch.setattr(decode, "multiprocessors", lambda _device: multiprocessors)
+    # Which way a known call went is remembered.
+    monkeypatch.setattr(decode, "_replayed", Replayed(decode._forward))
 
 
 # Groups of 96 are two programs of 48 heads.
@@ -64,6 +80,7 @@ def test_blocks_of_several_steps(check: Callable, dtype: torch.dtype, block_size
     check(k_lens=(2 * block_size + 70, 40), num_kv_heads=1, dtype=dtype, **sizes)
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("distribution", ["ragged", "empty_rows"])
 def test_several_tokens_a_sequence_and_rows_that_chose_little_or_nothing(
     check: Callable, dtype: torch.dtype, distribution: str
@@ -84,10 +101,12 @@ def test_indices_of_one_head_or_of_query_heads(check: Callable, dtype: torch.dty
     check(k_lens=(100, 7), group_size=3, index_heads=index_heads, dtype=dtype)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_large_logits_stay_finite_and_right(check: Callable, dtype: torch.dtype) -> None:
     check(k_lens=(300,), num_slots=18, q_scale=16.0, dtype=dtype)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_more_slots_than_the_splits_hold(make_paged: Callable, assert_close_to_oracle: Callable) -> None:
     paged = make_paged(k_lens=(700,), num_kv_heads=1, num_slots=600, dtype=torch.float16)
     cut = split(paged.case.problem)
@@ -97,6 +116,7 @@ def test_more_slots_than_the_splits_hold(make_paged: Callable, assert_close_to_o
 
 
 # One split, whose answer needs no merge; two, and the same with more behind.
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("num_slots", [4, 20])
 def test_unused_slots_at_the_end_change_no_bit(
     make_paged: Callable, dtype: torch.dtype, num_slots: int
@@ -134,6 +154,7 @@ def test_a_cache_is_read_where_it_lies(make_paged: Callable, dtype: torch.dtype)
     same(run(paged, k_cache=channels_apart[0], v_cache=channels_apart[1], page_table=wide_table), expected)
 
 
+@pytest.mark.usefixtures("each_way")
 def test_ids_and_pages_that_no_validation_has_seen_read_no_foreign_memory(
     make_paged: Callable, assert_close_to_oracle: Callable, dtype: torch.dtype
 ) -> None:

@@ -54,6 +54,19 @@ def expand_query_blocks(
     if query_block_size == 1:
         return block_indices
     num_q_tokens = int(cu_seqlens_q[-1]) if num_q_tokens is None else num_q_tokens
+    if block_indices.is_cuda and num_q_tokens > 0:
+        # Triton is imported when a kernel is first needed.
+        from fsa_core.kernels.row_expansion import expand_rows
+
+        return expand_rows(
+            block_indices,
+            query_block_size=query_block_size,
+            block_size=block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=causal,
+            num_q_tokens=num_q_tokens,
+        )
     placed = place_queries(cu_seqlens_q, cu_seqlens_k, num_q_tokens, causal=causal)
     starts = row_starts(cu_seqlens_q, query_block_size)[placed.sequence]
     token = torch.arange(num_q_tokens, device=block_indices.device)

@@ -36,6 +36,7 @@ from fsa_core.kernels.compressed import (
 from fsa_core.kernels.decode import paged_selected_attention_forward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.interval_gradients import interval_attention_backward
+from fsa_core.kernels.row_expansion import expand_rows
 from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.stages import kernel_sizes, window_sizes
@@ -195,6 +196,9 @@ def compile_shape(
             options = {"path": path, "workspace_limit_bytes": limit_bytes}
             selected_attention_backward(case.problem, *case.tensors, *given, **options)
         sharing = replace(case.problem, query_block_size=64)
+        starts = {"cu_seqlens_q": case.cu_seqlens_q, "cu_seqlens_k": case.cu_seqlens_k}
+        sizes = {"block_size": sharing.block_size, "causal": True, "num_q_tokens": sharing.num_q_tokens}
+        expand_rows(case.block_indices, query_block_size=64, **sizes, **starts)
         selected_attention_forward(sharing, *case.tensors, path=QUERY_TILE)
     yield from launches.compiled.values()
 
@@ -234,7 +238,7 @@ def compile_decode(shape: dict[str, Any]) -> Iterator[Compiled]:
     *tensors, starts = paged.tensors.values()
     with caught() as launches:
         # A program takes all splits of a row, or one.
-        for multiprocessors in (1, 1 << 30):
+        for multiprocessors in (0, 1 << 30):
             decode.multiprocessors = lambda _device, count=multiprocessors: count
             paged_selected_attention_forward(paged.case.problem, *tensors, None)
         paged_selected_attention_forward(paged.case.problem, *tensors, starts)

@@ -7,7 +7,16 @@ import sys
 import pytest
 
 KERNELS = {
-    "selected": ("_partial", "_merge", "_list_rows", "_attend", "_gradients", "_of_tiles", "_of_pairs"),
+    "selected": (
+        "_partial",
+        "_merge",
+        "_expand",
+        "_list_rows",
+        "_attend",
+        "_gradients",
+        "_of_tiles",
+        "_of_pairs",
+    ),
     "windows": ("_attend_windows", "_select", "_of_queries", "_of_keys"),
     "decode": ("_attend_slots", "_merge_splits"),
 }

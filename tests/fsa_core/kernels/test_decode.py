@@ -32,8 +32,8 @@ def same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> N
         assert torch.equal(x, y)
 
 
-# A program takes all splits of a row where there is a row for every multiprocessor: always, or never.
-ALWAYS, NEVER = 1, 1 << 30
+# A program takes all splits of a row where there are rows enough for the multiprocessors: always, or never.
+ALWAYS, NEVER = 0, 1 << 30
 
 
 @pytest.fixture(params=[ALWAYS, NEVER], ids=["all splits a program", "one split a program"])

@@ -109,14 +109,9 @@ def _gather(
 
 @gluon.jit
 def _add_tiles(
-    pairs_ptr,
+    item,
     tiles,
     block,
-    num_pairs,
-    first_key,
-    q_shift,
-    k_length,
-    scale,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     PAIRS: gl.constexpr,
@@ -126,6 +121,7 @@ def _add_tiles(
     FIRST: gl.constexpr,
 ):
     """Of tile FIRST and every second after: grad_k [SIDE, HEAD_DIM], not scaled, grad_v [SIDE, VALUE_DIM]."""
+    pairs_ptr, num_pairs, first_key, q_shift, k_length, scale = item
     k, v = block
     q_tiles, out_tiles, lse_tiles, delta_tiles, pair_tiles, ready, free = tiles
     dtype: gl.constexpr = k.dtype
@@ -173,15 +169,11 @@ def _add_tiles(
 
 
 @gluon.jit
-def _add_even_tiles(
-    pairs_ptr,
+def _add_half(
+    item,
     tiles,
     block,
-    num_pairs,
-    first_key,
-    q_shift,
-    k_length,
-    scale,
+    sums,
     done,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
@@ -189,43 +181,22 @@ def _add_even_tiles(
     SLOT_BITS: gl.constexpr,
     STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
+    FIRST: gl.constexpr,
 ):
+    """The gradients of the even tiles, or leaves those of the odd ones in ``sums``, which lie where the tiles
+    were, once the other group has read its last.
+    """
     grad_k, grad_v = _add_tiles(
-        pairs_ptr, tiles, block, num_pairs, first_key, q_shift, k_length, scale, HEAD_DIM, VALUE_DIM, PAIRS,
-        SLOT_BITS, STAGES, CAUSAL, 0,
-    )  # fmt: skip
-    mbarrier.arrive(done, count=1)
-    return grad_k, grad_v
-
-
-@gluon.jit
-def _add_odd_tiles(
-    pairs_ptr,
-    tiles,
-    block,
-    num_pairs,
-    first_key,
-    q_shift,
-    k_length,
-    scale,
-    done,
-    k_sum,
-    v_sum,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    PAIRS: gl.constexpr,
-    SLOT_BITS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-):
-    """Leaves its gradients where the tiles were, once the other group has read its last."""
-    grad_k, grad_v = _add_tiles(
-        pairs_ptr, tiles, block, num_pairs, first_key, q_shift, k_length, scale, HEAD_DIM, VALUE_DIM, PAIRS,
-        SLOT_BITS, STAGES, CAUSAL, 1,
-    )  # fmt: skip
-    mbarrier.wait(done, 0)
-    k_sum.store(grad_k)
-    v_sum.store(grad_v)
+        item, tiles, block, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL, FIRST
+    )
+    if FIRST == 0:
+        mbarrier.arrive(done, count=1)
+        return grad_k, grad_v
+    else:
+        mbarrier.wait(done, 0)
+        k_sum, v_sum = sums
+        k_sum.store(grad_k)
+        v_sum.store(grad_v)
 
 
 @gluon.jit
@@ -375,16 +346,16 @@ def gradients(
     k_sum = tiles[0]._reinterpret(gl.float32, [SIDE, HEAD_DIM], sum_layout)
     v_sum = tiles[1]._reinterpret(gl.float32, [SIDE, VALUE_DIM], sum_layout)
     pointers = (q_ptr, grad_out_ptr, lse_ptr, delta_ptr, pairs_ptr)
-    block = (k, v)
+    item_of_block = (pairs_ptr, num_pairs, first_key, q_shift, k_length, scale)
     grad_k, grad_v = gl.warp_specialize(
         [
-            (_add_even_tiles, (
-                pairs_ptr, tiles, block, num_pairs, first_key, q_shift, k_length, scale, done,
-                HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL,
+            (_add_half, (
+                item_of_block, tiles, (k, v), (k_sum, v_sum), done, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS,
+                STAGES, CAUSAL, gl.constexpr(0),
             )),
-            (_add_odd_tiles, (
-                pairs_ptr, tiles, block, num_pairs, first_key, q_shift, k_length, scale, done, k_sum, v_sum,
-                HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL,
+            (_add_half, (
+                item_of_block, tiles, (k, v), (k_sum, v_sum), done, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS,
+                STAGES, CAUSAL, gl.constexpr(1),
             )),
             (_gather, (
                 pointers, tiles, num_pairs, num_delta_heads, NUM_Q_HEADS, HEADS_PER_PAIR, HEAD_DIM, VALUE_DIM,

@@ -171,12 +171,14 @@ def _told(cubin: bytes) -> str:
 @contextmanager
 def caught() -> Iterator[Launches]:
     """What is launched inside is compiled instead."""
-    launches, run, runs_on = Launches(), JITFunction.run, hopper.runs_on
+    launches, run = Launches(), JITFunction.run
+    runs_on, multiprocessors = hopper.runs_on, decode.multiprocessors
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
         yield launches
     finally:
-        JITFunction.run, hopper.runs_on = run, runs_on
+        JITFunction.run = run
+        hopper.runs_on, decode.multiprocessors = runs_on, multiprocessors
 
 
 def compile_shape(
@@ -238,8 +240,8 @@ def compile_decode(shape: dict[str, Any]) -> Iterator[Compiled]:
     *tensors, starts = paged.tensors.values()
     with caught() as launches:
         # A program takes all splits of a row, or one.
-        for multiprocessors in (0, 1 << 30):
-            decode.multiprocessors = lambda _device, count=multiprocessors: count
+        for count in (0, 1 << 30):
+            decode.multiprocessors = lambda _device, count=count: count
             paged_selected_attention_forward(paged.case.problem, *tensors, None)
         paged_selected_attention_forward(paged.case.problem, *tensors, starts)
     yield from launches.compiled.values()

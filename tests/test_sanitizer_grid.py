@@ -33,7 +33,7 @@ def test_the_stages_of_the_operator_are_right(
 
 
 def test_a_wrong_answer_gives_a_bad_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def zeros(problem, q, k, v, *rest, **options):
         out = (q.sum() + k.sum() + v.sum()) * torch.zeros_like(v[:1, :1]).expand(
@@ -44,6 +44,6 @@ def test_a_wrong_answer_gives_a_bad_exit_code(
     monkeypatch.setattr(sanitizer_grid, "attend", zeros)
     monkeypatch.setattr(sanitizer_grid, "SHAPES", sanitizer_grid.SHAPES[:1])
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("random",))
-    monkeypatch.setattr(sys, "argv", ["sanitizer_grid", "--device", "cpu", "--only", "selected"])
+    monkeypatch.setattr(sys, "argv", ["sanitizer_grid", "--device", str(device), "--only", "selected"])
     assert sanitizer_grid.main() == 1
     assert "lse is -inf exactly where" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from fsa_core.plan import (
     partial_tile,
     plan_forward,
     power_of_two,
+    row_tile_tokens,
 )
 from fsa_core.problem import Problem
 
@@ -38,8 +39,8 @@ TILE_PAIRS = 1024
 ITEM_PAIRS = 1024
 LONG_ITEM_PAIRS = 4096
 LONGEST_ITEM_PAIRS = (4 * LONG_ITEM_PAIRS, 8 * LONG_ITEM_PAIRS)
-# Rows of a tile that adds to gradients of keys, of 16 bits.
-KEY_ROWS = 64
+# Rows of a tile that adds to gradients of keys, of 16 bits; of a query tile, unless a kernel takes more.
+KEY_ROWS, QUERY_ROWS = 64, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +98,13 @@ def plan_backward(
     limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
     path: str = KV_MAJOR,
     tuning: Tuning | None = None,
+    query_rows: int = QUERY_ROWS,
 ) -> BackwardPlan:
     """The largest chunks, ranges and groups that ``limit_bytes`` of workspace allows.
 
     At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit. ``path`` and
-    ``tuning`` are those of the forward pass, but for the sizes of tiles, which hold more here.
+    ``tuning`` are those of the forward pass, but for the sizes of tiles, which hold more here; query tiles of
+    16 bits have ``query_rows`` rows.
 
     Raises:
         ValueError: the path cannot take the problem (see ``plan.takes``).
@@ -126,7 +129,7 @@ def plan_backward(
             or _in_one_chunk(sizes, room, LONGEST_ITEM_PAIRS[1], with_queries=False)
             or _in_chunks(sizes, room)
         )
-        queries = _query_plan(p, room, path, tuning or default_tuning(p))
+        queries = _query_plan(p, room, path, _query_tuning(p, tuning or default_tuning(p), query_rows))
     at_once = max(keys.workspace_bytes, 0 if queries is None else queries.workspace_bytes)
     return BackwardPlan(
         delta_heads=delta_heads,
@@ -142,14 +145,14 @@ def plan_backward(
 def _query_plan(problem: Problem, room_bytes: int, path: str, tuning: Tuning) -> ForwardPlan:
     """That of a forward pass whose values are as wide as keys, and so its partials as shares of grad_q."""
     p, widest = problem, max(problem.head_dim, problem.value_dim)
-    of_shares, tuning = replace(p, value_dim=widest), _query_tuning(p, tuning)
+    of_shares = replace(p, value_dim=widest)
     # Beside many wide rows of q and grad_out, shared memory holds no more keys.
     most_keys = 32 if widest > 128 and p.heads_per_pair > 64 else 64
     tile = partial_tile(of_shares, tuning.partial, most_keys)
     return replace(plan_forward(of_shares, room_bytes, path, tuning), tile=tile)
 
 
-def _query_tuning(problem: Problem, tuning: Tuning) -> Tuning:
+def _query_tuning(problem: Problem, tuning: Tuning, query_rows: int) -> Tuning:
     """Tiles that hold q, grad_out and grad_q; which blocks they share is the forward pass's to say.
 
     Products of float32 in three parts take the registers and the shared memory of three; 4 warps as in
@@ -162,11 +165,15 @@ def _query_tuning(problem: Problem, tuning: Tuning) -> Tuning:
     sizes = {"rows": rows, "num_warps": 8 if is_wide and not is_float32 else 4}
     # Three programs share a multiprocessor instead of two.
     max_registers = MAX_REGISTERS if is_float32 or is_wide else 168
+    partial = replace(tuning.partial, **sizes, max_registers=max_registers)
     num_stages = 1 if is_float32 or problem.heads_per_pair > rows else 2
-    return Tuning(
-        replace(tuning.partial, **sizes, max_registers=max_registers),
-        replace(tuning.shared, **sizes, max_registers=MAX_REGISTERS, num_stages=num_stages),
-    )
+    shared = replace(tuning.shared, **sizes, max_registers=MAX_REGISTERS, num_stages=num_stages)
+    if not is_float32 and query_rows > rows:
+        larger = replace(shared, rows=query_rows, num_warps=8)
+        # What lies in one row of indices stays there.
+        if row_tile_tokens(problem, larger) or not row_tile_tokens(problem, shared):
+            shared = larger
+    return Tuning(partial, shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from fsa_core.backward_plan import BackwardPlan, KeyPlan, plan_backward
+from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, KeyPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.delta import write_delta
@@ -322,7 +322,8 @@ def selected_attention_backward(
     ValueError; on what path the forward pass went does not matter. Returns the gradients of q, k and v, in
     their shapes and dtypes.
     """
-    p, plan = problem, plan_backward(problem, workspace_limit_bytes, path, tuning)
+    p, query_rows = problem, query_tile_rows(problem, q.device)
+    plan = plan_backward(p, workspace_limit_bytes, path, tuning, query_rows)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
     of_delta = (*tensors, out) if grad_lse is None else (*tensors, out, grad_lse)
@@ -333,6 +334,16 @@ def selected_attention_backward(
             _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
         del deltas
     return grads
+
+
+def query_tile_rows(problem: Problem, device: torch.device) -> int:
+    """Of the query tiles of 16 bits that grad_q is made in: as many as the device's kernel takes."""
+    if not hopper.runs_on(device):
+        return QUERY_ROWS
+    from fsa_core.kernels import hopper_tile_query_gradients
+    from fsa_core.kernels.hopper_tiles import ROWS
+
+    return ROWS if hopper_tile_query_gradients.fills(problem) else QUERY_ROWS
 
 
 @dataclass(frozen=True, slots=True)

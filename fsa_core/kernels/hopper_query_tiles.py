@@ -27,7 +27,7 @@ from fsa_core.problem import Problem
 
 
 @gluon.jit
-def _find_tile(
+def find_tile(
     work,
     lists,
     where,
@@ -91,7 +91,7 @@ def _copy_tiles(
     n = 0
     q_phase = 1
     for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = _find_tile(
+        head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = find_tile(
             work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
             MAX_SHARED,
         )  # fmt: skip
@@ -140,7 +140,7 @@ def _attend_tiles(
     n = 0
     q_phase = 0
     for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = _find_tile(
+        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = find_tile(
             work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
             MAX_SHARED,
         )  # fmt: skip

@@ -67,7 +67,7 @@ def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.conste
 
 
 @gluon.jit
-def _copy(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
+def copy_rows(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
     """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros."""
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     offsets = row_offsets[:, None] + dims[None, :]
@@ -93,7 +93,8 @@ def copy_queries(
         rows = half * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
         token = rows // HEADS
         places = (token * NUM_Q_HEADS + rows % HEADS) * HEAD_DIM
-        _copy(q_ptr, q_tiles.index(half), places, (token < TOKENS) & (token < num_tokens), HEAD_DIM, layout)
+        is_there = (token < TOKENS) & (token < num_tokens)
+        copy_rows(q_ptr, q_tiles.index(half), places, is_there, HEAD_DIM, layout)
     # Every thread arrives when its own copies have.
     async_copy.mbarrier_arrive(q_ready, increment_count=False)
 
@@ -118,13 +119,14 @@ def copy_steps(
     """
     _q, k_tiles, v_tiles, _q_ready, _q_free, ready, free = shared
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
+    NUM_STAGES: gl.constexpr = k_tiles.shape[0]
     PARTS: gl.constexpr = BLOCK_SIZE // SIDE
     keys = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
     block = 0
     if BLOCK_SIZE:
         block = gl.load(blocks_ptr, mask=num_steps > 0, other=0)
     for step in range(num_steps):
-        stage = (n + step) % STAGES
+        stage = (n + step) % NUM_STAGES
         first_key = step * SIDE
         if BLOCK_SIZE:
             first_key = block * BLOCK_SIZE + step % PARTS * SIDE
@@ -132,10 +134,10 @@ def copy_steps(
             block = gl.load(blocks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
         exists = keys < num_keys - first_key
         first_row = first_key.to(gl.int64) * NUM_KV_HEADS
-        mbarrier.wait(free.index(stage), (((n + step) // STAGES) & 1) ^ 1)
+        mbarrier.wait(free.index(stage), (((n + step) // NUM_STAGES) & 1) ^ 1)
         k_rows, v_rows = keys * (NUM_KV_HEADS * HEAD_DIM), keys * (NUM_KV_HEADS * VALUE_DIM)
-        _copy(k_ptr + first_row * HEAD_DIM, k_tiles.index(stage), k_rows, exists, HEAD_DIM, layout)
-        _copy(v_ptr + first_row * VALUE_DIM, v_tiles.index(stage), v_rows, exists, VALUE_DIM, layout)
+        copy_rows(k_ptr + first_row * HEAD_DIM, k_tiles.index(stage), k_rows, exists, HEAD_DIM, layout)
+        copy_rows(v_ptr + first_row * VALUE_DIM, v_tiles.index(stage), v_rows, exists, VALUE_DIM, layout)
         async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
 
 
@@ -245,6 +247,36 @@ def share_of(row_sum):
 
 
 @gluon.jit
+def store_rows(
+    x_ptr,
+    x,
+    tile,
+    tile_free,
+    first_asked,
+    end_asked,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """Writes half of a tile's rows, of its tokens from ``first_asked`` to ``end_asked``.
+
+    By way of ``tile``, in shared memory, so that a thread writes 16 bytes; says when that is read.
+    """
+    DIM: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    tile.store(x.to(tile.dtype))
+    numbers = tile.load(layout)
+    mbarrier.arrive(tile_free, count=1)
+    rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    token = rows // HEADS
+    places = (token * NUM_Q_HEADS + rows % HEADS) * DIM
+    asked = (token < TOKENS) & (token >= first_asked) & (token < end_asked)
+    gl.store(x_ptr + (places[:, None] + dims[None, :]), numbers, mask=asked[:, None])
+
+
+@gluon.jit
 def store_out(
     out_ptr,
     shared,
@@ -261,16 +293,8 @@ def store_out(
     """Writes half of a tile's rows, of its tokens from ``first_asked`` to ``end_asked``, and frees q."""
     q_tiles, _k, _v, _q_ready, q_free, _ready, _free = shared
     dtype: gl.constexpr = q_tiles.dtype
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
-    # By way of shared memory, where q was, so that a thread writes 16 bytes.
+    # Where q was.
     tile = q_tiles.index(HALF)._reinterpret(dtype, [SIDE, VALUE_DIM], out_layout)
-    tile.store((acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]).to(dtype))
-    out = tile.load(layout)
-    mbarrier.arrive(q_free, count=1)
-    rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
-    dims = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, layout))
-    token = rows // HEADS
-    places = (token * NUM_Q_HEADS + rows % HEADS) * VALUE_DIM
-    asked = (token < TOKENS) & (token >= first_asked) & (token < end_asked)
-    gl.store(out_ptr + (places[:, None] + dims[None, :]), out, mask=asked[:, None])
+    out = acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]
+    store_rows(out_ptr, out, tile, q_free, first_asked, end_asked, NUM_Q_HEADS, HEADS, TOKENS, HALF)

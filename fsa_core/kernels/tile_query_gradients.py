@@ -1,11 +1,14 @@
 """The gradient of q over the blocks that neighbours share: a tile walks them, its gradients in registers."""
 
+from functools import lru_cache
+
 import torch
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.query_tiles import (
     Agreement,
     load_block,
@@ -143,11 +146,31 @@ def gradients_of_tiles(
     """Writes grad_q of a group's tokens over the blocks they share, as ``agreement`` has them."""
     p = problem
     first_tile, num_tiles = tiles_of(p, tile, group)
-    _of_tiles[num_tiles, group.num_heads](
+    arguments = (
         *given.tensors, grad_q, agreement.blocks, agreement.masks, agreement.counts, given.cu_seqlens_q,
         given.cu_seqlens_k, p.softmax_scale, group.first_token, group.num_tokens,
         p.num_sequences, search_steps(p.num_sequences), first_tile, agreement.counts.shape[1],
-        group.first_head, given.first_delta_head, given.delta.shape[1], **attention_constants(p, plan),
-        TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys, MAX_SHARED=tile.max_shared,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=tile.max_registers,
+        group.first_head, given.first_delta_head, given.delta.shape[1],
     )  # fmt: skip
+    of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
+    if of_tiles is not None:
+        programs = min(multiprocessors(grad_q.device), num_tiles * group.num_heads)
+        of_tiles[(programs,)](*arguments, num_tiles, group.num_heads)
+        return
+    _of_tiles[num_tiles, group.num_heads](
+        *arguments, **attention_constants(p, plan), TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
+        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        maxnreg=tile.max_registers,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel | None:
+    """The kernel for Hopper alone with what is the same for all groups, if it takes the tile."""
+    from fsa_core.kernels import hopper_tile_query_gradients
+    from fsa_core.kernels.hopper_tiles import exact_dims
+
+    if not hopper_tile_query_gradients.takes(problem, tile):
+        return None
+    shared = exact_dims(attention_constants(problem, plan))
+    return hopper_tile_query_gradients.of_tiles.bind(**shared, **hopper_tile_query_gradients.constants(tile))

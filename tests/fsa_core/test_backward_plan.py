@@ -5,8 +5,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fsa_core.backward_plan import plan_backward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, PATHS, QUERY_TILE, padded_dim, takes
+from fsa_core.backward_plan import QUERY_ROWS, plan_backward
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, PATHS, QUERY_TILE, padded_dim, takes
 from fsa_core.problem import Problem
 from tests.fsa_core.test_plan import problems
 
@@ -32,10 +32,11 @@ def problem(tokens: int, group_size: int = 4, **changes: object) -> Problem:
     return replace(PROBLEM, **sizes, **changes)
 
 
-@given(problems(), st.sampled_from(PATHS))
-def test_the_workspace_is_bounded_at_any_length(problem: Problem, path: str) -> None:
+@given(problems(), st.sampled_from(PATHS), st.sampled_from((QUERY_ROWS, 128)))
+def test_the_workspace_is_bounded_at_any_length(problem: Problem, path: str, query_rows: int) -> None:
     assume(takes(problem, path))
-    assert 0 < plan_backward(problem, path=path).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
+    plan = plan_backward(problem, path=path, query_rows=query_rows)
+    assert 0 < plan.workspace_bytes <= DEFAULT_WORKSPACE_BYTES
 
 
 def test_short_calls_compute_scores_once_and_long_ones_do_not_rewrite_all_keys_each_chunk() -> None:
@@ -52,6 +53,23 @@ def test_query_tiles_need_no_shares_of_the_gradient_of_q() -> None:
     plan = plan_backward(problem(8192), path=QUERY_TILE)
     assert not plan.keys.with_queries
     assert not plan.queries.has_partials
+
+
+def test_query_tiles_have_the_rows_that_their_kernel_takes_and_pairs_have_theirs() -> None:
+    usual, larger = (plan_backward(problem(8192), path=MIXED, query_rows=rows) for rows in (QUERY_ROWS, 128))
+    assert [(x.queries.query_tile.rows, x.queries.query_tile.tokens) for x in (usual, larger)] == [
+        (64, 16),
+        (128, 32),
+    ]
+    assert usual.queries.tile == larger.queries.tile
+
+
+@pytest.mark.parametrize(("query_block_size", "rows"), [(16, 64), (32, 128), (64, 128)])
+def test_a_query_tile_that_lies_in_one_row_of_indices_stays_there(query_block_size: int, rows: int) -> None:
+    sharing = problem(8192, query_block_size=query_block_size)
+    tile = plan_backward(sharing, path=QUERY_TILE, query_rows=128).queries.query_tile
+    assert tile.is_row
+    assert tile.rows == rows
 
 
 def test_all_heads_of_a_short_call_are_indexed_and_taken_together() -> None:

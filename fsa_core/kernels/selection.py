@@ -32,6 +32,7 @@ MAX_ID = tl.constexpr((1 << 31) - 1)
 # The least candidate, under which lie unused slots; what is under all of them, and what is above all.
 LEAST = tl.constexpr(-0x7F800001 * (1 << 32))
 NONE = tl.constexpr(-(1 << 63))
+NO_HIGH = tl.constexpr(-(1 << 31))
 FULL = tl.constexpr((1 << 63) - 1)
 
 # The compressed keys of a step lie in shared memory, beside two query heads; products of float32 in three
@@ -42,6 +43,8 @@ MIN_BLOCKS, MAX_BLOCKS = 16, 64
 # Of the set of the best, in registers: tokens times slots.
 MAX_HELD = 4096
 MIN_TOKENS, MAX_TOKENS = 16, 64
+# Up to so many, each thread keeps the best of its own blocks: as many as may all be the row's.
+MOST_BY_THREAD = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +79,64 @@ class Tile:
 
 
 @triton.jit
+def _block_of_column(column, BLOCKS: tl.constexpr):
+    """Which of a step's blocks has this column of its products.
+
+    Of every eight columns of a row a thread has two that are neighbours, and its quad the others: columns are
+    dealt so that a thread has ``BLOCKS`` / 4 neighbouring blocks of a row, as ``_of_quad`` takes them out.
+    """
+    return column % 8 // 2 * (BLOCKS // 4) + column // 8 * 2 + column % 2
+
+
+@triton.jit
+def _of_quad(x):
+    """[tokens, columns] as a tuple of [tokens, 4]: the first of each thread's blocks, the second, ..."""
+    by_thread = tl.trans(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2)), (0, 2, 1, 3))
+    return _unjoined(tl.reshape(by_thread, (x.shape[0], 4, x.shape[1] // 4)))
+
+
+@triton.jit
+def _unjoined(x):
+    """[tokens, 4, n] as a tuple of n."""
+    if x.shape[2] == 1:
+        return (tl.reshape(x, (x.shape[0], 4)),)
+    else:
+        halves = tl.reshape(x, (x.shape[0], 4, 2, x.shape[2] // 2))
+        left, right = tl.split(tl.trans(halves, (0, 1, 3, 2)))
+        return _unjoined(left) + _unjoined(right)
+
+
+@triton.jit
+def _joined(parts):
+    """A tuple of n [tokens, m] as [tokens, m * n], in any order; n is a power of two."""
+    if len(parts) == 1:
+        return parts[0]
+    else:
+        pairs = ()
+        for i in tl.static_range(len(parts) // 2):
+            pair = tl.join(parts[2 * i], parts[2 * i + 1])
+            pairs = pairs + (tl.reshape(pair, (pair.shape[0], pair.shape[1] * 2)),)  # type: ignore[assignment]  # noqa: RUF005
+        return _joined(pairs)
+
+
+@triton.jit
 def _window_keys(
     k_ptr,
     first_window,
     num_windows,
     dim_mask,
+    block,
     OFFSET: tl.constexpr,
     ROW: tl.constexpr,
-    BLOCKS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     CUT: tl.constexpr,
     MASK_DIMS: tl.constexpr,
 ):
-    """[dim, BLOCKS]: of every block, the key of the window that is ``OFFSET`` after its first.
+    """[dim, blocks]: of every block, the key of the window that begins ``OFFSET`` strides after it.
 
-    Before the first window of all it is another's; past the last, where CUT says some may be, it is zeros.
+    Past the last window of all, where CUT says some may be, it is zeros.
     """
-    window = tl.arange(0, BLOCKS) * PER_BLOCK + OFFSET
-    if OFFSET < 0:
-        window = tl.maximum(window, -first_window)
+    window = block * PER_BLOCK + OFFSET
     exists = (window < num_windows - first_window)[None, :]
     k_ptrs = k_ptr + first_window.to(tl.int64) * ROW
     k_ptrs += (window * ROW)[None, :] + tl.arange(0, dim_mask.shape[0])[:, None]
@@ -102,7 +144,29 @@ def _window_keys(
 
 
 @triton.jit
-def _importance(
+def _zeros(N: tl.constexpr, SHAPE: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(N):
+        # Triton knows no starred expression.
+        zeros = zeros + (tl.zeros(SHAPE, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return zeros
+
+
+@triton.jit
+def _add_weights(given, weights, OFFSET: tl.constexpr, PER_BLOCK: tl.constexpr, BEFORE: tl.constexpr):
+    """Adds the weights of the windows ``OFFSET`` to what is ``given`` to their block, the next, and so on."""
+    added = ()
+    for i in tl.static_range(len(given)):
+        # The strides that such a window shares with that block.
+        first = OFFSET if OFFSET > i * PER_BLOCK else i * PER_BLOCK
+        end = OFFSET + BEFORE + 1 if OFFSET + BEFORE < (i + 1) * PER_BLOCK else (i + 1) * PER_BLOCK
+        add = given[i] + weights * (end - first) if end > first else given[i]
+        added = added + (add,)  # type: ignore[assignment]  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def _given(
     q_ptrs,
     q_mask,
     k_ptr,
@@ -125,80 +189,212 @@ def _importance(
     KEEP_KEYS: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """float32 [tokens, BLOCKS], of the group's heads one after another. CUT: some windows are not seen."""
+    """What the windows that begin in a block give to its importance, to the next block's, and so on.
+
+    A tuple of float32 [tokens, BLOCKS], of the group's heads one after another; of one head alone it is not
+    yet divided by the row's sum: sums of powers of two are exact. CUT: some windows are not seen.
+    """
     num_tokens: tl.constexpr = q_mask.shape[0]
     mask_dims: tl.constexpr = dim_mask.shape[0] != HEAD_DIM
+    num_given: tl.constexpr = (PER_BLOCK - 1 + BEFORE) // PER_BLOCK + 1
+    block = _block_of_column(tl.arange(0, BLOCKS), BLOCKS)
     keys = ()
     if KEEP_KEYS:
-        for i in tl.static_range(PER_BLOCK + BEFORE):
+        for i in tl.static_range(PER_BLOCK):
             some = _window_keys(
-                k_ptr, first_window, num_windows, dim_mask, i - BEFORE, ROW, BLOCKS, PER_BLOCK, CUT, mask_dims
+                k_ptr, first_window, num_windows, dim_mask, block, i, ROW, PER_BLOCK, CUT, mask_dims
             )
-            # Triton knows no starred expression.
             keys = keys + (some,)  # type: ignore[assignment]  # noqa: RUF005
-    first = first_window + tl.arange(0, BLOCKS) * PER_BLOCK
-    importance = tl.zeros((num_tokens, BLOCKS), tl.float32)
+    given = _zeros(num_given, (num_tokens, BLOCKS))
     for head in tl.range(0, GROUP_SIZE, num_stages=STAGES):
         q = tl.load(q_ptrs + head * HEAD_DIM, mask=q_mask, other=0.0)
         head_rows = head * tl.cast(num_q_tokens, tl.int64)
         row_max = tl.load(row_max_ptrs + head_rows, mask=token_mask, other=0.0)
-        row_share = tl.load(row_share_ptrs + head_rows, mask=token_mask, other=0.0)
-        # The weights of a block are added before they are divided: sums of powers of two are exact.
-        total = tl.zeros((num_tokens, BLOCKS), tl.float32)
-        for i in tl.static_range(PER_BLOCK + BEFORE):
+        if GROUP_SIZE > 1:
+            row_max -= tl.log2(tl.load(row_share_ptrs + head_rows, mask=token_mask, other=1.0))
+        for i in tl.static_range(PER_BLOCK):
             if not KEEP_KEYS:
                 some = _window_keys(
-                    k_ptr, first_window, num_windows, dim_mask, i - BEFORE, ROW, BLOCKS, PER_BLOCK, CUT,
-                    mask_dims,
-                )  # fmt: skip
+                    k_ptr, first_window, num_windows, dim_mask, block, i, ROW, PER_BLOCK, CUT, mask_dims
+                )
             else:
                 some = keys[i]
             scores = tl.dot(q, some, input_precision="tf32x3")
             weights = tl.exp2(scores * scale - row_max[:, None])
-            windows = first + (i - BEFORE)
             if CUT:
-                seen = (windows[None, :] >= 0) & (windows[None, :] < visible[:, None])
-                weights = tl.where(seen, weights, 0.0)
-            elif i < BEFORE:
-                weights = tl.where(windows[None, :] >= 0, weights, 0.0)
-            # The strides that such a window shares with the block.
-            shared = (i + 1 if i < PER_BLOCK else PER_BLOCK) - (i - BEFORE if i > BEFORE else 0)
-            total += weights * shared
-        importance += total * row_share[:, None]
-    return tl.where(importance == importance, importance, 0.0)
+                window = first_window + block * PER_BLOCK + i
+                weights = tl.where(window[None, :] < visible[:, None], weights, 0.0)
+            given = _add_weights(given, weights, i, PER_BLOCK, BEFORE)
+    return given
+
+
+@triton.jit
+def _shifted(parts, carried):
+    """Of ``parts``, as ``_of_quad`` has them, what the block before has, and what the next step is to carry.
+
+    ``carried`` [tokens] is what the last block of the step before has.
+    """
+    last = parts[len(parts) - 1]
+    thread = tl.arange(0, 4)[None, :]
+    first = tl.broadcast_to(carried[:, None], last.shape)
+    for i in tl.static_range(4):
+        # Through a sum, whatever the compiler makes of where numbers lie.
+        of_thread = tl.sum(tl.where(thread == i, last, 0.0), 1)
+        first = tl.where(thread == i + 1, of_thread[:, None], first)
+    shifted = (first,)
+    for i in tl.static_range(len(parts) - 1):
+        shifted = shifted + (parts[i],)  # type: ignore[assignment]  # noqa: RUF005
+    return shifted, of_thread
+
+
+@triton.jit
+def _importance(given, carried, row_share, GROUP_SIZE: tl.constexpr):
+    """The importance of a step's blocks, as ``_of_quad`` has them, and what the next step is to carry."""
+    reach: tl.constexpr = len(given) - 1
+    total = _of_quad(given[reach])
+    to_carry = ()
+    for i in tl.static_range(reach):
+        shifted, last = _shifted(total, carried[i])
+        to_carry = to_carry + (last,)  # type: ignore[assignment]  # noqa: RUF005
+        own = _of_quad(given[reach - 1 - i])
+        total = ()
+        for j in tl.static_range(len(own)):
+            total = total + (own[j] + shifted[j],)  # type: ignore[assignment]  # noqa: RUF005
+    importance = ()
+    for j in tl.static_range(len(total)):
+        block = total[j]
+        if GROUP_SIZE == 1:
+            block *= row_share[:, None]
+        # A row of NaN selects as if all were equal.
+        importance = importance + (tl.where(block == block, block, 0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return importance, to_carry
+
+
+@triton.jit
+def _candidates(
+    importance, first_block, own, NUM_FIRST: tl.constexpr, NUM_LOCAL: tl.constexpr, CUT: tl.constexpr
+):
+    """Importance and id of a step's blocks, packed. CUT: some lie behind a token."""
+    width: tl.constexpr = len(importance)
+    candidates = ()
+    for i in tl.static_range(width):
+        block = first_block + i + (tl.arange(0, 4) * width)[None, :]
+        is_forced = (block < NUM_FIRST) | (block > own[:, None] - NUM_LOCAL)
+        bits = importance[i].to(tl.int32, bitcast=True)
+        high = tl.where(is_forced, bits, bits + NOT_FORCED)
+        if CUT:
+            high = tl.where(block <= own[:, None], high, NO_HIGH)
+        candidates = candidates + ((high, tl.broadcast_to(-block + MAX_ID, high.shape)),)  # type: ignore[assignment]  # noqa: RUF005
+    return candidates
+
+
+@triton.jit
+def _packed(candidate):
+    """Its two halves as one number, by which candidates are compared."""
+    high, low = candidate
+    return (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
 def _in_order(a, b):
-    return tl.maximum(a, b), tl.minimum(a, b)
+    # Halves are exchanged, not numbers: a maximum and a minimum of 64 bits would compare twice.
+    is_less = _packed(a) < _packed(b)
+    better = (tl.where(is_less, b[0], a[0]), tl.where(is_less, b[1], a[1]))
+    return better, (tl.where(is_less, a[0], b[0]), tl.where(is_less, a[1], b[1]))
 
 
 @triton.jit
-def _keep_best(
-    best, importance, first_block, own, NUM_FIRST: tl.constexpr, NUM_LOCAL: tl.constexpr, CUT: tl.constexpr
-):
-    """The best of ``best`` [tokens, slots], packed and unordered, and of more blocks.
+def _merged(a, b):
+    """Two tuples of as many, the best first, as one: Batcher's odd-even merge, number by number."""
+    if len(a) == 1:
+        return _in_order(a[0], b[0])
+    else:
+        even = _merged(a[::2], b[::2])
+        odd = _merged(a[1::2], b[1::2])
+        merged = (even[0],)
+        for i in tl.static_range(len(odd) - 1):
+            merged = merged + _in_order(odd[i], even[i + 1])
+        return merged + (odd[len(odd) - 1],)  # type: ignore[return-value]  # noqa: RUF005
 
-    importance: float32 [tokens, blocks], of the blocks from ``first_block`` on. CUT: some lie behind a token.
+
+@triton.jit
+def _sorted(items):
+    """The best first."""
+    if len(items) == 1:
+        return items
+    else:
+        half: tl.constexpr = len(items) // 2
+        return _merged(_sorted(items[:half]), _sorted(items[half:]))
+
+
+@triton.jit
+def _none(SHAPE: tl.constexpr):
+    return tl.full(SHAPE, NO_HIGH, tl.int32), tl.zeros(SHAPE, tl.int32)
+
+
+@triton.jit
+def _keep_best_of_threads(best, candidates):
+    """Of each thread's blocks alone, those that could be among the best of a row.
+
+    ``best``: a tuple of [tokens, 4], the best first. No number moves between threads, and what is done does
+    not depend on the numbers.
     """
-    num_tokens: tl.constexpr = importance.shape[0]
-    quarter: tl.constexpr = importance.shape[1] // 4
-    block = first_block + tl.arange(0, importance.shape[1])[None, :]
-    is_forced = (block < NUM_FIRST) | (block > own[:, None] - NUM_LOCAL)
-    bits = importance.to(tl.int32, bitcast=True)
-    packed = (tl.where(is_forced, bits, bits + NOT_FORCED).to(tl.int64) << 32) | (MAX_ID - block)
-    if CUT:
-        packed = tl.where(block <= own[:, None], packed, NONE)
+    slots: tl.constexpr = len(best)
+    new = _sorted(candidates)[:slots]
+    for _ in tl.static_range(slots - len(new)):
+        new = new + (_none(new[0][0].shape),)  # type: ignore[assignment]  # noqa: RUF005
+    return _merged(best, new)[:slots]
+
+
+@triton.jit
+def _best_of_row(best, TOP_K: tl.constexpr):
+    """[tokens, slots]: the best ``TOP_K`` of what the threads keep, then NONE."""
+    slots: tl.constexpr = len(best)
+    chosen = ()
+    for _ in tl.static_range(TOP_K):
+        first = _packed(best[0])
+        head = tl.max(first, 1)
+        chosen = chosen + (head[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+        is_taken = first == head[:, None]
+        rest = ()
+        for i in tl.static_range(len(best) - 1):
+            high = tl.where(is_taken, best[i + 1][0], best[i][0])
+            low = tl.where(is_taken, best[i + 1][1], best[i][1])
+            rest = rest + ((high, low),)  # type: ignore[assignment]  # noqa: RUF005
+        # A thread's last one is not asked for again: it has been taken, or TOP_K others were.
+        best = rest + (best[len(best) - 1],)  # type: ignore[assignment]  # noqa: RUF005
+    for _ in tl.static_range(slots - TOP_K):
+        chosen = chosen + (tl.full(chosen[0].shape, NONE, tl.int64),)  # type: ignore[assignment]  # noqa: RUF005
+    return _joined(chosen)
+
+
+@triton.jit
+def _kept(best, candidates, BY_THREAD: tl.constexpr):
+    if BY_THREAD:
+        return _keep_best_of_threads(best, candidates)
+    else:
+        return _keep_best(best, candidates)
+
+
+@triton.jit
+def _row_sum(parts):
+    total = parts[0]
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _keep_best(best, candidates):
+    """The best of ``best`` [tokens, slots], packed and unordered, and of more blocks, as ``_of_quad`` has them."""
     # Lists of four, the best first: then only their heads have to be looked through. A thread has all four.
-    lists = tl.trans(tl.reshape(packed, (num_tokens, 4, quarter)), (0, 2, 1))
-    even, odd = tl.split(tl.reshape(lists, (num_tokens, quarter, 2, 2)))
-    head, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    head, second = _in_order(head, second)
-    third, fourth = _in_order(third, fourth)
-    head, third = _in_order(head, third)
-    second, fourth = _in_order(second, fourth)
-    second, third = _in_order(second, third)
+    quarter: tl.constexpr = len(candidates) // 4
+    heads, seconds, thirds, fourths = (), (), (), ()
+    for i in tl.static_range(quarter):
+        four = _sorted(candidates[i::quarter])
+        heads, seconds = heads + (_packed(four[0]),), seconds + (_packed(four[1]),)
+        thirds, fourths = thirds + (_packed(four[2]),), fourths + (_packed(four[3]),)
+    head, second, third, fourth = _joined(heads), _joined(seconds), _joined(thirds), _joined(fourths)
     worst = tl.min(best, 1)
     next_best = tl.max(head, 1)
     while tl.max((next_best > worst).to(tl.int32), 0) != 0:
@@ -243,6 +439,7 @@ def _select(
     NUM_LOCAL: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BY_THREAD: tl.constexpr,
     STAGES: tl.constexpr,
     KEEP_KEYS: tl.constexpr,
     WITH_IMPORTANCE: tl.constexpr,
@@ -274,38 +471,50 @@ def _select(
     visible = visible_windows(position, KERNEL_SIZE, STRIDE)
     per_block: tl.constexpr = BLOCK_SIZE // STRIDE
     before: tl.constexpr = KERNEL_SIZE // STRIDE - 1
+    reach: tl.constexpr = (per_block - 1 + before) // per_block
     step_windows: tl.constexpr = BLOCKS * per_block
     num_steps = (tl.max(own, 0) + BLOCKS) // BLOCKS
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // step_windows
+    row_share = tl.load(row_share_ptrs, mask=token_mask, other=0.0)
     slot = tl.arange(0, SLOTS)
-    unused = tl.where(slot < TOP_K, LEAST - 1 - slot.to(tl.int64), FULL)
-    # A row without a query takes nothing, and so keeps no other row waiting.
-    best = tl.where(token_mask[:, None], unused[None, :], FULL)
+    if BY_THREAD:
+        best = ()
+        for _ in tl.static_range(SLOTS):
+            best = best + (_none((TOKENS, 4)),)  # type: ignore[assignment]  # noqa: RUF005
+    else:
+        unused = tl.where(slot < TOP_K, LEAST - 1 - slot.to(tl.int64), FULL)
+        # A row without a query takes nothing, and so keeps no other row waiting.
+        best = tl.where(token_mask[:, None], unused[None, :], FULL)
+    carried = _zeros(reach, (TOKENS,))
     row_total = tl.zeros((TOKENS,), tl.float32)
-    # The last blocks, whose windows some tokens do not see, and then those before them.
-    for i in tl.range(0, num_steps - num_whole, num_stages=1):
-        first_block = (num_steps - 1 - i) * BLOCKS
-        first_window = first_block * per_block
-        importance = _importance(
-            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
-            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
-            before, STAGES, KEEP_KEYS, True,
-        )  # fmt: skip
-        if WITH_IMPORTANCE:
-            row_total += tl.sum(importance, 1)
-        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL, True)
-    for i in tl.range(0, num_whole, num_stages=1):
-        first_block = (num_whole - 1 - i) * BLOCKS
-        first_window = first_block * per_block
-        importance = _importance(
+    # The first blocks, whose windows all tokens see, and then those behind them.
+    for step in tl.range(0, num_whole, num_stages=1):
+        first_window = step * step_windows
+        given = _given(
             q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
             first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
             before, STAGES, KEEP_KEYS, False,
         )  # fmt: skip
+        importance, carried = _importance(given, carried, row_share, GROUP_SIZE)
         if WITH_IMPORTANCE:
-            row_total += tl.sum(importance, 1)
-        best = _keep_best(best, importance, first_block, own, NUM_FIRST, NUM_LOCAL, False)
+            row_total += _row_sum(importance)
+        candidates = _candidates(importance, step * BLOCKS, own, NUM_FIRST, NUM_LOCAL, False)
+        best = _kept(best, candidates, BY_THREAD)
+    for step in tl.range(num_whole, num_steps, num_stages=1):
+        first_window = step * step_windows
+        given = _given(
+            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
+            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
+            before, STAGES, KEEP_KEYS, True,
+        )  # fmt: skip
+        importance, carried = _importance(given, carried, row_share, GROUP_SIZE)
+        if WITH_IMPORTANCE:
+            row_total += _row_sum(importance)
+        candidates = _candidates(importance, step * BLOCKS, own, NUM_FIRST, NUM_LOCAL, True)
+        best = _kept(best, candidates, BY_THREAD)
 
+    if BY_THREAD:
+        best = _best_of_row(best, TOP_K)
     # In the order of ids; what is no block comes last.
     is_block = (best >= LEAST) & (best != FULL)
     high = (best >> 32).to(tl.int32)
@@ -355,7 +564,7 @@ def select_blocks_forward(
         HEAD_DIM_PADDED=padded_dim(p.head_dim), KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride,
         BLOCK_SIZE=blocks.block_size, TOP_K=blocks.top_k, SLOTS=power_of_two(blocks.top_k),
         NUM_FIRST=blocks.num_first_blocks, NUM_LOCAL=blocks.num_local_blocks, TOKENS=tile.tokens,
-        BLOCKS=tile.blocks, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32,
+        BLOCKS=tile.blocks, BY_THREAD=blocks.top_k <= MOST_BY_THREAD, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32,
         WITH_IMPORTANCE=with_importance, num_warps=4,
     )  # fmt: skip
     return Selection(ids, importance, total)
@@ -381,6 +590,6 @@ def _step_bytes(problem: Problem) -> int:
 
 
 def _block_bytes(problem: Problem, windows: Windows, blocks: Blocks) -> int:
-    """Of the keys of all windows that overlap a block."""
-    num_windows = (blocks.block_size + windows.kernel_size) // windows.stride - 1
+    """Of the keys of all windows that begin in a block."""
+    num_windows = blocks.block_size // windows.stride
     return num_windows * padded_dim(problem.head_dim) * problem.dtype.itemsize

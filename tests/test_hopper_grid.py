@@ -20,7 +20,11 @@ KERNELS = {
     "windows": ("_attend_windows", "_select", "_of_queries", "_of_keys"),
     "decode": ("_attend_slots", "_merge_splits"),
 }
-FOR_HOPPER_ALONE = {"selected": ("gradients", "attend"), "windows": ("attend_windows",), "decode": ()}
+FOR_HOPPER_ALONE = {
+    "selected": ("gradients", "attend"),
+    "windows": ("attend_windows", "of_windows"),
+    "decode": (),
+}
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

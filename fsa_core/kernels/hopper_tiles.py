@@ -67,7 +67,7 @@ def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.conste
 
 
 @gluon.jit
-def _copy(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
+def copy_rows(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
     """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros."""
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     offsets = row_offsets[:, None] + dims[None, :]
@@ -93,7 +93,9 @@ def copy_queries(
         rows = half * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
         token = rows // HEADS
         places = (token * NUM_Q_HEADS + rows % HEADS) * HEAD_DIM
-        _copy(q_ptr, q_tiles.index(half), places, (token < TOKENS) & (token < num_tokens), HEAD_DIM, layout)
+        copy_rows(
+            q_ptr, q_tiles.index(half), places, (token < TOKENS) & (token < num_tokens), HEAD_DIM, layout
+        )
     # Every thread arrives when its own copies have.
     async_copy.mbarrier_arrive(q_ready, increment_count=False)
 
@@ -134,8 +136,8 @@ def copy_steps(
         first_row = first_key.to(gl.int64) * NUM_KV_HEADS
         mbarrier.wait(free.index(stage), (((n + step) // STAGES) & 1) ^ 1)
         k_rows, v_rows = keys * (NUM_KV_HEADS * HEAD_DIM), keys * (NUM_KV_HEADS * VALUE_DIM)
-        _copy(k_ptr + first_row * HEAD_DIM, k_tiles.index(stage), k_rows, exists, HEAD_DIM, layout)
-        _copy(v_ptr + first_row * VALUE_DIM, v_tiles.index(stage), v_rows, exists, VALUE_DIM, layout)
+        copy_rows(k_ptr + first_row * HEAD_DIM, k_tiles.index(stage), k_rows, exists, HEAD_DIM, layout)
+        copy_rows(v_ptr + first_row * VALUE_DIM, v_tiles.index(stage), v_rows, exists, VALUE_DIM, layout)
         async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
 
 

@@ -22,7 +22,7 @@ KERNELS = {
 }
 FOR_HOPPER_ALONE = {
     "selected": ("gradients", "attend", "of_tiles"),
-    "windows": ("attend_windows",),
+    "windows": ("attend_windows", "of_windows"),
     "decode": (),
 }
 

@@ -5,9 +5,8 @@ of 64 at a time, as many tiles ahead as shared memory has room for. Two multiply
 of the item and the other the odd ones, each with gradients of its own in registers, so that the matrix units
 have work while one of them computes weights. At the end the second hands its gradients to the first.
 
-Keys lie down and rows across, as in ``backward._gradients``: weights and gradients of scores are then left
-operands as they are. Which tile a row is in depends on its place among the pairs of its block alone, so the
-bits are the same on every run.
+Which tile a row is in depends on its place among the pairs of its block alone, so the bits are the same on
+every run.
 """
 
 from functools import partial
@@ -16,38 +15,30 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from fsa_core.backward_plan import KeyPlan
+from fsa_core.kernels.hopper_row_shares import (
+    COPYING_WARPS,
+    SCORES,
+    SIDE,
+    add_products,
+    begin_scores,
+    new_row_tiles,
+    store_keys,
+    weigh,
+    zero_gradients,
+)
+from fsa_core.kernels.hopper_tiles import DIMS, copy_rows
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_block
 from fsa_core.problem import Problem
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-DIMS = (64, 128)
-# Of keys and of rows: the least that a product of matrices has, and all that registers hold.
-SIDE = gl.constexpr(64)
 STAGES = 4
-GATHERING_WARPS = gl.constexpr(4)
 # Registers of a multiplying and a gathering thread; those of the first multiplying group are what is left of
 # 504. Measured on an H200, D = 128, 64K tokens, real choices, milliseconds: at g = 4 2.6 and, with 232 and
 # 40, 2.8; at g = 16 10.5 and 9.1.
 REGISTERS, REGISTERS_OF_MANY_HEADS, MANY_HEADS = (224, 56), (232, 40), 8
-
-
-@gluon.jit
-def _copy_rows(
-    x_ptr, tile, tokens, heads, row_mask, TOKEN: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr
-):
-    """Begins to copy rows [SIDE, DIM] of tokens that lie TOKEN numbers apart; rows that are not are zeros."""
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    offsets = (tokens * TOKEN + heads * DIM)[:, None] + dims[None, :]
-    async_copy.async_copy_global_to_shared(tile, x_ptr + offsets, row_mask[:, None])
 
 
 @gluon.jit
@@ -66,10 +57,11 @@ def _gather(
 ):
     """Fills the stages in turn with the item's tiles: rows, and of each its lse, delta and pair."""
     q_ptr, grad_out_ptr, lse_ptr, delta_ptr, pairs_ptr = pointers
-    q_tiles, out_tiles, lse_tiles, delta_tiles, pair_tiles, ready, free = tiles
+    row_tiles, pair_tiles = tiles
+    q_tiles, out_tiles, lse_tiles, delta_tiles, ready, free = row_tiles
     # A warp copies two rows at once, 16 bytes a thread.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [GATHERING_WARPS, 1], [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [GATHERING_WARPS], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
     pair_in_tile, heads = rows // HEADS_PER_PAIR, rows % HEADS_PER_PAIR
     flat_rows = gl.arange(0, SIDE, flat)
@@ -90,13 +82,10 @@ def _gather(
         pairs = gl.load(pairs_ptr + start + pair_in_tile, mask=mask, other=0)
         flat_pairs = gl.load(pairs_ptr + start + flat_pair_in_tile, mask=flat_mask, other=0)
         mbarrier.wait(free.index(stage), ((tile // STAGES) & 1) ^ 1)
-        _copy_rows(
-            q_ptr, q_tiles.index(stage), tokens, heads, row_mask, NUM_Q_HEADS * HEAD_DIM, HEAD_DIM, layout
-        )
-        _copy_rows(
-            grad_out_ptr, out_tiles.index(stage), tokens, heads, row_mask, NUM_Q_HEADS * VALUE_DIM, VALUE_DIM,
-            layout,
-        )  # fmt: skip
+        q_rows = tokens * (NUM_Q_HEADS * HEAD_DIM) + heads * HEAD_DIM
+        out_rows = tokens * (NUM_Q_HEADS * VALUE_DIM) + heads * VALUE_DIM
+        copy_rows(q_ptr, q_tiles.index(stage), q_rows, row_mask, HEAD_DIM, layout)
+        copy_rows(grad_out_ptr, out_tiles.index(stage), out_rows, row_mask, VALUE_DIM, layout)
         lse_ptrs = lse_ptr + flat_tokens * NUM_Q_HEADS + flat_heads
         delta_ptrs = delta_ptr + flat_tokens * num_delta_heads + flat_heads
         async_copy.async_copy_global_to_shared(lse_tiles.index(stage), lse_ptrs, flat_row_mask)
@@ -122,16 +111,10 @@ def _add_tiles(
     """Of tile FIRST and every second after: grad_k [SIDE, HEAD_DIM], not scaled, grad_v [SIDE, VALUE_DIM]."""
     pairs_ptr, num_pairs, first_key, q_shift, k_length, scale = item
     k, v = block
-    q_tiles, out_tiles, lse_tiles, delta_tiles, pair_tiles, ready, free = tiles
-    dtype: gl.constexpr = k.dtype
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
-    k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, scores_layout)
-    keys = first_key + gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
-    zeros = gl.zeros([SIDE, SIDE], gl.float32, scores_layout)
-    grad_k = gl.zeros([SIDE, HEAD_DIM], gl.float32, k_layout)
-    grad_v = gl.zeros([SIDE, VALUE_DIM], gl.float32, v_layout)
+    row_tiles, pair_tiles = tiles
+    q_tiles, out_tiles, lse_tiles, delta_tiles, ready, free = row_tiles
+    keys = first_key + gl.arange(0, SIDE, gl.SliceLayout(1, SCORES))
+    grad_k, grad_v = zero_gradients(HEAD_DIM, VALUE_DIM)
     # The token that sees the last key, and with it all of them.
     all_seen = first_key + SIDE - 1 - q_shift
     for tile in range(FIRST, (num_pairs + PAIRS - 1) // PAIRS, 2):
@@ -141,28 +124,18 @@ def _add_tiles(
         mbarrier.wait(ready.index(stage), (tile // STAGES) & 1)
         fence_async_shared()
         q, grad_out = q_tiles.index(stage), out_tiles.index(stage)
-        scores = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        grad_weights = warpgroup_mma(v, grad_out.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        lse = lse_tiles.index(stage).load(columns)
-        # A row that sees no key has lse = -inf and no weights. Rows past the last have nothing but zeros in q
-        # and grad_out, and so no share in any sum; keys past the end of the sequence come after every token.
-        shift = gl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        weights = gl.exp2(scores * (scale * LOG2_E) - shift[None, :])
+        scores, grad_weights = begin_scores(k, v, q, grad_out)
+        weights = weigh(scores, lse_tiles.index(stage), scale)
+        # Keys past the end of the sequence come after every token.
         if CAUSAL:
             if is_cut:
-                positions = (pair_tiles.index(stage).load(columns) >> SLOT_BITS) + q_shift
+                pairs = pair_tiles.index(stage).load(gl.SliceLayout(0, SCORES))
+                positions = (pairs >> SLOT_BITS) + q_shift
                 weights = gl.where(keys[:, None] <= positions[None, :], weights, 0.0)
         else:
             weights = gl.where((keys < k_length)[:, None], weights, 0.0)
-        delta = delta_tiles.index(stage).load(columns)
-        grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
-        grad_scores = weights * (grad_weights - delta[None, :])
-        left = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
-        grad_v = warpgroup_mma(left, grad_out, grad_v, is_async=True)
-        left = gl.convert_layout(grad_scores.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
-        grad_k = warpgroup_mma(left, q, grad_k, is_async=True)
-        grad_v, grad_k = warpgroup_mma_wait(0, deps=[grad_v, grad_k])
+        delta_tile = delta_tiles.index(stage)
+        grad_k, grad_v = add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out)
         mbarrier.arrive(free.index(stage), count=1)
     return grad_k, grad_v
 
@@ -199,43 +172,12 @@ def _add_half(
 
 
 @gluon.jit
-def _new_tiles(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, STAGES: gl.constexpr):
-    """Rows of q and grad_out, of each row lse, delta and pair; what says that they are there, and read."""
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], q_layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], out_layout)
-    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
-    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
-    pair_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, SIDE], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=32 * GATHERING_WARPS)
-        mbarrier.init(free.index(stage), count=1)
-    return q_tiles, out_tiles, lse_tiles, delta_tiles, pair_tiles, ready, free
-
-
-@gluon.jit
 def _load_keys(x_ptr, key_mask, keys, ROW: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr):
     """[SIDE, DIM] in shared memory; keys that are not are zeros."""
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, DIM], x_ptr.dtype.element_ty)
     offsets = (keys * ROW)[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, layout))[None, :]
     x = gl.load(x_ptr + offsets, mask=key_mask[:, None], other=0.0)
     return gl.allocate_shared_memory(x_ptr.dtype.element_ty, [SIDE, DIM], shared, x)
-
-
-@gluon.jit
-def _store(x_ptr, num_keys, x, ROW: gl.constexpr, ADD: gl.constexpr):
-    """Writes x [SIDE, dim] of keys that lie ROW numbers apart, or ADDs it to what is there."""
-    keys = gl.arange(0, SIDE, gl.SliceLayout(1, x.type.layout))
-    dims = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-    ptrs = x_ptr + ((keys * ROW)[:, None] + dims[None, :])
-    mask = (keys < num_keys)[:, None]
-    if ADD:
-        x += gl.load(ptrs, mask=mask, other=0.0)
-    gl.store(ptrs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -338,12 +280,15 @@ def gradients(
     k = _load_keys(k_ptr + first_key_row * HEAD_DIM, key_mask, keys, k_row, HEAD_DIM, load_layout)
     v = _load_keys(v_ptr + first_key_row * VALUE_DIM, key_mask, keys, v_row, VALUE_DIM, load_layout)
     fence_async_shared()
-    tiles = _new_tiles(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES)
+    # A tile is one group's.
+    row_tiles = new_row_tiles(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES, 1)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tiles = (row_tiles, gl.allocate_shared_memory(gl.int32, [STAGES, SIDE], flat))
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(done, count=1)
     sum_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    k_sum = tiles[0]._reinterpret(gl.float32, [SIDE, HEAD_DIM], sum_layout)
-    v_sum = tiles[1]._reinterpret(gl.float32, [SIDE, VALUE_DIM], sum_layout)
+    k_sum = row_tiles[0]._reinterpret(gl.float32, [SIDE, HEAD_DIM], sum_layout)
+    v_sum = row_tiles[1]._reinterpret(gl.float32, [SIDE, VALUE_DIM], sum_layout)
     pointers = (q_ptr, grad_out_ptr, lse_ptr, delta_ptr, pairs_ptr)
     item_of_block = (pairs_ptr, num_pairs, first_key, q_shift, k_length, scale)
     grad_k, grad_v = gl.warp_specialize(
@@ -361,7 +306,7 @@ def gradients(
                 PAIRS, SLOT_BITS, STAGES,
             )),
         ],
-        [4, GATHERING_WARPS],
+        [4, COPYING_WARPS],
         [REGISTERS, GATHERING_REGISTERS],
     )  # fmt: skip
     grad_k += k_sum.load(grad_k.type.layout)
@@ -372,16 +317,16 @@ def gradients(
     if gl.load(item_offsets_ptr + segment + 1) - first_item > 1:
         split = gl.load(split_offsets_ptr + row * (num_segments + 1) + segment) + item - first_item
         splits_ptr += ((group_head.to(gl.int64) * max_splits + split) * BLOCK_SIZE + first_part_key) * width
-        _store(splits_ptr, num_keys, grad_k, width, False)
-        _store(splits_ptr + HEAD_DIM, num_keys, grad_v, width, False)
+        store_keys(splits_ptr, num_keys, grad_k, width, False)
+        store_keys(splits_ptr + HEAD_DIM, num_keys, grad_v, width, False)
     elif WITH_SUMS:
         sum_block = group_head.to(gl.int64) * range_segments + range_segment
         sums_ptr += (sum_block * BLOCK_SIZE + first_part_key) * width
-        _store(sums_ptr, num_keys, grad_k, width, True)
-        _store(sums_ptr + HEAD_DIM, num_keys, grad_v, width, True)
+        store_keys(sums_ptr, num_keys, grad_k, width, True)
+        store_keys(sums_ptr + HEAD_DIM, num_keys, grad_v, width, True)
     else:
-        _store(grad_k_ptr + first_key_row * HEAD_DIM, num_keys, grad_k * scale, k_row, False)
-        _store(grad_v_ptr + first_key_row * VALUE_DIM, num_keys, grad_v, v_row, False)
+        store_keys(grad_k_ptr + first_key_row * HEAD_DIM, num_keys, grad_k * scale, k_row, False)
+        store_keys(grad_v_ptr + first_key_row * VALUE_DIM, num_keys, grad_v, v_row, False)
 
 
 def takes(problem: Problem, plan: KeyPlan) -> bool:

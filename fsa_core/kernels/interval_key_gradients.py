@@ -5,11 +5,13 @@ others have ended. SPLITS programs share a walk then, and their sums are added i
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
@@ -17,8 +19,9 @@ from fsa_core.kernels.query_tiles import load_block, tile_tokens
 from fsa_core.kernels.windows import (
     TileShape,
     Windows,
-    first_position,
     gradient_tile,
+    seeing_tokens,
+    split_steps,
     visible_windows,
     walk_constants,
 )
@@ -101,16 +104,12 @@ def _of_keys(
     q_position = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence) - q_length
     first_window = first - tl.load(cu_seqlens_cmp_ptr + sequence)
     last_window = first_window + tl.minimum(KEYS, end - first) - 1
-    # Tokens of the sequence: the first that sees anything here, those that see all, and the end.
-    start = tl.maximum(first_position(first_window, KERNEL_SIZE, STRIDE) - q_position, 0)
-    start_all = first_position(last_window, KERNEL_SIZE, STRIDE) - q_position
-    end_all, stop = q_length, q_length
-    if REACH:
-        end_all = tl.minimum(first_position(first_window + REACH, KERNEL_SIZE, STRIDE) - q_position, q_length)
-        stop = tl.minimum(first_position(last_window + REACH, KERNEL_SIZE, STRIDE) - q_position, q_length)
-    num_steps = tl.cdiv(tl.maximum(stop - start, 0), TOKENS)
-    first_whole = tl.minimum(tl.cdiv(tl.maximum(start_all - start, 0), TOKENS), num_steps)
-    end_whole = tl.maximum(tl.maximum(end_all - start, 0) // TOKENS, first_whole)
+    start, start_all, end_all, end_any = seeing_tokens(
+        first_window, last_window, q_position, q_length, KERNEL_SIZE, STRIDE, REACH
+    )
+    num_steps, start_step, end_step, start_cut, end_cut = split_steps(
+        start, start_all, end_all, end_any, split, TOKENS, SPLITS
+    )
 
     dims = tl.arange(0, HEAD_DIM_PADDED)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
@@ -124,15 +123,6 @@ def _of_keys(
     v_places = first_key * VALUE_DIM + ((key * NUM_KV_HEADS * VALUE_DIM)[:, None] + value_dims[None, :])
     k = tl.load(k_ptr + k_places, mask=exists & dim_mask, other=0.0)
     v = tl.load(v_ptr + v_places, mask=exists & value_mask, other=0.0)
-
-    # This split's steps: of those whose tokens see all windows, and of those at both ends.
-    whole_steps = tl.cdiv(end_whole - first_whole, SPLITS)
-    start_step = first_whole + split * whole_steps
-    end_step = tl.minimum(start_step + whole_steps, end_whole)
-    last_cut = num_steps + first_whole
-    cut_steps = tl.cdiv(last_cut - end_whole, SPLITS)
-    start_cut = end_whole + split * cut_steps
-    end_cut = tl.minimum(start_cut + cut_steps, last_cut)
 
     rows = tl.arange(0, ROWS)
     tile_token, tile_head = rows // HEADS, rows % HEADS
@@ -230,13 +220,35 @@ def _walk(
     splits: int,
 ) -> None:
     p, num_heads = problem, heads.stop - heads.start
+    arguments = (
+        *given, grad_k, grad_v, *windows.starts, p.softmax_scale, p.num_sequences,
+        search_steps(p.num_sequences), heads.start, num_heads, p.num_k_tokens * num_heads,
+    )  # fmt: skip
+    if hopper.runs_on(grad_k.device) and _launch_on_hopper(p, windows, arguments, num_heads, splits):
+        return
     # On an H200, 64K tokens, D = 128, g = 4: 4.9 to 5.0 ms, and 5.5 with two stages; 64 or 256 keys, or 128
     # rows, take longer. In a sliding window of 512: 1.32, and 1.96 in the other shape.
     narrow = TileShape(32, 64, 4, num_stages=3) if windows.reach else TileShape(64, 128, num_stages=3)
     tile = gradient_tile(p, narrow, wide=TileShape(32, 64))
     num_tiles = p.num_k_tokens // tile.keys + p.num_sequences
     _of_keys[(num_tiles * num_heads * splits,)](
-        *given, grad_k, grad_v, *windows.starts, p.softmax_scale, p.num_sequences,
-        search_steps(p.num_sequences), heads.start, num_heads, p.num_k_tokens * num_heads,
-        **walk_constants(p, windows, tile), SPLITS=splits, num_warps=tile.num_warps,
+        *arguments, **walk_constants(p, windows, tile), SPLITS=splits, num_warps=tile.num_warps
+    )
+
+
+def _launch_on_hopper(
+    problem: Problem, windows: Windows, arguments: tuple[Any, ...], num_heads: int, splits: int
+) -> bool:
+    """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
+    from fsa_core.kernels import hopper_interval_gradients
+
+    p = problem
+    if not hopper_interval_gradients.takes(p):
+        return False
+    tile = hopper_interval_gradients.tile_of(p)
+    num_tiles = p.num_k_tokens // tile.keys + p.num_sequences
+    hopper_interval_gradients.of_windows[(num_tiles * num_heads * splits,)](
+        *arguments, **hopper_interval_gradients.constants(p, windows, tile), SPLITS=splits,
+        num_warps=tile.num_warps,
     )  # fmt: skip
+    return True

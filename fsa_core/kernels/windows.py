@@ -141,3 +141,47 @@ def visible_windows(position, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr):
 def first_position(window, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """The first position from which ``window`` is among the visible ones: that of its last key."""
     return window * STRIDE + (KERNEL_SIZE - 1)
+
+
+@triton.jit
+def seeing_tokens(
+    first_window,
+    last_window,
+    q_position,
+    q_length,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    REACH: tl.constexpr,
+):
+    """Tokens of a sequence that see some of the windows from the first to the last, and that see all of them.
+
+    Returns the first of either, then the ends of both; tokens are counted from the sequence's first, whose
+    position is ``q_position``.
+    """
+    start = tl.maximum(first_position(first_window, KERNEL_SIZE, STRIDE) - q_position, 0)
+    start_all = first_position(last_window, KERNEL_SIZE, STRIDE) - q_position
+    end_all, end = q_length, q_length
+    if REACH:
+        end_all = tl.minimum(first_position(first_window + REACH, KERNEL_SIZE, STRIDE) - q_position, q_length)
+        end = tl.minimum(first_position(last_window + REACH, KERNEL_SIZE, STRIDE) - q_position, q_length)
+    return start, start_all, end_all, end
+
+
+@triton.jit
+def split_steps(start, start_all, end_all, end, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
+    """Steps of TOKENS tokens from ``start`` to ``end``, and which of them are this split's.
+
+    Returns how many there are, the split's range of those whose tokens see all windows, and its range of
+    those at both ends: those behind the others, then, counted on, those before them.
+    """
+    num_steps = tl.cdiv(tl.maximum(end - start, 0), TOKENS)
+    first_whole = tl.minimum(tl.cdiv(tl.maximum(start_all - start, 0), TOKENS), num_steps)
+    end_whole = tl.maximum(tl.maximum(end_all - start, 0) // TOKENS, first_whole)
+    whole_steps = tl.cdiv(end_whole - first_whole, SPLITS)
+    start_step = first_whole + split * whole_steps
+    end_step = tl.minimum(start_step + whole_steps, end_whole)
+    last_cut = num_steps + first_whole
+    cut_steps = tl.cdiv(last_cut - end_whole, SPLITS)
+    start_cut = end_whole + split * cut_steps
+    end_cut = tl.minimum(start_cut + cut_steps, last_cut)
+    return num_steps, start_step, end_step, start_cut, end_cut

@@ -44,7 +44,7 @@ from fsa_core.problem import Problem
 WINDOWS = gl.constexpr(2 * SIDE.value)
 SHAPE = TileShape(SIDE.value, WINDOWS.value, num_warps=4, num_stages=4)
 # Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
-REGISTERS, COPYING_REGISTERS = 232, 40
+REGISTERS, COPYING_REGISTERS = 240, 24
 
 
 @gluon.jit

@@ -2,9 +2,9 @@
 
 A program is three groups of four warps and takes every so many-th tile of 128 rows, as in ``hopper_tiles``.
 One group copies: a tile's rows of q and grad_out, their lse and delta, then the keys and values of its steps,
-as many steps ahead as shared memory has room for; there is room for the next tile's rows, too. Two multiply,
-64 rows each. While they multiply a step's scores and the gradients of its weights they still multiply what
-the step before adds to grad_q, so that weights are computed beside products.
+as many steps ahead as shared memory has room for. Two multiply, 64 rows each. Beside a step's scores and the
+gradients of its weights they still multiply what the step before adds to grad_q, so that weights are computed
+beside products.
 
 A tile's rows see their steps in order: the bits are those of the twin in ``tl``.
 """
@@ -26,42 +26,38 @@ from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_query_tiles import find_tile
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, DIMS, ROWS, SIDE, copy_rows, copy_steps, store_rows
 from fsa_core.kernels.launch import kernel
-from fsa_core.plan import MAX_SORTED, MAX_TILE_TOKENS, QueryTile, power_of_two, slot_class
+from fsa_core.plan import MAX_SORTED, QueryTile, power_of_two, slot_class
 from fsa_core.problem import Problem
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 # Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
 REGISTERS, COPYING_REGISTERS = 216, 72
-# Tiles whose rows are in shared memory at once, and steps; of the widest heads it holds no more.
-TILES, STAGES = 2, 3
+# With more a tile, sorting what they chose takes what the products gain.
+MOST_TOKENS = 32
+# Steps in shared memory, beside a tile's rows.
+STAGES = 4
 
 
 @gluon.jit
-def _new_shared(
-    dtype: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    TILES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Room for halves of tiles and for steps of keys and values, and what says that they are there, and read.
+def _new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, STAGES: gl.constexpr):
+    """Room for halves of a tile and for steps of keys and values; what says that they are there, and read.
 
     As ``hopper_tiles.new_shared`` has it, and beside: what a row has besides its q.
     """
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_tiles = gl.allocate_shared_memory(dtype, [2 * TILES, SIDE, HEAD_DIM], k_layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [2 * TILES, SIDE, VALUE_DIM], v_layout)
-    lse_tiles = gl.allocate_shared_memory(gl.float32, [2 * TILES, SIDE], flat)
-    delta_tiles = gl.allocate_shared_memory(gl.float32, [2 * TILES, SIDE], flat)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], k_layout)
+    out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], v_layout)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [2, SIDE], flat)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [2, SIDE], flat)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], v_layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2 * TILES, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2 * TILES, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2 * TILES):
+    for half in gl.static_range(2):
         mbarrier.init(q_ready.index(half), count=32 * COPYING_WARPS)
         mbarrier.init(q_free.index(half), count=1)
     for stage in gl.static_range(STAGES):
@@ -83,7 +79,6 @@ def _copy_rows(
     TOKENS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
-    TILES: gl.constexpr,
 ):
     """Begins to copy what the rows of up to TOKENS tokens have; ``taken`` tiles were before this one."""
     q_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
@@ -92,7 +87,6 @@ def _copy_rows(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
     for half in gl.static_range(2):
-        slot = taken % TILES * 2 + half
         rows = half * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
         token = rows // HEADS
         places = token * NUM_Q_HEADS + rows % HEADS
@@ -102,13 +96,13 @@ def _copy_rows(
         flat_is_there = (flat_token < TOKENS) & (flat_token < num_tokens)
         lse_ptrs = lse_ptr + (flat_token * NUM_Q_HEADS + flat_rows % HEADS)
         delta_ptrs = delta_ptr + (flat_token * num_delta_heads + flat_rows % HEADS)
-        mbarrier.wait(q_free.index(slot), ((taken // TILES) & 1) ^ 1)
-        copy_rows(q_ptr, q_tiles.index(slot), places * HEAD_DIM, is_there, HEAD_DIM, layout)
-        copy_rows(grad_out_ptr, out_tiles.index(slot), places * VALUE_DIM, is_there, VALUE_DIM, layout)
-        async_copy.async_copy_global_to_shared(lse_tiles.index(slot), lse_ptrs, flat_is_there)
-        async_copy.async_copy_global_to_shared(delta_tiles.index(slot), delta_ptrs, flat_is_there)
+        mbarrier.wait(q_free.index(half), (taken & 1) ^ 1)
+        copy_rows(q_ptr, q_tiles.index(half), places * HEAD_DIM, is_there, HEAD_DIM, layout)
+        copy_rows(grad_out_ptr, out_tiles.index(half), places * VALUE_DIM, is_there, VALUE_DIM, layout)
+        async_copy.async_copy_global_to_shared(lse_tiles.index(half), lse_ptrs, flat_is_there)
+        async_copy.async_copy_global_to_shared(delta_tiles.index(half), delta_ptrs, flat_is_there)
         # Every thread arrives when its own copies have.
-        async_copy.mbarrier_arrive(q_ready.index(slot), increment_count=False)
+        async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
 
 
 @gluon.jit
@@ -131,7 +125,6 @@ def _copy_tiles(
     BLOCK_SIZE: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
-    TILES: gl.constexpr,
 ):
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     n = 0
@@ -151,7 +144,7 @@ def _copy_tiles(
             )  # fmt: skip
             _copy_rows(
                 row_pointers, shared, beside, taken, end - first, num_delta_heads, NUM_Q_HEADS,
-                HEADS_PER_PAIR, TOKENS, HEAD_DIM, VALUE_DIM, TILES,
+                HEADS_PER_PAIR, TOKENS, HEAD_DIM, VALUE_DIM,
             )  # fmt: skip
             taken += 1
             copy_steps(
@@ -225,15 +218,14 @@ def _add_steps(
             fence_async_shared()
             k, v = k_tiles.index(stage).permute([1, 0]), v_tiles.index(stage).permute([1, 0])
             scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            grad_q = warpgroup_mma(left, k_tiles.index(last_stage), grad_q, is_async=True)
             grad_weights = warpgroup_mma(grad_out, v, zeros, use_acc=False, is_async=True)
+            grad_q = warpgroup_mma(left, k_tiles.index(last_stage), grad_q, is_async=True)
             scores = warpgroup_mma_wait(2, deps=[scores])
             weights = _weights(scores, shift, chose, last_key, blocks_ptr, step, num_whole, scale, BLOCK_SIZE)
-            # The last step's room is free before this one's products are all done.
-            grad_q = warpgroup_mma_wait(1, deps=[grad_q])
-            mbarrier.arrive(free.index(last_stage), count=1)
-            grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
+            grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
             grad_scores = weights * (grad_weights - delta[:, None])
+            grad_q = warpgroup_mma_wait(0, deps=[grad_q])
+            mbarrier.arrive(free.index(last_stage), count=1)
             left = gl.convert_layout(grad_scores.to(dtype), left_layout)
         grad_q = warpgroup_mma(left, k_tiles.index(stage), grad_q)
         mbarrier.arrive(free.index(stage), count=1)
@@ -259,7 +251,6 @@ def _add_tiles(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
-    TILES: gl.constexpr,
     STAGES: gl.constexpr,
     HALF: gl.constexpr,
 ):
@@ -281,14 +272,13 @@ def _add_tiles(
         if is_asked:
             # Keys past the end of the sequence come after every token.
             last_key = first + tile_token + q_shift if CAUSAL else tile_token * 0 + k_length - 1
-            slot = taken % TILES * 2 + HALF
-            mbarrier.wait(q_ready.index(slot), (taken // TILES) & 1)
+            mbarrier.wait(q_ready.index(HALF), taken & 1)
             taken += 1
-            q = q_tiles.index(slot)
-            shift = row_shift(lse_tiles.index(slot).load(row_layout))
-            delta = delta_tiles.index(slot).load(row_layout)
+            q = q_tiles.index(HALF)
+            shift = row_shift(lse_tiles.index(HALF).load(row_layout))
+            delta = delta_tiles.index(HALF).load(row_layout)
             grad_q = _add_steps(
-                lists[0] + entry, lists[1] + entry, shared, q, out_tiles.index(slot), shift, delta, n,
+                lists[0] + entry, lists[1] + entry, shared, q, out_tiles.index(HALF), shift, delta, n,
                 num_steps, num_whole, last_key, tile_bit, scale, HEAD_DIM, BLOCK_SIZE, STAGES,
             )  # fmt: skip
             n += num_steps
@@ -296,7 +286,7 @@ def _add_tiles(
             # A tile at the border of a group of tokens is walked by both groups; each writes its own. What is
             # written lies where q was.
             store_rows(
-                grad_q_ptr + first_place * HEAD_DIM, grad_q * scale, q, q_free.index(slot),
+                grad_q_ptr + first_place * HEAD_DIM, grad_q * scale, q, q_free.index(HALF),
                 first_token - first, end - first, NUM_Q_HEADS, HEADS_PER_PAIR, TOKENS, HALF,
             )  # fmt: skip
 
@@ -338,13 +328,12 @@ def of_tiles(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
-    TILES: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
 ):
     """Arguments as of ``_of_tiles``, and how many tiles to take under how many heads."""
-    shared, beside = _new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, TILES, STAGES)
+    shared, beside = _new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES)
     pointers = (q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr)
     lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
     tokens = (first_token, num_tokens, num_sequences, search_steps)
@@ -355,17 +344,17 @@ def of_tiles(
             (_add_tiles, (
                 grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, TILES, STAGES, gl.constexpr(0),
+                MAX_SHARED, STAGES, gl.constexpr(0),
             )),
             (_add_tiles, (
                 grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, TILES, STAGES, gl.constexpr(1),
+                MAX_SHARED, STAGES, gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, lists, where, shared, beside, num_work, first_delta_head, num_delta_heads,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
-                VALUE_DIM, BLOCK_SIZE, TOKENS, MAX_SHARED, TILES,
+                VALUE_DIM, BLOCK_SIZE, TOKENS, MAX_SHARED,
             )),
         ],
         [4, COPYING_WARPS],
@@ -379,10 +368,10 @@ def takes(problem: Problem, tile: QueryTile) -> bool:
 
 
 def fills(problem: Problem) -> bool:
-    """Whether a tile of ROWS rows may be taken, and has more tokens than one of half as many."""
+    """Whether a tile of ROWS rows may be taken, and is faster than the twin's of half as many."""
     p = problem
     tokens = ROWS // p.heads_per_pair
-    is_full = 1 <= tokens <= MAX_TILE_TOKENS and power_of_two(tokens) * slot_class(p.num_slots) <= MAX_SORTED
+    is_full = 1 <= tokens <= MOST_TOKENS and power_of_two(tokens) * slot_class(p.num_slots) <= MAX_SORTED
     return _is_wide(p) and is_full and p.block_size >= SIDE.value
 
 
@@ -394,6 +383,6 @@ def _is_wide(problem: Problem) -> bool:
 def constants(tile: QueryTile) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_of_tiles``."""
     return {
-        "TOKENS": tile.tokens, "MAX_SHARED": tile.max_shared, "TILES": TILES, "STAGES": STAGES,
+        "TOKENS": tile.tokens, "MAX_SHARED": tile.max_shared, "STAGES": STAGES,
         "REGISTERS": REGISTERS, "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4,
     }  # fmt: skip

@@ -64,6 +64,11 @@ class Case:
         return DECODED_LAYERS if self.part == "decode" else 1
 
     @property
+    def keys_of_row(self) -> int:
+        """That a row of indices attends with all its slots."""
+        return self.num_slots * self.block_size
+
+    @property
     def layout(self) -> str:
         """What is the same along a curve over lengths."""
         dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
@@ -93,7 +98,7 @@ def _adversarial() -> list[Case]:
 
 
 def _patterns() -> list[Case]:
-    """Rows of indices that a block of queries shares, beside dense attention of as many keys."""
+    """Rows of indices that a block of queries shares, beside dense attention, of all keys and of as many."""
     grid = product((64, 128), TARGET_TOKENS, OPERATOR_GROUP_SIZES)
     return [Case(n, g, "random", query_block_size=shared) for shared, n, g in grid]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import MOST_PEER_TOKENS, Case, Stage
+from benchmarks.gate import Reach
 from benchmarks.inputs import Inputs
 from fsa_core.api import selected_attention
 
@@ -31,7 +32,7 @@ def _as_it_is(answer: Answer) -> Answer:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An implementation; ``dense`` ones compute every key and are checked against that.
+    """An implementation; what it attends by its ``reach`` is what it is checked against.
 
     ``settle`` brings an answer into the form that the gate checks, outside the timer.
     """
@@ -39,7 +40,7 @@ class Contender:
     name: str
     prepare: Prepare
     tolerance: float = PEER_TOLERANCE
-    dense: bool = False
+    reach: Reach = "selected"
     settle: Callable[[Answer], Answer] = _as_it_is
 
 
@@ -57,17 +58,29 @@ def contenders_of(case: Case, device: torch.device, peers: Path | None) -> list[
         return [ours]
     if device.type == "cpu":
         masked = Contender("dense masked", prepare_dense_masked)
-        return [ours, masked, Contender("dense causal", prepare_dense_causal, dense=True)]
+        causal = Contender("dense causal", prepare_dense_causal, reach="causal")
+        return [ours, masked, causal, *_of_pieces(case, {"torch": prepare_pieces_cpu})]
     sparse = []
     if peers is not None:
         from benchmarks.peers import PEERS, import_from
 
         import_from(peers)
         sparse = [Contender(name, prepare) for name, prepare in PEERS.items()]
-    dense = [Contender("dense cuDNN", prepare_dense_cudnn, dense=True)]
+    dense = [Contender("dense cuDNN", prepare_dense_cudnn, reach="causal")]
     if case.query_block_size > 1:
-        dense.append(Contender("dense FlashAttention", prepare_dense_flash, dense=True))
-    return [ours, *sparse, *dense]
+        dense.append(Contender("dense FlashAttention", prepare_dense_flash, reach="causal"))
+    pieces = _of_pieces(case, {"cuDNN": prepare_pieces_cudnn, "FlashAttention": prepare_pieces_flash})
+    return [ours, *sparse, *dense, *pieces]
+
+
+def _of_pieces(case: Case, prepares: dict[str, Prepare]) -> list[Contender]:
+    """Beside rows that queries share; none where the sequence ends in a shorter piece."""
+    if case.query_block_size == 1 or case.num_tokens % case.keys_of_row:
+        return []
+    return [
+        Contender(f"{name} at as many keys", prepare, reach="piece", settle=_joined)
+        for name, prepare in prepares.items()
+    ]
 
 
 def _of_operator(case: Case, device: torch.device, peers: Path | None) -> list[Contender]:
@@ -83,7 +96,7 @@ def _of_operator(case: Case, device: torch.device, peers: Path | None) -> list[C
     if case.part in ("operator", "windowed") and is_compared:
         on_gpu = device.type == "cuda"
         name, prepare = ("cuDNN", prepare_dense_cudnn) if on_gpu else ("causal", prepare_dense_causal)
-        found.append(Contender(f"dense {name}", prepare, dense=True))
+        found.append(Contender(f"dense {name}", prepare, reach="causal"))
     return found
 
 
@@ -112,11 +125,26 @@ def _without_lse(answer: Answer) -> Answer:
 
 
 def _prepare_dense(x: Inputs, stage: Stage, *, backend: SDPBackend) -> Run:
-    """Dense causal attention of torch's on a GPU: what a user would run instead.
+    """Dense causal attention of torch's on a GPU: what a user would run instead."""
+    return _unbatched(_prepare_by(backend, x, stage, x.num_tokens, is_causal=True))
+
+
+def _prepare_pieces(x: Inputs, stage: Stage, *, backend: SDPBackend | list[SDPBackend]) -> Run:
+    """Each token attends all of its piece of the sequence: as many keys as a row of indices has room for.
+
+    The answer is [pieces, heads, tokens, dim]: to join it copies, which is no part of the time.
+    """
+    return _prepare_by(backend, x, stage, x.keys_of_row, is_causal=False)
+
+
+def _prepare_by(
+    backend: SDPBackend | list[SDPBackend], x: Inputs, stage: Stage, length: int, *, is_causal: bool
+) -> Run:
+    """torch's attention of sequences of ``length`` tokens, [sequences, heads, length, dim].
 
     K and V are repeated for their query heads before the timer; the backward pass adds their gradients up.
     """
-    q, k, v = _batched(x)
+    q, k, v, grad_out = (_heads_first(t, length) for t in (x.q, x.k, x.v, x.grad_out))
     if stage == "forward":
         k, v = (t.repeat_interleave(x.group_size, 1) for t in (k, v))
 
@@ -124,13 +152,17 @@ def _prepare_dense(x: Inputs, stage: Stage, *, backend: SDPBackend) -> Run:
         if k.shape[1] < q.shape[1]:
             k, v = (t.repeat_interleave(x.group_size, 1) for t in (k, v))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.softmax_scale)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=x.softmax_scale)
 
-    return _unbatched(_by_autograd(forward, (q, k, v), _heads_first(x.grad_out), stage))
+    return _by_autograd(forward, (q, k, v), grad_out, stage)
 
 
 prepare_dense_cudnn = partial(_prepare_dense, backend=SDPBackend.CUDNN_ATTENTION)
 prepare_dense_flash = partial(_prepare_dense, backend=SDPBackend.FLASH_ATTENTION)
+prepare_pieces_cudnn = partial(_prepare_pieces, backend=SDPBackend.CUDNN_ATTENTION)
+prepare_pieces_flash = partial(_prepare_pieces, backend=SDPBackend.FLASH_ATTENTION)
+# torch's kernel for a CPU wants values as wide as keys; of others it takes plain operations.
+prepare_pieces_cpu = partial(_prepare_pieces, backend=[SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 def prepare_dense_causal(x: Inputs, stage: Stage) -> Run:
@@ -176,13 +208,18 @@ def _batched(x: Inputs) -> tuple[torch.Tensor, ...]:
     return tuple(_heads_first(t) for t in (x.q, x.k, x.v))
 
 
-def _heads_first(t: torch.Tensor) -> torch.Tensor:
-    """As torch's attention takes it: [1, heads, tokens, dim]."""
-    return t.transpose(0, 1)[None].contiguous()
+def _heads_first(t: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    """As torch's attention takes it: [sequences of so many tokens, or 1 of all, heads, length, dim]."""
+    return t.unflatten(0, (-1, length or len(t))).transpose(1, 2).contiguous()
 
 
 def _unbatched(run: Run) -> Run:
     return lambda: tuple(t[0].transpose(0, 1) for t in run())
+
+
+def _joined(answer: Answer) -> Answer:
+    """[tokens, heads, dim] of what `_heads_first` cut."""
+    return tuple(t.transpose(1, 2).flatten(0, 1) for t in answer)
 
 
 def _mask(x: Inputs, kv_head: int) -> torch.Tensor:

@@ -7,11 +7,16 @@ so they are exact without a table of tokens by keys.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from benchmarks.cases import Stage
 from benchmarks.inputs import Inputs
+
+# The keys that a token attends: up to itself those of its selected blocks, or all; or all of its piece of the
+# sequence, before and after it, where a piece has as many keys as a row of indices with all its slots.
+Reach = Literal["selected", "causal", "piece"]
 
 # Elements of gathered keys or values at a time.
 GATHERED_AT_ONCE = 1 << 26
@@ -46,8 +51,8 @@ def worst_error(answer: tuple[torch.Tensor, ...], truth: list[Sample]) -> float:
     return torch.stack(errors).max().item()
 
 
-def sampled_truth(x: Inputs, stage: Stage, *, dense: bool = False) -> list[Sample]:
-    """Of (out,) or (dq, dk, dv), over the selected blocks or, ``dense``, over all of them.
+def sampled_truth(x: Inputs, stage: Stage, reach: Reach = "selected") -> list[Sample]:
+    """Of (out,) or (dq, dk, dv), over the keys within ``reach``.
 
     An inversion must give back the block indices themselves: [tokens, heads, slots].
     """
@@ -58,19 +63,19 @@ def sampled_truth(x: Inputs, stage: Stage, *, dense: bool = False) -> list[Sampl
     tokens = _sampled_tokens(x)
     heads = torch.arange(x.q.shape[1], device=x.q.device)
     if stage == "forward":
-        out = _at(x, tokens, dense, lambda rows: rows.out)
+        out = _at(x, tokens, reach, lambda rows: rows.out)
         return [Sample(0, tokens, heads, out, out.norm(dim=-1))]
-    grad_q = _at(x, tokens, dense, lambda rows: rows.grad_q)
-    sizes = grad_q.norm(dim=-1) + _at(x, tokens, dense, lambda rows: rows.grad_q_of_rounding)[..., 0]
+    grad_q = _at(x, tokens, reach, lambda rows: rows.grad_q)
+    sizes = grad_q.norm(dim=-1) + _at(x, tokens, reach, lambda rows: rows.grad_q_of_rounding)[..., 0]
     samples = [Sample(0, tokens, heads, grad_q, sizes)]
     last = x.num_blocks - 1
-    # Of dense attention, only the last block is attended by few tokens.
-    for number, block in enumerate([last] if dense else sorted({0, last // 2, last})):
+    # Of causal attention to all, only the last block is attended by few tokens.
+    for number, block in enumerate([last] if reach == "causal" else sorted({0, last // 2, last})):
         kv_head = number % x.k.shape[1]
         end = min((block + 1) * x.block_size, x.num_tokens)
         keys = torch.arange(block * x.block_size, end, device=x.q.device)
         head = torch.tensor([kv_head], device=x.q.device)
-        for tensor, grad in enumerate(_block_gradients(x, kv_head, block, dense), start=1):
+        for tensor, grad in enumerate(_block_gradients(x, kv_head, block, reach), start=1):
             values = grad[: len(keys), None]
             samples.append(Sample(tensor, keys, head, values, values.norm(dim=-1)))
     return samples
@@ -117,22 +122,26 @@ def _sampled_tokens(x: Inputs) -> torch.Tensor:
     return torch.cat([edges, torch.randint(n, (RANDOM_TOKENS,), generator=generator)]).unique().to(x.q.device)
 
 
-def _at(x: Inputs, tokens: torch.Tensor, dense: bool, part: Callable[[_Rows], torch.Tensor]) -> torch.Tensor:
+def _at(x: Inputs, tokens: torch.Tensor, reach: Reach, part: Callable[[_Rows], torch.Tensor]) -> torch.Tensor:
     """``part`` of every query head at ``tokens``: [tokens, q heads, dim]."""
-    per_head = (_attended(x, kv_head, tokens, dense) for kv_head in range(x.k.shape[1]))
+    per_head = (_attended(x, kv_head, tokens, reach) for kv_head in range(x.k.shape[1]))
     return torch.cat([torch.cat([part(rows) for rows in pieces]) for pieces in per_head], dim=1)
 
 
-def _block_gradients(x: Inputs, kv_head: int, block: int, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk [block size, dim] and dv [block size, value dim] of a block, from all tokens that chose it."""
+def _block_gradients(x: Inputs, kv_head: int, block: int, reach: Reach) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk [block size, dim] and dv [block size, value dim] of a block, from all tokens that attend it."""
     grad_k, grad_v = (
         torch.zeros(x.block_size, t.shape[2], dtype=torch.float64, device=t.device) for t in (x.k, x.v)
     )
-    if dense:
-        choosers = torch.arange(block * x.block_size, x.num_tokens, device=x.q.device)
+    first_key = block * x.block_size
+    if reach == "causal":
+        choosers = torch.arange(first_key, x.num_tokens, device=x.q.device)
+    elif reach == "piece":
+        start = first_key // x.keys_of_row * x.keys_of_row
+        choosers = torch.arange(start, min(start + x.keys_of_row, x.num_tokens), device=x.q.device)
     else:
         choosers = (x.block_indices[kv_head] == block).any(-1).nonzero().flatten()
-    for rows in _attended(x, kv_head, choosers, dense):
+    for rows in _attended(x, kv_head, choosers, reach):
         row, slot = (rows.ids == block).nonzero(as_tuple=True)
         grad_scores, weights = (
             t.unflatten(-1, (-1, x.block_size))[row, :, slot].flatten(0, 1)
@@ -143,19 +152,16 @@ def _block_gradients(x: Inputs, kv_head: int, block: int, dense: bool) -> tuple[
     return grad_k, grad_v
 
 
-def _attended(x: Inputs, kv_head: int, tokens: torch.Tensor, dense: bool) -> Iterator[_Rows]:
+def _attended(x: Inputs, kv_head: int, tokens: torch.Tensor, reach: Reach) -> Iterator[_Rows]:
     """Plain softmax attention of ``tokens``, some at a time."""
-    slots = x.num_blocks if dense else x.block_indices.shape[2]
+    slots = x.num_blocks if reach == "causal" else x.block_indices.shape[2]
     gathered = slots * x.block_size * max(x.k.shape[2], x.v.shape[2])
     heads = slice(kv_head * x.group_size, (kv_head + 1) * x.group_size)
     within = torch.arange(x.block_size, device=x.q.device)
     for some in tokens.split(max(GATHERED_AT_ONCE // gathered, 1)):
-        if dense:
-            ids = torch.arange(x.num_blocks, device=x.q.device).expand(len(some), -1)
-        else:
-            ids = x.block_indices[kv_head, some].long()
+        ids, ends = _within_reach(x, kv_head, some, reach)
         keys = (ids[:, :, None] * x.block_size + within).flatten(1)
-        visible = (ids >= 0).repeat_interleave(x.block_size, dim=1) & (keys <= some[:, None])
+        visible = (ids >= 0).repeat_interleave(x.block_size, dim=1) & (keys < ends[:, None])
         keys = keys.clamp(0, x.num_tokens - 1)
         q, grad_out = x.q[some, heads].double(), x.grad_out[some, heads].double()
         k, v = x.k[keys, kv_head].double(), x.v[keys, kv_head].double()
@@ -163,3 +169,19 @@ def _attended(x: Inputs, kv_head: int, tokens: torch.Tensor, dense: bool) -> Ite
         # A token without keys gives zeros.
         weights = scores.softmax(-1).nan_to_num(0.0)
         yield _Rows(ids, q, k, v, weights, grad_out, x.softmax_scale)
+
+
+def _within_reach(
+    x: Inputs, kv_head: int, tokens: torch.Tensor, reach: Reach
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks [tokens, slots] with the keys of ``tokens``, -1: none; the keys [tokens] they stop before."""
+    if reach == "piece":
+        starts = tokens // x.keys_of_row * x.keys_of_row
+        slots = torch.arange(x.block_indices.shape[2], device=x.q.device)
+        ends = (starts + x.keys_of_row).clamp(max=x.num_tokens)
+        return starts[:, None] // x.block_size + slots, ends
+    if reach == "causal":
+        ids = torch.arange(x.num_blocks, device=x.q.device).expand(len(tokens), -1)
+    else:
+        ids = x.block_indices[kv_head, tokens].long()
+    return ids, tokens + 1

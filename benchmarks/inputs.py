@@ -42,6 +42,11 @@ class Inputs:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def keys_of_row(self) -> int:
+        """That a row of indices attends with all its slots."""
+        return self.block_indices.shape[2] * self.block_size
+
+    @property
     def num_blocks(self) -> int:
         return -(-self.num_tokens // self.block_size)
 

@@ -24,6 +24,9 @@ COLORS = {
     "dense FlashAttention": "#56B4E9",
     "dense causal": "#7F7F7F",
     "dense masked": "#E69F00",
+    "cuDNN at as many keys": "#7F7F7F",
+    "FlashAttention at as many keys": "#56B4E9",
+    "torch at as many keys": "#7F7F7F",
 }
 MARKERS = {"random": "o", "real": "s", "recorded": "D", "same": "^"}
 WORKSPACE_MIB = 256

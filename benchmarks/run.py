@@ -16,7 +16,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import SUITES, Case, as_recorded, suite
 from benchmarks.contenders import Contender, Run, contenders_of
-from benchmarks.gate import Sample, sampled_truth, worst_error
+from benchmarks.gate import Reach, Sample, sampled_truth, worst_error
 from benchmarks.host import controls
 from benchmarks.indices import recorded_block_indices
 from benchmarks.inputs import Inputs, make_inputs, work_of
@@ -83,7 +83,7 @@ def measure(
 ) -> Row:
     """The row of a case; ours is the first of ``contenders``."""
     x = make_inputs(case, device, recorded)
-    truth: dict[bool, list[Sample]] = {}
+    truth: dict[Reach, list[Sample]] = {}
     runs: dict[str, Run] = {}
     measured: dict[str, Measured] = {}
     for contender in contenders:
@@ -115,19 +115,19 @@ def measure(
 
 
 def _admitted(
-    contender: Contender, case: Case, x: Inputs, truth: dict[bool, list[Sample]]
+    contender: Contender, case: Case, x: Inputs, truth: dict[Reach, list[Sample]]
 ) -> tuple[Run | None, Measured]:
     """The contender's call, if its answer passes the gate, and how it did there.
 
-    ``truth`` is kept for the contenders to come: of the selected blocks, and dense.
+    ``truth`` is kept for the contenders to come, of each reach.
     """
     try:
         run = contender.prepare(x, case.stage)
         answer = contender.settle(run())
-        if case.part == "selected" or contender.dense:
-            if contender.dense not in truth:
-                truth[contender.dense] = sampled_truth(x, case.stage, dense=contender.dense)
-            error = worst_error(answer, truth[contender.dense])
+        if case.part == "selected" or contender.reach != "selected":
+            if contender.reach not in truth:
+                truth[contender.reach] = sampled_truth(x, case.stage, contender.reach)
+            error = worst_error(answer, truth[contender.reach])
         else:
             error = operator_error(case, x, answer)
     except Exception as failure:
@@ -175,7 +175,7 @@ def _line(row: Row) -> str:
             continue
         memory = "" if measured.extra_bytes is None else f" {measured.extra_bytes / MIB:.0f} MiB"
         columns.append(f"{name} {measured.median_seconds * 1e3:.4g} ms{memory}")
-    return f"{row.case.name:<44} " + "".join(f"{column:<28}" for column in columns).rstrip()
+    return f"{row.case.name:<44} " + "  ".join(f"{column:<26}" for column in columns).rstrip()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import Case, suite
-from benchmarks.contenders import OUR_TOLERANCE
-from benchmarks.gate import sampled_truth, worst_error
+from benchmarks.cases import STAGES, Case, Stage, suite
+from benchmarks.contenders import OUR_TOLERANCE, PEER_TOLERANCE, Contender, contenders_of
+from benchmarks.gate import Reach, sampled_truth, worst_error
 from benchmarks.inputs import Inputs, attended_pairs, make_inputs
 
 
@@ -21,10 +21,13 @@ def masked_attention(x: Inputs, mask: torch.Tensor, stage: str) -> tuple[torch.T
     return (out.detach(),) if stage == "forward" else torch.autograd.grad(out, (q, k, v), x.grad_out.double())
 
 
-def causal_mask(x: Inputs, *, dense: bool) -> torch.Tensor:
+def mask_of(x: Inputs, reach: Reach) -> torch.Tensor:
     token = torch.arange(x.num_tokens)
-    mask = (token <= token[:, None]).expand(x.k.shape[1], -1, -1)
-    if dense:
+    if reach == "piece":
+        piece = token // x.keys_of_row
+        return (piece == piece[:, None]).repeat(x.k.shape[1], 1, 1)
+    mask = (token <= token[:, None]).repeat(x.k.shape[1], 1, 1)
+    if reach == "causal":
         return mask
     return mask & (token // x.block_size == x.block_indices[..., None]).any(2)
 
@@ -35,18 +38,31 @@ def case(request: pytest.FixtureRequest) -> Case:
     return replace(suite("smoke")[0], num_tokens=100, kind=request.param)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("stage", ["forward", "backward"])
-def test_the_gate_passes_what_torch_itself_computes(case: Case, stage: str, dense: bool) -> None:
+@pytest.mark.parametrize("reach", ["selected", "causal", "piece"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gate_passes_what_torch_itself_computes(case: Case, stage: Stage, reach: Reach) -> None:
     x = make_inputs(case, torch.device("cpu"))
-    answer = masked_attention(x, causal_mask(x, dense=dense), stage)
-    assert worst_error(answer, sampled_truth(x, stage, dense=dense)) < 1e-10
+    answer = masked_attention(x, mask_of(x, reach), stage)
+    assert worst_error(answer, sampled_truth(x, stage, reach)) < 1e-10
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gate_notices_a_piece_without_one_of_its_blocks_or_with_one_too_many(
+    case: Case, stage: Stage
+) -> None:
+    x = make_inputs(case, torch.device("cpu"))
+    truth = sampled_truth(x, stage, "piece")
+    without, beyond = (mask_of(x, "piece") for _ in range(2))
+    without[0, : x.keys_of_row, x.block_size : 2 * x.block_size] = False
+    beyond[0, : x.keys_of_row, x.keys_of_row :][:, : x.block_size] = True
+    for mask in (without, beyond, mask_of(x, "piece").tril(), mask_of(x, "causal")):
+        assert worst_error(masked_attention(x, mask, stage), truth) > PEER_TOLERANCE
 
 
 @pytest.mark.parametrize("stage", ["forward", "backward"])
 def test_the_gate_notices_one_block_that_one_token_did_not_attend(case: Case, stage: str) -> None:
     x = make_inputs(case, torch.device("cpu"))
-    mask = causal_mask(x, dense=False)
+    mask = mask_of(x, "selected")
     mask[0, -1, : x.block_size] = False
     answer = masked_attention(x, mask, stage)
     assert worst_error(answer, sampled_truth(x, stage)) > OUR_TOLERANCE
@@ -55,7 +71,7 @@ def test_the_gate_notices_one_block_that_one_token_did_not_attend(case: Case, st
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_gate_notices_a_row_that_is_nan_or_wrong(case: Case, number: int) -> None:
     x = make_inputs(case, torch.device("cpu"))
-    answer = masked_attention(x, causal_mask(x, dense=False), "backward")
+    answer = masked_attention(x, mask_of(x, "selected"), "backward")
     answer[number][-1] = torch.nan
     assert not worst_error(answer, sampled_truth(x, "backward")) < 1.0
     answer[number][-1] = 1.0
@@ -64,4 +80,27 @@ def test_the_gate_notices_a_row_that_is_nan_or_wrong(case: Case, number: int) ->
 
 def test_pairs_are_those_of_the_mask(case: Case) -> None:
     x = make_inputs(case, torch.device("cpu"))
-    assert attended_pairs(x) == causal_mask(x, dense=False).sum().item() * x.group_size
+    assert attended_pairs(x) == mask_of(x, "selected").sum().item() * x.group_size
+
+
+def of_pieces(case: Case, device: str) -> list[Contender]:
+    return [c for c in contenders_of(case, torch.device(device), peers=None) if c.reach == "piece"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gate_passes_torchs_attention_of_as_many_keys(stage: Stage) -> None:
+    (case,) = [case for case in suite("smoke") if case.query_block_size > 1 and case.stage == stage]
+    (contender,) = of_pieces(case, "cpu")
+    x = make_inputs(case, torch.device("cpu"))
+    answer = contender.settle(contender.prepare(x, stage)())
+    assert worst_error(answer, sampled_truth(x, stage, "piece")) < 1e-5
+    for reach in ("selected", "causal"):
+        assert worst_error(answer, sampled_truth(x, stage, reach)) > PEER_TOLERANCE
+
+
+def test_as_many_keys_are_attended_beside_shared_rows_in_whole_pieces_only() -> None:
+    for case in suite("patterns"):
+        names = [contender.name for contender in of_pieces(case, "cuda")]
+        assert names == ["cuDNN at as many keys", "FlashAttention at as many keys"]
+        assert not of_pieces(replace(case, num_tokens=case.num_tokens + case.block_size), "cuda")
+        assert not of_pieces(replace(case, query_block_size=1), "cuda")

@@ -42,6 +42,14 @@ def test_a_run_writes_times_machine_and_work_that_the_report_reads(
     assert "measured in the same run" in plot.read_text()
 
 
+def test_rows_that_queries_share_are_timed_beside_attention_of_as_many_keys(tmp_path: Path) -> None:
+    code, path = run_smoke(tmp_path, "q32")
+    assert code == 0
+    rows = Results.read(path).rows
+    assert [row.case.stage for row in rows] == ["forward", "backward"]
+    assert all(row.seconds("torch at as many keys") > 0 for row in rows)
+
+
 def test_a_wrong_answer_gets_no_time_for_anybody_and_a_bad_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,24 @@ def test_the_time_of_an_attended_key_counts_the_keys_of_each() -> None:
     assert verdict.status == "PASS"
 
 
+@pytest.mark.parametrize("shared", [64, 128])
+@pytest.mark.parametrize("rival", ["cuDNN", "FlashAttention"])
+def test_shared_rows_are_compared_with_a_rival_of_as_many_keys(rival: str, shared: int) -> None:
+    cases = [case for case in suite("patterns") if case.query_block_size == shared]
+    results = results_of(cases, **{"ours": 0.9, f"dense {rival}": 1.0, f"{rival} at as many keys": 1.0})
+    results.rows = [
+        # Nine tenths of all slots in nine tenths of the time: an attended key takes as long.
+        Row(case, Work(case.num_tokens * 4 * case.group_size * 1024 * 9 // 10, 0, 0), row.contenders)
+        for case, row in zip(cases, results.rows, strict=True)
+    ]
+    verdict = verdict_of(results, f"shared by {shared} queries", f"ours / {rival} at as many keys")
+    assert verdict.value == pytest.approx(1.0)
+    assert verdict.measured == len(cases)
+    # The dense rival attends up to 32 times as many keys in the same time.
+    dense = verdict_of(results, f"shared by {shared} queries", f"ours / dense {rival}")
+    assert dense.value == pytest.approx(32, rel=1e-3)
+
+
 def test_break_even_lies_where_the_ratio_passes_one() -> None:
     cases = [
         case for case in suite("operator") if case.part == "windowed" and case.num_tokens in (4096, 16384)

@@ -1,15 +1,16 @@
 """Which blocks compressed attention finds important: probabilities and the best blocks stay on the chip.
 
 A program takes a few consecutive tokens of one sequence under one KV head and walks its blocks of keys from
-the last to the first. Scores are computed again from q and the compressed keys, one query head after another;
+the first to the last. Scores are computed again from q and the compressed keys, one query head after another;
 with the maximum and the sum of each row known (``fsa_core.kernels.compressed``) they become probabilities at
-once. The windows of a block are columns of different products: window r * j + o of block j is column j of the
-product for offset o, so that a block's importance is a sum of products, number by number, and nothing moves
-between threads. The best blocks so far are a set in registers; each step takes the best of the new blocks,
-one a token at a time, until none beats the worst in the set: after a few steps there are hardly any.
+once. The windows of a block are columns of different products: window r * j + o of block j is in the column
+of that block in the product for offset o, so that a block's importance is a sum of products, number by
+number; what a window gives to the block after its own moves by one block, once for all heads
+(``best_blocks``).
 
-Importance and id are packed into one integer, so that of equals the lower id is better and the order in which
-blocks come does not matter.
+Up to ``MOST_BY_THREAD`` blocks a row, each thread keeps the best of its own, sorted; more are a set in
+registers, into which each step's best come one a token at a time until none beats the worst in the set: after
+a few steps there are hardly any.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,20 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels.best_blocks import (
+    MAX_ID,
+    MOST_BY_THREAD,
+    NONE,
+    NOT_FORCED,
+    add_weights,
+    best_of_row,
+    block_of_column,
+    candidates_of,
+    importance_of,
+    in_order,
+    joined,
+    keep_best,
+)
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
 from fsa_core.kernels.query_tiles import load_block
@@ -25,14 +40,8 @@ from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visib
 from fsa_core.plan import padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
 
-# A candidate is an int64: the bits of its importance, a float32 that is never negative, above its id, counted
-# down from the highest. What is not forced lies below zero.
-NOT_FORCED = tl.constexpr(-0x7F800001)
-MAX_ID = tl.constexpr((1 << 31) - 1)
-# The least candidate, under which lie unused slots; what is under all of them, and what is above all.
+# The least candidate, under which lie unused slots, and what is above all.
 LEAST = tl.constexpr(-0x7F800001 * (1 << 32))
-NONE = tl.constexpr(-(1 << 63))
-NO_HIGH = tl.constexpr(-(1 << 31))
 FULL = tl.constexpr((1 << 63) - 1)
 
 # The compressed keys of a step lie in shared memory, beside two query heads; products of float32 in three
@@ -43,8 +52,6 @@ MIN_BLOCKS, MAX_BLOCKS = 16, 64
 # Of the set of the best, in registers: tokens times slots.
 MAX_HELD = 4096
 MIN_TOKENS, MAX_TOKENS = 16, 64
-# Up to so many, each thread keeps the best of its own blocks: as many as may all be the row's.
-MOST_BY_THREAD = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,47 +86,6 @@ class Tile:
 
 
 @triton.jit
-def _block_of_column(column, BLOCKS: tl.constexpr):
-    """Which of a step's blocks has this column of its products.
-
-    Of every eight columns of a row a thread has two that are neighbours, and its quad the others: columns are
-    dealt so that a thread has ``BLOCKS`` / 4 neighbouring blocks of a row, as ``_of_quad`` takes them out.
-    """
-    return column % 8 // 2 * (BLOCKS // 4) + column // 8 * 2 + column % 2
-
-
-@triton.jit
-def _of_quad(x):
-    """[tokens, columns] as a tuple of [tokens, 4]: the first of each thread's blocks, the second, ..."""
-    by_thread = tl.trans(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2)), (0, 2, 1, 3))
-    return _unjoined(tl.reshape(by_thread, (x.shape[0], 4, x.shape[1] // 4)))
-
-
-@triton.jit
-def _unjoined(x):
-    """[tokens, 4, n] as a tuple of n."""
-    if x.shape[2] == 1:
-        return (tl.reshape(x, (x.shape[0], 4)),)
-    else:
-        halves = tl.reshape(x, (x.shape[0], 4, 2, x.shape[2] // 2))
-        left, right = tl.split(tl.trans(halves, (0, 1, 3, 2)))
-        return _unjoined(left) + _unjoined(right)
-
-
-@triton.jit
-def _joined(parts):
-    """A tuple of n [tokens, m] as [tokens, m * n], in any order; n is a power of two."""
-    if len(parts) == 1:
-        return parts[0]
-    else:
-        pairs = ()
-        for i in tl.static_range(len(parts) // 2):
-            pair = tl.join(parts[2 * i], parts[2 * i + 1])
-            pairs = pairs + (tl.reshape(pair, (pair.shape[0], pair.shape[1] * 2)),)  # type: ignore[assignment]  # noqa: RUF005
-        return _joined(pairs)
-
-
-@triton.jit
 def _window_keys(
     k_ptr,
     first_window,
@@ -147,22 +113,8 @@ def _window_keys(
 def _zeros(N: tl.constexpr, SHAPE: tl.constexpr):
     zeros = ()
     for _ in tl.static_range(N):
-        # Triton knows no starred expression.
-        zeros = zeros + (tl.zeros(SHAPE, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        zeros = zeros + (tl.zeros(SHAPE, tl.float32),)  # type: ignore[assignment]
     return zeros
-
-
-@triton.jit
-def _add_weights(given, weights, OFFSET: tl.constexpr, PER_BLOCK: tl.constexpr, BEFORE: tl.constexpr):
-    """Adds the weights of the windows ``OFFSET`` to what is ``given`` to their block, the next, and so on."""
-    added = ()
-    for i in tl.static_range(len(given)):
-        # The strides that such a window shares with that block.
-        first = OFFSET if OFFSET > i * PER_BLOCK else i * PER_BLOCK
-        end = OFFSET + BEFORE + 1 if OFFSET + BEFORE < (i + 1) * PER_BLOCK else (i + 1) * PER_BLOCK
-        add = given[i] + weights * (end - first) if end > first else given[i]
-        added = added + (add,)  # type: ignore[assignment]  # noqa: RUF005
-    return added
 
 
 @triton.jit
@@ -197,14 +149,14 @@ def _given(
     num_tokens: tl.constexpr = q_mask.shape[0]
     mask_dims: tl.constexpr = dim_mask.shape[0] != HEAD_DIM
     num_given: tl.constexpr = (PER_BLOCK - 1 + BEFORE) // PER_BLOCK + 1
-    block = _block_of_column(tl.arange(0, BLOCKS), BLOCKS)
+    block = block_of_column(tl.arange(0, BLOCKS), BLOCKS)
     keys = ()
     if KEEP_KEYS:
         for i in tl.static_range(PER_BLOCK):
             some = _window_keys(
                 k_ptr, first_window, num_windows, dim_mask, block, i, ROW, PER_BLOCK, CUT, mask_dims
             )
-            keys = keys + (some,)  # type: ignore[assignment]  # noqa: RUF005
+            keys = keys + (some,)  # type: ignore[assignment]
     given = _zeros(num_given, (num_tokens, BLOCKS))
     for head in tl.range(0, GROUP_SIZE, num_stages=STAGES):
         q = tl.load(q_ptrs + head * HEAD_DIM, mask=q_mask, other=0.0)
@@ -224,156 +176,33 @@ def _given(
             if CUT:
                 window = first_window + block * PER_BLOCK + i
                 weights = tl.where(window[None, :] < visible[:, None], weights, 0.0)
-            given = _add_weights(given, weights, i, PER_BLOCK, BEFORE)
+            given = add_weights(given, weights, i, PER_BLOCK, BEFORE)
     return given
 
 
 @triton.jit
-def _shifted(parts, carried):
-    """Of ``parts``, as ``_of_quad`` has them, what the block before has, and what the next step is to carry.
-
-    ``carried`` [tokens] is what the last block of the step before has.
-    """
-    last = parts[len(parts) - 1]
-    thread = tl.arange(0, 4)[None, :]
-    first = tl.broadcast_to(carried[:, None], last.shape)
-    for i in tl.static_range(4):
-        # Through a sum, whatever the compiler makes of where numbers lie.
-        of_thread = tl.sum(tl.where(thread == i, last, 0.0), 1)
-        first = tl.where(thread == i + 1, of_thread[:, None], first)
-    shifted = (first,)
-    for i in tl.static_range(len(parts) - 1):
-        shifted = shifted + (parts[i],)  # type: ignore[assignment]  # noqa: RUF005
-    return shifted, of_thread
-
-
-@triton.jit
-def _importance(given, carried, row_share, GROUP_SIZE: tl.constexpr):
-    """The importance of a step's blocks, as ``_of_quad`` has them, and what the next step is to carry."""
-    reach: tl.constexpr = len(given) - 1
-    total = _of_quad(given[reach])
-    to_carry = ()
-    for i in tl.static_range(reach):
-        shifted, last = _shifted(total, carried[i])
-        to_carry = to_carry + (last,)  # type: ignore[assignment]  # noqa: RUF005
-        own = _of_quad(given[reach - 1 - i])
-        total = ()
-        for j in tl.static_range(len(own)):
-            total = total + (own[j] + shifted[j],)  # type: ignore[assignment]  # noqa: RUF005
-    importance = ()
-    for j in tl.static_range(len(total)):
-        block = total[j]
-        if GROUP_SIZE == 1:
-            block *= row_share[:, None]
-        # A row of NaN selects as if all were equal.
-        importance = importance + (tl.where(block == block, block, 0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    return importance, to_carry
-
-
-@triton.jit
-def _candidates(
-    importance, first_block, own, NUM_FIRST: tl.constexpr, NUM_LOCAL: tl.constexpr, CUT: tl.constexpr
-):
-    """Importance and id of a step's blocks, packed. CUT: some lie behind a token."""
-    width: tl.constexpr = len(importance)
+def _no_candidates(N: tl.constexpr, TOKENS: tl.constexpr):
     candidates = ()
-    for i in tl.static_range(width):
-        block = first_block + i + (tl.arange(0, 4) * width)[None, :]
-        is_forced = (block < NUM_FIRST) | (block > own[:, None] - NUM_LOCAL)
-        bits = importance[i].to(tl.int32, bitcast=True)
-        high = tl.where(is_forced, bits, bits + NOT_FORCED)
-        if CUT:
-            high = tl.where(block <= own[:, None], high, NO_HIGH)
-        candidates = candidates + ((high, tl.broadcast_to(-block + MAX_ID, high.shape)),)  # type: ignore[assignment]  # noqa: RUF005
+    for _ in tl.static_range(N):
+        candidates = candidates + (tl.full((TOKENS, 4), NONE, tl.int64),)  # type: ignore[assignment]
     return candidates
 
 
 @triton.jit
-def _packed(candidate):
-    """Its two halves as one number, by which candidates are compared."""
-    high, low = candidate
-    return (high.to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
-
-
-@triton.jit
-def _in_order(a, b):
-    # Halves are exchanged, not numbers: a maximum and a minimum of 64 bits would compare twice.
-    is_less = _packed(a) < _packed(b)
-    better = (tl.where(is_less, b[0], a[0]), tl.where(is_less, b[1], a[1]))
-    return better, (tl.where(is_less, a[0], b[0]), tl.where(is_less, a[1], b[1]))
-
-
-@triton.jit
-def _merged(a, b):
-    """Two tuples of as many, the best first, as one: Batcher's odd-even merge, number by number."""
-    if len(a) == 1:
-        return _in_order(a[0], b[0])
-    else:
-        even = _merged(a[::2], b[::2])
-        odd = _merged(a[1::2], b[1::2])
-        merged = (even[0],)
-        for i in tl.static_range(len(odd) - 1):
-            merged = merged + _in_order(odd[i], even[i + 1])
-        return merged + (odd[len(odd) - 1],)  # type: ignore[return-value]  # noqa: RUF005
-
-
-@triton.jit
-def _sorted(items):
-    """The best first."""
-    if len(items) == 1:
-        return items
-    else:
-        half: tl.constexpr = len(items) // 2
-        return _merged(_sorted(items[:half]), _sorted(items[half:]))
-
-
-@triton.jit
-def _none(SHAPE: tl.constexpr):
-    return tl.full(SHAPE, NO_HIGH, tl.int32), tl.zeros(SHAPE, tl.int32)
-
-
-@triton.jit
-def _keep_best_of_threads(best, candidates):
-    """Of each thread's blocks alone, those that could be among the best of a row.
-
-    ``best``: a tuple of [tokens, 4], the best first. No number moves between threads, and what is done does
-    not depend on the numbers.
-    """
-    slots: tl.constexpr = len(best)
-    new = _sorted(candidates)[:slots]
-    for _ in tl.static_range(slots - len(new)):
-        new = new + (_none(new[0][0].shape),)  # type: ignore[assignment]  # noqa: RUF005
-    return _merged(best, new)[:slots]
-
-
-@triton.jit
-def _best_of_row(best, TOP_K: tl.constexpr):
-    """[tokens, slots]: the best ``TOP_K`` of what the threads keep, then NONE."""
-    slots: tl.constexpr = len(best)
-    chosen = ()
-    for _ in tl.static_range(TOP_K):
-        first = _packed(best[0])
-        head = tl.max(first, 1)
-        chosen = chosen + (head[:, None],)  # type: ignore[assignment]  # noqa: RUF005
-        is_taken = first == head[:, None]
-        rest = ()
-        for i in tl.static_range(len(best) - 1):
-            high = tl.where(is_taken, best[i + 1][0], best[i][0])
-            low = tl.where(is_taken, best[i + 1][1], best[i][1])
-            rest = rest + ((high, low),)  # type: ignore[assignment]  # noqa: RUF005
-        # A thread's last one is not asked for again: it has been taken, or TOP_K others were.
-        best = rest + (best[len(best) - 1],)  # type: ignore[assignment]  # noqa: RUF005
-    for _ in tl.static_range(slots - TOP_K):
-        chosen = chosen + (tl.full(chosen[0].shape, NONE, tl.int64),)  # type: ignore[assignment]  # noqa: RUF005
-    return _joined(chosen)
+def _as_columns(rows):
+    """A tuple of n [tokens] as [tokens, n]."""
+    columns = ()
+    for i in tl.static_range(len(rows)):
+        columns = columns + (rows[i][:, None],)
+    return joined(columns)
 
 
 @triton.jit
 def _kept(best, candidates, BY_THREAD: tl.constexpr):
     if BY_THREAD:
-        return _keep_best_of_threads(best, candidates)
+        return keep_best(best, candidates)
     else:
-        return _keep_best(best, candidates)
+        return _keep_many(best, candidates)
 
 
 @triton.jit
@@ -385,16 +214,18 @@ def _row_sum(parts):
 
 
 @triton.jit
-def _keep_best(best, candidates):
-    """The best of ``best`` [tokens, slots], packed and unordered, and of more blocks, as ``_of_quad`` has them."""
+def _keep_many(best, candidates):
+    """The best of ``best`` [tokens, slots], packed and in no order, and of candidates."""
     # Lists of four, the best first: then only their heads have to be looked through. A thread has all four.
     quarter: tl.constexpr = len(candidates) // 4
     heads, seconds, thirds, fourths = (), (), (), ()
     for i in tl.static_range(quarter):
-        four = _sorted(candidates[i::quarter])
-        heads, seconds = heads + (_packed(four[0]),), seconds + (_packed(four[1]),)
-        thirds, fourths = thirds + (_packed(four[2]),), fourths + (_packed(four[3]),)
-    head, second, third, fourth = _joined(heads), _joined(seconds), _joined(thirds), _joined(fourths)
+        four = in_order(candidates[i::quarter])
+        heads = heads + (four[0],)
+        seconds = seconds + (four[1],)
+        thirds = thirds + (four[2],)
+        fourths = fourths + (four[3],)
+    head, second, third, fourth = joined(heads), joined(seconds), joined(thirds), joined(fourths)
     worst = tl.min(best, 1)
     next_best = tl.max(head, 1)
     while tl.max((next_best > worst).to(tl.int32), 0) != 0:
@@ -477,44 +308,39 @@ def _select(
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // step_windows
     row_share = tl.load(row_share_ptrs, mask=token_mask, other=0.0)
     slot = tl.arange(0, SLOTS)
+    thread = tl.arange(0, 4)[None, :]
     if BY_THREAD:
-        best = ()
-        for _ in tl.static_range(SLOTS):
-            best = best + (_none((TOKENS, 4)),)  # type: ignore[assignment]  # noqa: RUF005
+        best = _no_candidates(SLOTS, TOKENS)
     else:
         unused = tl.where(slot < TOP_K, LEAST - 1 - slot.to(tl.int64), FULL)
         # A row without a query takes nothing, and so keeps no other row waiting.
         best = tl.where(token_mask[:, None], unused[None, :], FULL)
     carried = _zeros(reach, (TOKENS,))
     row_total = tl.zeros((TOKENS,), tl.float32)
-    # The first blocks, whose windows all tokens see, and then those behind them.
-    for step in tl.range(0, num_whole, num_stages=1):
+    for step in tl.range(0, num_steps, num_stages=1):
         first_window = step * step_windows
-        given = _given(
-            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
-            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
-            before, STAGES, KEEP_KEYS, False,
-        )  # fmt: skip
-        importance, carried = _importance(given, carried, row_share, GROUP_SIZE)
+        # The first blocks, whose windows all tokens see, and then those behind them.
+        if step < num_whole:
+            given = _given(
+                q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
+                first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
+                before, STAGES, KEEP_KEYS, False,
+            )  # fmt: skip
+        else:
+            given = _given(
+                q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
+                first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
+                before, STAGES, KEEP_KEYS, True,
+            )  # fmt: skip
+        importance, carried = importance_of(given, carried, row_share, thread, GROUP_SIZE)
         if WITH_IMPORTANCE:
             row_total += _row_sum(importance)
-        candidates = _candidates(importance, step * BLOCKS, own, NUM_FIRST, NUM_LOCAL, False)
-        best = _kept(best, candidates, BY_THREAD)
-    for step in tl.range(num_whole, num_steps, num_stages=1):
-        first_window = step * step_windows
-        given = _given(
-            q_ptrs, q_mask, k_ptr, row_max_ptrs, row_share_ptrs, token_mask, dim_mask, num_q_tokens,
-            first_window, num_windows, visible, scale, HEAD_DIM, key_row, GROUP_SIZE, BLOCKS, per_block,
-            before, STAGES, KEEP_KEYS, True,
-        )  # fmt: skip
-        importance, carried = _importance(given, carried, row_share, GROUP_SIZE)
-        if WITH_IMPORTANCE:
-            row_total += _row_sum(importance)
-        candidates = _candidates(importance, step * BLOCKS, own, NUM_FIRST, NUM_LOCAL, True)
-        best = _kept(best, candidates, BY_THREAD)
+        best = _kept(
+            best, candidates_of(importance, step * BLOCKS, own, thread, NUM_FIRST, NUM_LOCAL), BY_THREAD
+        )
 
     if BY_THREAD:
-        best = _best_of_row(best, TOP_K)
+        best = _as_columns(best_of_row(best, TOP_K))
     # In the order of ids; what is no block comes last.
     is_block = (best >= LEAST) & (best != FULL)
     high = (best >> 32).to(tl.int32)
@@ -564,8 +390,8 @@ def select_blocks_forward(
         HEAD_DIM_PADDED=padded_dim(p.head_dim), KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride,
         BLOCK_SIZE=blocks.block_size, TOP_K=blocks.top_k, SLOTS=power_of_two(blocks.top_k),
         NUM_FIRST=blocks.num_first_blocks, NUM_LOCAL=blocks.num_local_blocks, TOKENS=tile.tokens,
-        BLOCKS=tile.blocks, BY_THREAD=blocks.top_k <= MOST_BY_THREAD, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32,
-        WITH_IMPORTANCE=with_importance, num_warps=4,
+        BLOCKS=tile.blocks, BY_THREAD=blocks.top_k <= MOST_BY_THREAD, STAGES=1 if is_float32 else 2,
+        KEEP_KEYS=not is_float32, WITH_IMPORTANCE=with_importance, num_warps=4,
     )  # fmt: skip
     return Selection(ids, importance, total)
 

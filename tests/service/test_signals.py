@@ -1,6 +1,5 @@
 """Signals that end a process wherever it is."""
 
-import os
 import signal
 import subprocess
 import sys

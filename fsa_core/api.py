@@ -67,8 +67,10 @@ def selected_attention(
             measured on this kind of GPU, and by query tiles where queries share rows that fill them; see
             ``fsa_core.dispatch``), "kv_major" (KV blocks outside, inside
             the tokens that chose them), "query_tile" (tiles of neighbouring tokens outside, inside the blocks
-            that any of them chose) or "mixed" (query tiles for what neighbours share, KV-major for the rest).
-            A named path runs or raises. Gradients of k and v are computed the same way on every path.
+            that any of them chose), "mixed" (query tiles for what neighbours share, KV-major for the rest) or
+            "token_major" (query tiles for what neighbours share, each token by itself for the rest; the
+            gradient of q as "mixed"). A named path runs or raises. Gradients of k and v are computed the same
+            way on every path.
         validate: False leaves the values of block_indices and cu_seqlens unread, which saves waiting for the
             device and works inside a CUDA graph. Ids that break the contract are then ignored or give a wrong
             answer, but touch no foreign memory; cu_seqlens must be right.

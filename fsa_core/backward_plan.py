@@ -14,7 +14,9 @@ from fsa_core.plan import (
     MAX_REGISTERS,
     MAX_WORKSPACE_BYTES,
     MIN_CHUNK_TOKENS,
+    MIXED,
     SLOT_BITS,
+    TOKEN_MAJOR,
     ForwardPlan,
     Tuning,
     default_tuning,
@@ -109,6 +111,8 @@ def plan_backward(
     Raises:
         ValueError: the path cannot take the problem (see ``plan.takes``).
     """
+    # Which path the forward pass took does not matter here, and no kernel makes grad_q token by token.
+    path = MIXED if path == TOKEN_MAJOR else path
     p = problem
     limit_bytes = min(limit_bytes, MAX_WORKSPACE_BYTES)
     head_delta_bytes = FLOAT32_BYTES * p.num_q_tokens * p.group_size

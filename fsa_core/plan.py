@@ -13,10 +13,10 @@ DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 MAX_WORKSPACE_BYTES = 2**31
 
 # KV blocks outside and the tokens that chose them inside; or tiles of neighbouring tokens outside and the
-# blocks that any of them chose inside; or tiles with the blocks that many of them chose, and KV blocks with
-# the rest.
-KV_MAJOR, QUERY_TILE, MIXED = "kv_major", "query_tile", "mixed"
-PATHS = (KV_MAJOR, QUERY_TILE, MIXED)
+# blocks that any of them chose inside; or tiles with the blocks that many of them chose, and with the rest KV
+# blocks again, or each token by itself.
+KV_MAJOR, QUERY_TILE, MIXED, TOKEN_MAJOR = "kv_major", "query_tile", "mixed", "token_major"
+PATHS = (KV_MAJOR, QUERY_TILE, MIXED, TOKEN_MAJOR)
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
@@ -36,7 +36,7 @@ PARTIAL_BYTES = 130 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
 MAX_TILE_TOKENS = 64
-# On the mixed path a tile attends all its blocks by itself if it would leave less than one choice in so many.
+# A tile that may leave something attends all its blocks if it would leave less than one choice in so many.
 FEW_LEFT = 4
 # A thread has no more; results of a product that take so many leave a lower limit no room.
 MAX_REGISTERS = 255
@@ -57,7 +57,7 @@ class PartialTuning:
 
 @dataclass(frozen=True, slots=True)
 class SharedTuning:
-    """Sizes of query tiles. On the mixed path a block is shared if 1 in ``shared_by`` tokens chose it.
+    """Sizes of query tiles. If they leave something, a block is shared if 1 in ``shared_by`` tokens chose it.
 
     And all blocks of a tile are, if less than 1 in FEW_LEFT choices of its tokens would be left.
     """
@@ -155,7 +155,12 @@ class ForwardPlan:
 
     @property
     def has_partials(self) -> bool:
-        return self.path != QUERY_TILE
+        return _has_partials(self.path)
+
+    @property
+    def has_leftover(self) -> bool:
+        """Whether query tiles leave something of block_indices."""
+        return self.path in (MIXED, TOKEN_MAJOR)
 
     @property
     def group_tiles(self) -> int:
@@ -198,12 +203,12 @@ def plan_forward(
     tile_tokens = 1 if query_tile is None else query_tile.tokens
     pair_bytes = heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
     # What a token takes at once, and what it takes as long as its group lasts: pairs, ranks, leftover ids.
-    token_bytes = 0 if path == QUERY_TILE else p.num_slots * pair_bytes
-    held_ints = {KV_MAJOR: 2, MIXED: 3, QUERY_TILE: 0}[path] * p.num_slots
+    token_bytes = p.num_slots * pair_bytes if _has_partials(path) else 0
+    held_ints = {KV_MAJOR: 2, MIXED: 3, TOKEN_MAJOR: 1, QUERY_TILE: 0}[path] * p.num_slots
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
     partial_limit = _partial_limit(limit_bytes)
     chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
-    partials = 0 if path == QUERY_TILE else p.num_slots * heads_per_pair * p.value_dim
+    partials = p.num_slots * heads_per_pair * p.value_dim if _has_partials(path) else 0
     most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
     chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS, most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
@@ -215,7 +220,7 @@ def plan_forward(
     partial_bytes = chunk_heads * chunk_tokens * token_bytes
     max_items = _max_items(p, chunk_tokens, tile)
     index_ints = chunk_tokens * held_ints
-    if path != QUERY_TILE:
+    if _has_partials(path):
         index_ints += (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
     # Sequences start tiles of their own, and a group's borders cut two more.
     extra_tiles = p.num_sequences + 2
@@ -325,6 +330,10 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     least_bytes = least_tokens * (p.num_slots * pair_bytes + held_bytes) + fixed_bytes
     # A chunk has 9/16 of the limit for partials and a quarter for what is held; items are few beside them.
     return max(limit_bytes, limit_bytes * 7 // 8 + least_bytes)
+
+
+def _has_partials(path: str) -> bool:
+    return path in (KV_MAJOR, MIXED)
 
 
 def _partial_limit(limit_bytes: int) -> int:

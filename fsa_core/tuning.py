@@ -15,8 +15,10 @@ from fsa_core.drawn_indices import DrawnKind, causal_block_indices
 from fsa_core.packing import single_sequence
 from fsa_core.plan import (
     KV_MAJOR,
+    MIN_ROWS,
     MIXED,
     QUERY_TILE,
+    TOKEN_MAJOR,
     PartialTuning,
     SharedTuning,
     Tuning,
@@ -40,9 +42,9 @@ class Grid:
     shared: Sequence[SharedTuning]
     shared_by: Sequence[int]
 
-    @property
-    def num_candidates(self) -> int:
-        return len(self.partial) + 2 * len(self.shared) + len(self.shared_by)
+    def num_candidates(self, problem: Problem) -> int:
+        leaving = len(_leaving_paths(problem))
+        return len(self.partial) + (1 + leaving) * len(self.shared) + leaving * len(self.shared_by)
 
 
 # Rows, warps, registers and stages that belong together: what lies far off lost whenever it was tried.
@@ -87,7 +89,7 @@ def tune(problem: Problem, measure: Measure, grid: Grid = GRID) -> Entry:
     """The entry of the problem's shape: of each path the best sizes, one kind after the other; the best path.
 
     The sizes of partials are found on the KV-major path and kept for the mixed one, which attends its
-    leftovers by them. An entry's ``shared`` is of the path that won; of the mixed one if none such did.
+    leftovers by them. An entry's ``shared`` is of the path that won; of the mixed one if it was KV-major.
 
     Raises:
         NothingRuns: see there.
@@ -105,16 +107,24 @@ def tune(problem: Problem, measure: Measure, grid: Grid = GRID) -> Entry:
     if KV_MAJOR not in best:
         raise NothingRuns(f"no sizes of path {KV_MAJOR} run and answer rightly for {Shape.of(problem)}")
     base = best[KV_MAJOR][1]
-    for path in (QUERY_TILE, MIXED):
+    leaving = _leaving_paths(problem)
+    for path in (QUERY_TILE, *leaving):
         for shared in grid.shared:
             consider(path, replace(base, shared=shared))
-    if MIXED in best:
-        base = best[MIXED][1]
-        for shared_by in grid.shared_by:
-            consider(MIXED, replace(base, shared=replace(base.shared, shared_by=shared_by)))
+    for path in leaving:
+        if path in best:
+            found = best[path][1]
+            for shared_by in grid.shared_by:
+                consider(path, replace(found, shared=replace(found.shared, shared_by=shared_by)))
     path = min(best, key=lambda path: best[path][0])
     tuning = best[MIXED if path == KV_MAJOR and MIXED in best else path][1]
     return Entry(Shape.of(problem), path, tuning, {path: seconds for path, (seconds, _) in best.items()})
+
+
+def _leaving_paths(problem: Problem) -> tuple[str, ...]:
+    """Those worth timing on which query tiles leave something."""
+    # With fewer heads a token alone leaves most of a matrix product empty.
+    return (MIXED, TOKEN_MAJOR) if 2 * problem.heads_per_pair >= MIN_ROWS else (MIXED,)
 
 
 class Bench:

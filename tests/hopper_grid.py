@@ -41,7 +41,7 @@ from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.stages import kernel_sizes, window_sizes
 from fsa_core.nsa.validation import Call
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS, QUERY_TILE
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS, QUERY_TILE, TOKEN_MAJOR
 from tests.fsa_core.conftest import _make_case as make_case
 from tests.fsa_core.conftest import _make_paged as make_paged
 from tests.fsa_core.nsa.conftest import _make_call as make_call
@@ -271,9 +271,9 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every dtype, head dim, block size and path")
     options = parser.parse_args()
     fit = True
-    # The mixed path has the kernels of both others, and one pass the larger ones of the gradients.
+    # These two have the kernels of the others, and one pass the larger ones of the gradients.
     shapes: Iterable[dict[str, Any]] = EXTREMES
-    paths, limits_bytes = (MIXED,), (DEFAULT_WORKSPACE_BYTES,)
+    paths, limits_bytes = (MIXED, TOKEN_MAJOR), (DEFAULT_WORKSPACE_BYTES,)
     if options.all:
         shapes, paths, limits_bytes = every_shape(), PATHS, (DEFAULT_WORKSPACE_BYTES, 1)
     compiled = {

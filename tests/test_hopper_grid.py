@@ -13,6 +13,7 @@ KERNELS = {
         "_expand",
         "_list_rows",
         "_attend",
+        "_attend_token",
         "_gradients",
         "_of_tiles",
         "_of_pairs",

@@ -23,6 +23,7 @@ from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
 from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
 from fsa_core.kernels.replay import Memory, Replayed
+from fsa_core.kernels.token_major import attend_tokens
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     KV_MAJOR,
@@ -412,6 +413,8 @@ def _forward(
             agree(agreement, p, plan, tile, group, block_indices, cu_seqlens_q, cu_seqlens_k)
             attend_shared(agreement, p, plan, tile, group, *tensors)
             ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
+            if plan.has_leftover and workspace is None:
+                attend_tokens(agreement, p, plan, group, *tensors)
         if workspace is not None:
             invert(
                 workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,

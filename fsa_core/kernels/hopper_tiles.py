@@ -232,7 +232,7 @@ def attend_steps(
                 scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
             row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
             if step >= num_whole:
-                # They are 0 already. A branch here is what keeps the wait behind the weights, and so the values'
+                # They are 0 already. A branch is what keeps the wait behind the weights, and so the values'
                 # products beside them: ptxas moves it up as far as it may.
                 keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
                 weights = gl.where(keys[None, :] <= last_key[:, None], weights, 0.0)

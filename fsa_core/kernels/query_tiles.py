@@ -373,7 +373,7 @@ def new_agreement(
     """Buffers of one group of tokens, as ``memory`` makes them."""
     heads = plan.group_heads if plan.index_per_head else 1
     lists = (heads, plan.group_tiles, tile.max_shared)
-    leftover_tokens = plan.group_tokens if plan.has_partials else 0
+    leftover_tokens = plan.group_tokens if plan.has_leftover else 0
     return Agreement(
         blocks=memory.new_empty(*lists, dtype=torch.int32),
         masks=memory.new_empty(*lists, dtype=torch.int64),
@@ -402,7 +402,7 @@ def agree(
             agreement.counts.shape[1], group.first_index_head,
         )  # fmt: skip
         return
-    _agreeing(p, tile, plan.has_partials)[num_tiles, group.num_index_heads](
+    _agreeing(p, tile, plan.has_leftover)[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
         agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,

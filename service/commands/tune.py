@@ -100,7 +100,7 @@ def fill(
     """
     table = _with_entries_of(destination, table)
     reports = []
-    with _progress(len(calls) * grid.num_candidates) as advance:
+    with _progress(sum(grid.num_candidates(call[0]) for call in calls)) as advance:
         for problems in calls:
             entry, rejected = _measured(problems, device, timer, grid, advance)
             others = (old for old in table.entries if old.shape != entry.shape)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsa_core.api import attend, dense_attention, selected_attention
-from fsa_core.plan import plan_forward
+from fsa_core.plan import PATHS, plan_forward
 from fsa_core.validation import InputError
 
 LAST = 2**31 - 1
@@ -101,7 +101,7 @@ def test_a_named_backend_never_becomes_another(make_case, device, monkeypatch):
         attend(dense.problem, dense.q, dense.k, dense.v, None, *dense.dense_tensors[3:], backend=wrong)
 
 
-@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("path", PATHS)
 def test_every_path_gives_the_answer_and_its_gradients(make_case, device, assert_close_to_oracle, path):
     case = make_case(q_lens=(20, 13), group_size=3, head_dim=16, dtype=torch.float32)
     q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
@@ -127,14 +127,14 @@ def test_a_named_path_is_the_one_that_runs(make_case, monkeypatch):
 
     monkeypatch.setattr(forward, "plan_forward", plan)
     # Of another length each: a call of known sizes is replayed, and "auto" is kv_major here.
-    for length, path in enumerate(("kv_major", "query_tile", "mixed", "auto"), start=5):
+    for length, path in enumerate((*PATHS, "auto"), start=5):
         case = make_case(q_lens=(length,), head_dim=16, dtype=torch.float32)
         run(case, backend="triton", path=path)
     # So many queries that share a row as a tile has.
     x = make_case(q_lens=(40,), head_dim=16, group_size=4, dtype=torch.float32)
     options = x.options | {"query_block_size": 16, "backend": "triton"}
     selected_attention(x.q, x.k, x.v, x.block_indices[:, [15, 31, 39]], **options)
-    assert planned == ["kv_major", "query_tile", "mixed", "kv_major", "query_tile"]
+    assert planned == [*PATHS, "kv_major", "query_tile"]
 
 
 def test_a_path_that_is_not_there_is_refused(make_case, device):

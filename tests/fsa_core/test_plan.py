@@ -14,6 +14,7 @@ from fsa_core.plan import (
     MIXED,
     PATHS,
     QUERY_TILE,
+    TOKEN_MAJOR,
     PartialTuning,
     SharedTuning,
     Tuning,
@@ -93,7 +94,7 @@ def test_what_is_admitted_is_little_more_than_is_taken() -> None:
     assert workspace_bytes(long) == DEFAULT_WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize("path", [QUERY_TILE, MIXED])
+@pytest.mark.parametrize("path", [QUERY_TILE, MIXED, TOKEN_MAJOR])
 @pytest.mark.parametrize("num_slots", [16, 4096])
 def test_a_path_that_cannot_take_a_problem_says_which_can(path: str, num_slots: int) -> None:
     """2 ** 31 places for a block, a token and a slot together."""
@@ -130,7 +131,7 @@ def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem)
     assert segments * even <= plan.max_items + segments
 
 
-@given(problems(), st.sampled_from((QUERY_TILE, MIXED)), TUNINGS)
+@given(problems(), st.sampled_from((QUERY_TILE, MIXED, TOKEN_MAJOR)), TUNINGS)
 def test_a_query_tile_holds_its_rows_its_masks_and_its_keys(
     problem: Problem, path: str, tuning: Tuning
 ) -> None:

@@ -11,6 +11,7 @@ from fsa_core.plan import (
     MIXED,
     PATHS,
     QUERY_TILE,
+    TOKEN_MAJOR,
     PartialTuning,
     SharedTuning,
     Tuning,
@@ -63,7 +64,16 @@ def test_the_best_sizes_of_each_path_are_found_and_the_best_path_wins() -> None:
     assert entry.shape == Shape.of(PROBLEM)
     assert (entry.path, entry.tuning) == (MIXED, Tuning(NARROW, replace(PLAIN, shared_by=8)))
     assert entry.seconds == pytest.approx({KV_MAJOR: 4.0, QUERY_TILE: 2.5, MIXED: 1.4})
-    assert len(asked) == SMALL.num_candidates
+    assert len(asked) == SMALL.num_candidates(PROBLEM)
+
+
+def test_tokens_by_themselves_are_timed_where_their_heads_fill_half_of_a_product() -> None:
+    measure, asked = scripted(lambda candidate: 1.0 + (candidate.path != TOKEN_MAJOR))
+    problem = replace(PROBLEM, num_q_heads=8, num_kv_heads=1, index_heads=1)
+    entry = tune(problem, measure, SMALL)
+    assert (entry.path, entry.seconds[TOKEN_MAJOR]) == (TOKEN_MAJOR, 1.0)
+    assert len(asked) == SMALL.num_candidates(problem)
+    assert tune(PROBLEM, measure, SMALL).path != TOKEN_MAJOR
 
 
 def test_where_kv_major_wins_who_asks_for_mixed_gets_its_best_sizes() -> None:

@@ -26,6 +26,7 @@ from triton.runtime import driver
 
 from fsa_core.api import selected_attention
 from fsa_core.kernels.launch import Kernel, kernel
+from fsa_core.plan import PATHS
 
 compiles = pytest.mark.skipif(
     knobs.runtime.interpret, reason="runs in a process without Triton's interpreter"
@@ -283,7 +284,7 @@ def attend_and_differentiate(case: Any, tensors: tuple[torch.Tensor, ...], path:
 
 
 @launches
-@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("start", [0, 1])
 def test_attention_has_the_bits_that_it_has_through_triton(
     make_case: Callable, path: str, start: int
@@ -304,7 +305,7 @@ def test_attention_has_the_bits_that_it_has_through_triton(
 
 
 @launches
-@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("path", PATHS)
 def test_remembered_kernels_are_captured_in_a_graph(make_case: Callable, path: str) -> None:
     case = make_case(q_lens=(300, 77), dtype=torch.bfloat16)
 

@@ -9,12 +9,12 @@ import torch
 
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.query_tiles import agree, new_agreement
-from fsa_core.plan import FEW_LEFT, MIXED, QUERY_TILE, groups, plan_forward
+from fsa_core.plan import FEW_LEFT, MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
 
-@pytest.fixture(params=[QUERY_TILE, MIXED])
+@pytest.fixture(params=[QUERY_TILE, MIXED, TOKEN_MAJOR])
 def path(request: pytest.FixtureRequest) -> str:
     return request.param
 

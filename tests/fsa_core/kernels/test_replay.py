@@ -15,7 +15,7 @@ from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.launch import Kernel, kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS
 from tests.fsa_core.conftest import _make_case as make_case_on
 from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
 
@@ -245,7 +245,7 @@ def test_gradients_are_replayed_launch_by_launch(
 
 
 @launches
-@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index_heads", [1, 2, 4])
 def test_selected_attention_replayed_on_other_tensors(
     make_case: Callable, assert_close_to_oracle: Callable, asked: list[None], path: str, index_heads: int
@@ -262,7 +262,7 @@ def test_selected_attention_replayed_on_other_tensors(
 
 
 @launches
-@pytest.mark.parametrize("path", ["kv_major", "query_tile", "mixed"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index_heads", [1, 2, 4])
 @pytest.mark.parametrize("limit_bytes", [DEFAULT_WORKSPACE_BYTES, 2**20, 1])
 def test_gradients_replayed_on_other_tensors(

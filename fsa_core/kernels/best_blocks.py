@@ -30,7 +30,7 @@ def block_of_column(column, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def of_quad(x):
+def _of_quad(x):
     """[tokens, columns] as a tuple of [tokens, 4]: the first of each thread's blocks, the second, ..."""
     by_thread = tl.trans(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2)), (0, 2, 1, 3))
     return _unjoined(tl.reshape(by_thread, (x.shape[0], 4, x.shape[1] // 4)))
@@ -101,12 +101,12 @@ def importance_of(given, carried, row_share, thread, GROUP_SIZE: tl.constexpr):
     powers of two are exact.
     """
     reach: tl.constexpr = len(given) - 1
-    total = of_quad(given[reach])
+    total = _of_quad(given[reach])
     to_carry = ()
     for i in tl.static_range(reach):
         shifted, last = _shifted(total, carried[i], thread)
         to_carry = to_carry + (last,)  # type: ignore[assignment]
-        own = of_quad(given[reach - 1 - i])
+        own = _of_quad(given[reach - 1 - i])
         total = ()
         for j in tl.static_range(len(own)):
             total = total + (own[j] + shifted[j],)

@@ -27,7 +27,7 @@ from fsa_core.kernels.hopper_row_shares import (
     weigh,
     zero_gradients,
 )
-from fsa_core.kernels.hopper_tiles import DIMS, copy_rows, exact_dims
+from fsa_core.kernels.hopper_tiles import copy_rows, exact_dims
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.query_tiles import tile_tokens
 from fsa_core.kernels.windows import (
@@ -286,12 +286,6 @@ def of_windows(
         [4, COPYING_WARPS],
         [REGISTERS, COPYING_REGISTERS],
     )  # fmt: skip
-
-
-def takes(problem: Problem) -> bool:
-    """Whether heads are as wide as the kernel multiplies, in 16 bits."""
-    p = problem
-    return p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
 
 
 def tile_of(problem: Problem) -> Tile:

@@ -29,7 +29,7 @@ from fsa_core.kernels.hopper_row_shares import (
     weigh,
     zero_gradients,
 )
-from fsa_core.kernels.hopper_tiles import DIMS, copy_rows
+from fsa_core.kernels.hopper_tiles import copy_rows, multiplies
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_block
 from fsa_core.problem import Problem
@@ -331,10 +331,8 @@ def gradients(
 
 def takes(problem: Problem, plan: KeyPlan) -> bool:
     """Whether heads are as wide as the kernel multiplies, and tiles as plans have them for 16 bits."""
-    p = problem
-    is_wide = p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
     is_full = plan.tile_rows == plan.tile_keys == SIDE.value
-    return is_wide and is_full and not plan.with_queries
+    return multiplies(problem) and is_full and not plan.with_queries
 
 
 def constants(problem: Problem) -> dict[str, Any]:

@@ -24,7 +24,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_query_tiles import find_tile
-from fsa_core.kernels.hopper_tiles import COPYING_WARPS, DIMS, ROWS, SIDE, copy_rows, copy_steps, store_rows
+from fsa_core.kernels.hopper_tiles import (
+    COPYING_WARPS,
+    ROWS,
+    SIDE,
+    copy_rows,
+    copy_steps,
+    multiplies,
+    store_rows,
+)
 from fsa_core.kernels.launch import kernel
 from fsa_core.plan import MAX_SORTED, QueryTile, power_of_two, slot_class
 from fsa_core.problem import Problem
@@ -364,7 +372,7 @@ def of_tiles(
 
 def takes(problem: Problem, tile: QueryTile) -> bool:
     """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
-    return _is_wide(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
+    return multiplies(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
 
 
 def fills(problem: Problem) -> bool:
@@ -372,12 +380,7 @@ def fills(problem: Problem) -> bool:
     p = problem
     tokens = ROWS // p.heads_per_pair
     is_full = 1 <= tokens <= MOST_TOKENS and power_of_two(tokens) * slot_class(p.num_slots) <= MAX_SORTED
-    return _is_wide(p) and is_full and p.block_size >= SIDE.value
-
-
-def _is_wide(problem: Problem) -> bool:
-    p = problem
-    return p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
+    return multiplies(p) and is_full and p.block_size >= SIDE.value
 
 
 def constants(tile: QueryTile) -> dict[str, Any]:

@@ -34,11 +34,15 @@ REGISTERS, COPYING_REGISTERS = gl.constexpr(216), gl.constexpr(72)
 STAGES = gl.constexpr(4)
 
 
-def takes(problem: Problem) -> bool:
-    """Whether heads are as wide as these kernels multiply; where out is written from, q was."""
+def multiplies(problem: Problem) -> bool:
+    """Whether heads are as wide as kernels for Hopper multiply them, in 16 bits."""
     p = problem
-    is_wide = p.head_dim in DIMS and p.value_dim in DIMS and p.value_dim <= p.head_dim
-    return is_wide and p.dtype.itemsize == 2
+    return p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
+
+
+def takes(problem: Problem) -> bool:
+    """Whether heads are multiplied, and out fits where it is written from: where q was."""
+    return multiplies(problem) and problem.value_dim <= problem.head_dim
 
 
 def exact_dims(constants: dict[str, Any]) -> dict[str, Any]:

@@ -241,9 +241,10 @@ def _launch_on_hopper(
 ) -> bool:
     """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
     from fsa_core.kernels import hopper_interval_gradients
+    from fsa_core.kernels.hopper_tiles import multiplies
 
     p = problem
-    if not hopper_interval_gradients.takes(p):
+    if not multiplies(p):
         return False
     tile = hopper_interval_gradients.tile_of(p)
     num_tiles = p.num_k_tokens // tile.keys + p.num_sequences

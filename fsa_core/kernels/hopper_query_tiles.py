@@ -6,7 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fsa_core.kernels import hopper_tiles
 from fsa_core.kernels.hopper_tiles import (
     COPYING_REGISTERS,
     COPYING_WARPS,
@@ -16,6 +15,7 @@ from fsa_core.kernels.hopper_tiles import (
     attend_steps,
     copy_queries,
     copy_steps,
+    multiplies,
     new_shared,
     share_of,
     store_out,
@@ -115,6 +115,7 @@ def _attend_tiles(
     lists,
     where,
     shared,
+    out_tiles,
     num_work,
     scale,
     NUM_Q_HEADS: gl.constexpr,
@@ -159,8 +160,8 @@ def _attend_tiles(
             first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
             # A tile at the border of a group of tokens is attended by both groups; each writes its own.
             store_out(
-                out_ptr + first_place * VALUE_DIM, shared, acc, share_of(row_sum), first_token - first,
-                end - first, NUM_Q_HEADS, HEADS_PER_PAIR, TOKENS, VALUE_DIM, HALF,
+                out_ptr + first_place * VALUE_DIM, out_tiles.index(HALF), acc, share_of(row_sum),
+                first_token - first, end - first, NUM_Q_HEADS, HEADS_PER_PAIR, TOKENS, HALF,
             )  # fmt: skip
             asked = (tile_token < TOKENS) & (tile_token >= first_token - first) & (tile_token < end - first)
             lse = natural_lse(row_max, row_sum, scale)
@@ -202,7 +203,7 @@ def attend(
     MAX_SHARED: gl.constexpr,
 ):
     """Arguments as of ``_attend``, and how many tiles to take under how many heads."""
-    shared = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
+    shared, out_tiles = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
     pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr)
     lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
     tokens = (first_token, num_tokens, num_sequences, search_steps)
@@ -211,14 +212,14 @@ def attend(
     gl.warp_specialize(
         [
             (_attend_tiles, (
-                answers, lists, where, shared, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
-                TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED,
-                gl.constexpr(0),
+                answers, lists, where, shared, out_tiles, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
+                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
+                MAX_SHARED, gl.constexpr(0),
             )),
             (_attend_tiles, (
-                answers, lists, where, shared, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
-                TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED,
-                gl.constexpr(1),
+                answers, lists, where, shared, out_tiles, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
+                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
+                MAX_SHARED, gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, lists, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
@@ -232,4 +233,4 @@ def attend(
 
 def takes(problem: Problem, tile: QueryTile) -> bool:
     """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
-    return hopper_tiles.takes(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
+    return multiplies(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)

@@ -28,6 +28,7 @@ from fsa_core.kernels.hopper_tiles import (
     COPYING_WARPS,
     ROWS,
     SIDE,
+    by_rows,
     copy_rows,
     copy_steps,
     multiplies,
@@ -291,11 +292,13 @@ def _add_tiles(
             )  # fmt: skip
             n += num_steps
             first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
-            # A tile at the border of a group of tokens is walked by both groups; each writes its own. What is
-            # written lies where q was.
+            # Where q was.
+            grad_rows = by_rows(grad_q * scale, q)
+            mbarrier.arrive(q_free.index(HALF), count=1)
+            # A tile at the border of a group of tokens is walked by both groups; each writes its own.
             store_rows(
-                grad_q_ptr + first_place * HEAD_DIM, grad_q * scale, q, q_free.index(HALF),
-                first_token - first, end - first, NUM_Q_HEADS, HEADS_PER_PAIR, TOKENS, HALF,
+                grad_q_ptr + first_place * HEAD_DIM, grad_rows, first_token - first, end - first, NUM_Q_HEADS,
+                HEADS_PER_PAIR, TOKENS, HALF,
             )  # fmt: skip
 
 

@@ -40,11 +40,6 @@ def multiplies(problem: Problem) -> bool:
     return p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
 
 
-def takes(problem: Problem) -> bool:
-    """Whether heads are multiplied, and out fits where it is written from: where q was."""
-    return multiplies(problem) and problem.value_dim <= problem.head_dim
-
-
 def exact_dims(constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of a twin without those of dims that are padded: here none is."""
     return {name: value for name, value in constants.items() if not name.endswith("_PADDED")}
@@ -52,12 +47,16 @@ def exact_dims(constants: dict[str, Any]) -> dict[str, Any]:
 
 @gluon.jit
 def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """Room for q and for steps of keys and values; what says that they are there, and that they are read."""
+    """Room for q and for steps of keys and values; what says that they are there, and that they are read.
+
+    And beside: where each half of a tile turns its answer into rows.
+    """
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], k_layout)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], v_layout)
+    out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], v_layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -67,7 +66,7 @@ def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.conste
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS)
         mbarrier.init(free.index(stage), count=2)
-    return q_tiles, k_tiles, v_tiles, q_ready, q_free, ready, free
+    return (q_tiles, k_tiles, v_tiles, q_ready, q_free, ready, free), out_tiles
 
 
 @gluon.jit
@@ -191,7 +190,7 @@ def attend_steps(
     ``last_key`` is the last that a row sees: of steps from ``num_whole`` on some rows do not see all keys.
     Where steps are of listed blocks, bit ``tile_bit`` of a block's mask says whether a row chose it.
     """
-    q_tiles, k_tiles, v_tiles, _q_ready, _q_free, ready, free = shared
+    q_tiles, k_tiles, v_tiles, _q_ready, q_free, ready, free = shared
     dtype: gl.constexpr = q_tiles.dtype
     row_layout: gl.constexpr = last_key.type.layout
     scores_layout: gl.constexpr = row_layout.parent
@@ -204,7 +203,9 @@ def attend_steps(
     row_max = gl.full([SIDE], float("-inf"), gl.float32, row_layout)
     row_sum = gl.zeros([SIDE], gl.float32, row_layout)
     acc = gl.zeros([SIDE, VALUE_DIM], gl.float32, out_layout)
-    q = q_tiles.index(HALF)
+    # In registers: shared memory is read for the keys alone, and may take the next tile's q.
+    q = q_tiles.index(HALF).load(gl.DotOperandLayout(0, scores_layout, 2))
+    mbarrier.arrive(q_free, count=1)
     if num_steps > 0:
         stage = n % STAGES
         mask = gl.full([], 0, gl.int64)
@@ -223,23 +224,20 @@ def attend_steps(
         for step in range(1, num_steps):
             if SELECTS:
                 chose = ((mask >> tile_bit) & 1) != 0
-                mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
             last_stage, stage = stage, (n + step) % STAGES
             mbarrier.wait(ready.index(stage), ((n + step) // STAGES) & 1)
             fence_async_shared()
             k = k_tiles.index(stage).permute([1, 0])
             scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
             acc = warpgroup_mma(left, v_tiles.index(last_stage), acc, is_async=True)
+            if SELECTS:
+                # Loaded here, beside products: the fence waits for whatever was begun before it.
+                mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
             scores = warpgroup_mma_wait(1, deps=[scores])
             if step >= num_whole:
                 keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
                 scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
             row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
-            if step >= num_whole:
-                # They are 0 already. A branch is what keeps the wait behind the weights, and so the values'
-                # products beside them: ptxas moves it up as far as it may.
-                keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
-                weights = gl.where(keys[None, :] <= last_key[:, None], weights, 0.0)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(last_stage), count=1)
             left = gl.convert_layout(weights.to(dtype), weights_layout)
@@ -256,11 +254,17 @@ def share_of(row_sum):
 
 
 @gluon.jit
+def by_rows(x, tile):
+    """x [SIDE, dim] so that a thread has 16 bytes of a row; by way of ``tile``, in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    tile.store(x.to(tile.dtype))
+    return tile.load(layout)
+
+
+@gluon.jit
 def store_rows(
     x_ptr,
     x,
-    tile,
-    tile_free,
     first_asked,
     end_asked,
     NUM_Q_HEADS: gl.constexpr,
@@ -268,27 +272,20 @@ def store_rows(
     TOKENS: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """Writes half of a tile's rows, of its tokens from ``first_asked`` to ``end_asked``.
-
-    By way of ``tile``, in shared memory, so that a thread writes 16 bytes; says when that is read.
-    """
+    """Writes half of a tile's rows (``by_rows``), of its tokens from ``first_asked`` to ``end_asked``."""
     DIM: gl.constexpr = x.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    tile.store(x.to(tile.dtype))
-    numbers = tile.load(layout)
-    mbarrier.arrive(tile_free, count=1)
-    rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, layout))
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, x.type.layout))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, x.type.layout))
     token = rows // HEADS
     places = (token * NUM_Q_HEADS + rows % HEADS) * DIM
     asked = (token < TOKENS) & (token >= first_asked) & (token < end_asked)
-    gl.store(x_ptr + (places[:, None] + dims[None, :]), numbers, mask=asked[:, None])
+    gl.store(x_ptr + (places[:, None] + dims[None, :]), x, mask=asked[:, None])
 
 
 @gluon.jit
 def store_out(
     out_ptr,
-    shared,
+    tile,
     acc,
     share,
     first_asked,
@@ -296,14 +293,8 @@ def store_out(
     NUM_Q_HEADS: gl.constexpr,
     HEADS: gl.constexpr,
     TOKENS: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """Writes half of a tile's rows, of its tokens from ``first_asked`` to ``end_asked``, and frees q."""
-    q_tiles, _k, _v, _q_ready, q_free, _ready, _free = shared
-    dtype: gl.constexpr = q_tiles.dtype
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
-    # Where q was.
-    tile = q_tiles.index(HALF)._reinterpret(dtype, [SIDE, VALUE_DIM], out_layout)
+    """Writes half of a tile's answer, of its tokens from ``first_asked`` to ``end_asked``."""
     out = acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]
-    store_rows(out_ptr, out, tile, q_free, first_asked, end_asked, NUM_Q_HEADS, HEADS, TOKENS, HALF)
+    store_rows(out_ptr, by_rows(out, tile), first_asked, end_asked, NUM_Q_HEADS, HEADS, TOKENS, HALF)

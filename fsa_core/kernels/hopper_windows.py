@@ -6,7 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fsa_core.kernels import hopper_tiles
 from fsa_core.kernels.hopper_tiles import (
     COPYING_REGISTERS,
     COPYING_WARPS,
@@ -16,6 +15,7 @@ from fsa_core.kernels.hopper_tiles import (
     attend_steps,
     copy_queries,
     copy_steps,
+    multiplies,
     new_shared,
     share_of,
     store_out,
@@ -101,6 +101,7 @@ def _attend_tiles(
     starts,
     where,
     shared,
+    out_tiles,
     num_work,
     num_q_tokens,
     scale,
@@ -138,8 +139,8 @@ def _attend_tiles(
             share = share_of(row_sum)
             first_place = first.to(gl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
             store_out(
-                out_ptr + first_place * VALUE_DIM, shared, acc, share, 0, q_end - first, NUM_Q_HEADS,
-                GROUP_SIZE, TOKENS, VALUE_DIM, HALF,
+                out_ptr + first_place * VALUE_DIM, out_tiles.index(HALF), acc, share, 0, q_end - first,
+                NUM_Q_HEADS, GROUP_SIZE, TOKENS, HALF,
             )  # fmt: skip
             row_mask = (tile_token < TOKENS) & (first + tile_token < q_end)
             lse = natural_lse(row_max, row_sum, scale)
@@ -180,7 +181,7 @@ def attend_windows(
     WITH_SHARES: gl.constexpr,
 ):
     """Arguments as of ``_attend_windows``, and how many tiles to take under every KV head."""
-    shared = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
+    shared, out_tiles = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
     pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr, row_max_ptr, row_share_ptr)
     starts = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr)
     where = (num_tiles, num_sequences, search_steps)
@@ -188,12 +189,14 @@ def attend_windows(
     gl.warp_specialize(
         [
             (_attend_tiles, (
-                answers, starts, where, shared, num_work, num_q_tokens, scale, NUM_Q_HEADS, NUM_KV_HEADS,
-                GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES, gl.constexpr(0),
+                answers, starts, where, shared, out_tiles, num_work, num_q_tokens, scale, NUM_Q_HEADS,
+                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES,
+                gl.constexpr(0),
             )),
             (_attend_tiles, (
-                answers, starts, where, shared, num_work, num_q_tokens, scale, NUM_Q_HEADS, NUM_KV_HEADS,
-                GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES, gl.constexpr(1),
+                answers, starts, where, shared, out_tiles, num_work, num_q_tokens, scale, NUM_Q_HEADS,
+                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES,
+                gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, starts, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM,
@@ -212,4 +215,4 @@ def takes(problem: Problem, windows: Windows) -> bool:
     """
     p = problem
     has_many = p.num_q_tokens * p.group_size > ROWS * p.num_sequences
-    return hopper_tiles.takes(p) and not windows.reach and p.group_size <= ROWS and has_many
+    return multiplies(p) and not windows.reach and p.group_size <= ROWS and has_many

@@ -20,7 +20,7 @@ from fsa_core.kernels.query_tiles import Agreement
 from fsa_core.plan import MIN_ROWS, ForwardPlan, Group, padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
 
-# K and V of a step, and how many steps are on their way: two programs share a multiprocessor.
+# K and V of a step, and how many steps are on their way: three programs share a multiprocessor of an H200.
 STEP_BYTES = 32 * 1024
 STAGES = 3
 

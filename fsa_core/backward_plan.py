@@ -36,9 +36,9 @@ FLOAT32_BYTES = 4
 # chunks do, and so may have counters of a tile and of all segments more.
 PAIR_BYTES = 9
 TILE_PAIRS = 1024
-# Pairs of a work item. Every item of a block that has several takes room for float32 gradients of the block:
-# the longer a call, the longer the items that have it.
-ITEM_PAIRS = 1024
+# Pairs of a work item: twice what a block of 64 keys has on average, with 16 slots. Each item of a block that
+# has several takes room for float32 gradients of the block: the longer a call, the longer its items.
+ITEM_PAIRS = 2048
 LONG_ITEM_PAIRS = 4096
 LONGEST_ITEM_PAIRS = (4 * LONG_ITEM_PAIRS, 8 * LONG_ITEM_PAIRS)
 # Rows of a tile that adds to gradients of keys, of 16 bits; of a query tile, unless a kernel takes more.

@@ -480,7 +480,7 @@ def _key_kernel(problem: Problem, keys: KeyPlan, device: torch.device) -> tuple[
         from fsa_core.kernels import hopper_key_gradients
 
         if hopper_key_gradients.takes(p, keys):
-            return hopper_key_gradients.gradients, hopper_key_gradients.constants(p)
+            return hopper_key_gradients.gradients, hopper_key_gradients.constants()
     return _gradients, {
         "HEAD_DIM_PADDED": padded_dim(p.head_dim), "VALUE_DIM_PADDED": padded_dim(p.value_dim),
         "ROWS": keys.tile_rows, "KEYS": keys.tile_keys, "WITH_QUERIES": keys.with_queries,

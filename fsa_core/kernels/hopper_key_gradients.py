@@ -36,9 +36,8 @@ from fsa_core.problem import Problem
 
 STAGES = 4
 # Registers of a multiplying and a gathering thread; those of the first multiplying group are what is left of
-# 504. Measured on an H200, D = 128, 64K tokens, real choices, milliseconds: at g = 4 2.6 and, with 232 and
-# 40, 2.8; at g = 16 10.5 and 9.1.
-REGISTERS, REGISTERS_OF_MANY_HEADS, MANY_HEADS = (224, 56), (232, 40), 8
+# 504. With fewer the loop of products spills.
+REGISTERS, GATHERING_REGISTERS = 232, 40
 
 
 @gluon.jit
@@ -59,8 +58,8 @@ def _gather(
     q_ptr, grad_out_ptr, lse_ptr, delta_ptr, pairs_ptr = pointers
     row_tiles, pair_tiles = tiles
     q_tiles, out_tiles, lse_tiles, delta_tiles, ready, free = row_tiles
-    # A warp copies two rows at once, 16 bytes a thread.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
+    # A warp copies four half rows at once, 16 bytes a thread.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [COPYING_WARPS, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
     pair_in_tile, heads = rows // HEADS_PER_PAIR, rows % HEADS_PER_PAIR
@@ -144,9 +143,10 @@ def _add_tiles(
 def _add_half(
     item,
     tiles,
-    block,
+    keys,
     sums,
     done,
+    NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     PAIRS: gl.constexpr,
@@ -157,9 +157,20 @@ def _add_half(
 ):
     """The gradients of the even tiles, or leaves those of the odd ones in ``sums``, which lie where the tiles
     were, once the other group has read its last.
+
+    The first group copies the block's keys and the second its values, while the first tiles come.
     """
+    k_ptr, v_ptr, num_keys, k, v, keys_ready = keys
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    rows = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
+    if FIRST == 0:
+        copy_rows(k_ptr, k, rows * (NUM_KV_HEADS * HEAD_DIM), rows < num_keys, HEAD_DIM, layout)
+    else:
+        copy_rows(v_ptr, v, rows * (NUM_KV_HEADS * VALUE_DIM), rows < num_keys, VALUE_DIM, layout)
+    async_copy.mbarrier_arrive(keys_ready, increment_count=False)
+    mbarrier.wait(keys_ready, 0)
     grad_k, grad_v = _add_tiles(
-        item, tiles, block, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL, FIRST
+        item, tiles, (k, v), HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL, FIRST
     )
     if FIRST == 0:
         mbarrier.arrive(done, count=1)
@@ -169,15 +180,6 @@ def _add_half(
         k_sum, v_sum = sums
         k_sum.store(grad_k)
         v_sum.store(grad_v)
-
-
-@gluon.jit
-def _load_keys(x_ptr, key_mask, keys, ROW: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr):
-    """[SIDE, DIM] in shared memory; keys that are not are zeros."""
-    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, DIM], x_ptr.dtype.element_ty)
-    offsets = (keys * ROW)[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, layout))[None, :]
-    x = gl.load(x_ptr + offsets, mask=key_mask[:, None], other=0.0)
-    return gl.allocate_shared_memory(x_ptr.dtype.element_ty, [SIDE, DIM], shared, x)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -244,9 +246,11 @@ def gradients(
     index_head = first_index_head + group_head if INDEX_PER_HEAD else 0
     row = index_head * num_chunks + chunk
     item_offsets_ptr += row * (num_segments + 1)
-    if item >= gl.load(item_offsets_ptr + num_segments):
-        return
+    num_items = gl.load(item_offsets_ptr + num_segments)
+    # Loaded before it is known whether there is such an item, so as not to wait twice.
     segment = gl.load(item_segment_ptr + row.to(gl.int64) * max_items + item)
+    if item >= num_items:
+        return
     range_segment = segment - first_range_segment
     # No condition of both: the first is known when the kernel is compiled, and removes the second.
     if WITH_SUMS:  # noqa: SIM102
@@ -260,6 +264,9 @@ def gradients(
     offsets_ptr += row * (num_segments + 1) + segment
     segment_start = gl.load(offsets_ptr)
     first_item = gl.load(item_offsets_ptr + segment)
+    num_items = gl.load(item_offsets_ptr + segment + 1) - first_item
+    # Of a block that has several; loaded here, where other loads are waited for as well.
+    split = gl.load(split_offsets_ptr + row * (num_segments + 1) + segment) + item - first_item
     first_pair = (item - first_item) * PAIRS_PER_ITEM
     num_pairs = gl.minimum(gl.load(offsets_ptr + 1) - segment_start - first_pair, PAIRS_PER_ITEM)
     pairs_ptr += segment_start + first_pair
@@ -271,15 +278,21 @@ def gradients(
     delta_ptr += first_token.to(gl.int64) * num_delta_heads + (first_head - first_delta_head)
 
     first_key = block_start + first_part_key
+    num_keys = k_length - first_key
     first_key_row = (k_start + first_key).to(gl.int64) * NUM_KV_HEADS + kv_head
-    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    keys = gl.arange(0, SIDE, gl.SliceLayout(1, load_layout))
-    key_mask = first_key + keys < k_length
     k_row: gl.constexpr = NUM_KV_HEADS * HEAD_DIM
     v_row: gl.constexpr = NUM_KV_HEADS * VALUE_DIM
-    k = _load_keys(k_ptr + first_key_row * HEAD_DIM, key_mask, keys, k_row, HEAD_DIM, load_layout)
-    v = _load_keys(v_ptr + first_key_row * VALUE_DIM, key_mask, keys, v_row, VALUE_DIM, load_layout)
-    fence_async_shared()
+    dtype: gl.constexpr = k_ptr.dtype.element_ty
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    k = gl.allocate_shared_memory(dtype, [SIDE, HEAD_DIM], k_layout)
+    v = gl.allocate_shared_memory(dtype, [SIDE, VALUE_DIM], v_layout)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # Every thread of both multiplying groups arrives when its own copies have.
+    mbarrier.init(keys_ready, count=2 * 4 * 32)
+    k_ptr += first_key_row * HEAD_DIM
+    v_ptr += first_key_row * VALUE_DIM
+    keys = (k_ptr, v_ptr, num_keys, k, v, keys_ready)
     # A tile is one group's.
     row_tiles = new_row_tiles(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES, 1)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -294,12 +307,12 @@ def gradients(
     grad_k, grad_v = gl.warp_specialize(
         [
             (_add_half, (
-                item_of_block, tiles, (k, v), (k_sum, v_sum), done, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS,
-                STAGES, CAUSAL, gl.constexpr(0),
+                item_of_block, tiles, keys, (k_sum, v_sum), done, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, PAIRS,
+                SLOT_BITS, STAGES, CAUSAL, gl.constexpr(0),
             )),
             (_add_half, (
-                item_of_block, tiles, (k, v), (k_sum, v_sum), done, HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS,
-                STAGES, CAUSAL, gl.constexpr(1),
+                item_of_block, tiles, keys, (k_sum, v_sum), done, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, PAIRS,
+                SLOT_BITS, STAGES, CAUSAL, gl.constexpr(1),
             )),
             (_gather, (
                 pointers, tiles, num_pairs, num_delta_heads, NUM_Q_HEADS, HEADS_PER_PAIR, HEAD_DIM, VALUE_DIM,
@@ -312,10 +325,8 @@ def gradients(
     grad_k += k_sum.load(grad_k.type.layout)
     grad_v += v_sum.load(grad_v.type.layout)
 
-    num_keys = k_length - first_key
     width: gl.constexpr = HEAD_DIM + VALUE_DIM
-    if gl.load(item_offsets_ptr + segment + 1) - first_item > 1:
-        split = gl.load(split_offsets_ptr + row * (num_segments + 1) + segment) + item - first_item
+    if num_items > 1:
         splits_ptr += ((group_head.to(gl.int64) * max_splits + split) * BLOCK_SIZE + first_part_key) * width
         store_keys(splits_ptr, num_keys, grad_k, width, False)
         store_keys(splits_ptr + HEAD_DIM, num_keys, grad_v, width, False)
@@ -335,10 +346,8 @@ def takes(problem: Problem, plan: KeyPlan) -> bool:
     return multiplies(problem) and is_full and not plan.with_queries
 
 
-def constants(problem: Problem) -> dict[str, Any]:
+def constants() -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_gradients``."""
-    has_many = problem.heads_per_pair >= MANY_HEADS
-    registers, gathering_registers = REGISTERS_OF_MANY_HEADS if has_many else REGISTERS
     return {
-        "STAGES": STAGES, "REGISTERS": registers, "GATHERING_REGISTERS": gathering_registers, "num_warps": 4,
+        "STAGES": STAGES, "REGISTERS": REGISTERS, "GATHERING_REGISTERS": GATHERING_REGISTERS, "num_warps": 4,
     }  # fmt: skip

@@ -77,12 +77,12 @@ def test_all_heads_of_a_short_call_are_indexed_and_taken_together() -> None:
     assert keys.kv_heads == keys.launch_heads == 4
 
 
-def test_items_are_of_one_size_up_to_65536_tokens_and_longer_after() -> None:
+def test_items_are_of_one_size_up_to_131072_tokens_and_longer_after() -> None:
     """What the bits of grad_k and grad_v hang on, beside the tiles."""
-    lengths = (8192, 65536, 2**18, 2**19, 2**20)
+    lengths = (8192, 2**17, 2**18, 2**19, 2**20)
     keys = [plan_backward(problem(tokens), path=QUERY_TILE).keys for tokens in lengths]
-    assert [x.pairs_per_item for x in keys] == [1024, 1024, 4096, 16384, 32768]
-    assert plan_backward(problem(8192)).keys.pairs_per_item == 1024
+    assert [x.pairs_per_item for x in keys] == [2048, 2048, 4096, 16384, 32768]
+    assert plan_backward(problem(8192)).keys.pairs_per_item == 2048
 
 
 @pytest.mark.parametrize("group_size", [1, 4])

@@ -53,6 +53,19 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
+# Programs of one warp that a multiprocessor needs at once to be busy.
+_BUSY = 8
+
+
+def sorting_warps(device: torch.device, tiles: int) -> int:
+    """Warps of a program that sorts a tile: one, which waits for no other, where there are tiles enough.
+
+    Measured on an H200, microseconds with 1 and 4 warps: 8 tiles a multiprocessor 33 and 27, 62 of them
+    109 and 155.
+    """
+    return 1 if tiles > _BUSY * multiprocessors(device) else 4
+
+
 def kernel(function: Callable[..., None], jit: Callable[..., Any] = triton.jit) -> "Kernel":
     """``triton.jit`` for what is launched, or Gluon's; functions that kernels call stay ``triton.jit``.
 

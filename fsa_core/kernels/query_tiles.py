@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fsa_core.kernels import hopper
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors, sorting_warps
 from fsa_core.kernels.primitives import (
     LOG2_E,
     find_segment_sequence,
@@ -31,6 +31,7 @@ from fsa_core.kernels.primitives import (
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import (
     FEW_LEFT,
+    MAX_REGISTERS,
     ForwardPlan,
     Group,
     QueryTile,
@@ -42,6 +43,8 @@ from fsa_core.problem import Problem
 
 # What tiles leave may be nothing, and a program that finds no work item takes its time, too.
 MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Of a thread where a warp sorts a tile: more, and too few tiles are on a multiprocessor at once.
+MAX_SORTING_REGISTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,37 +141,47 @@ def _agree(
     place = tl.arange(0, size)
     token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
     inside = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
-    id_place = (first + token).to(tl.int64) * num_slots + slot
-    ids = tl.load(indices_ptr + (first_index_head + head) * head_stride + id_place, mask=inside, other=-1)
+    # All that the tile has lies at small offsets from its first.
+    first_id = first.to(tl.int64) * num_slots
+    id_place = token * num_slots + slot
+    indices_ptr += (first_index_head + head) * head_stride + first_id
+    ids = tl.load(indices_ptr + id_place, mask=inside, other=-1)
     # Ids that name no block of the sequence select nothing.
     valid = inside & (ids >= 0) & (ids < num_blocks)
     key = tl.sort(tl.where(valid, (ids << (LOG_TOKENS + LOG_SLOTS)) | place, 2147483647))
     exists = key != 2147483647
     block, place_of = key >> (LOG_TOKENS + LOG_SLOTS), key & (size - 1)
     token_of, slot_of = place_of >> LOG_SLOTS, place_of & ((1 << LOG_SLOTS) - 1)
-    bit = tl.where(exists, tl.full((size,), 1, tl.int64) << token_of.to(tl.int64), 0)
+    # What is scanned takes registers, and moves between threads word by word.
+    mask_dtype: tl.constexpr = tl.uint32 if TOKENS <= 32 else tl.uint64
+    bit = tl.where(exists, tl.full((size,), 1, mask_dtype) << token_of.to(mask_dtype), 0)
     _, mask, count = tl.associative_scan((block, bit, exists.to(tl.int32)), 0, _join)
     _, total = tl.associative_scan((block, count), 0, _spread, reverse=True)
     is_shared = exists & (total >= MIN_TOKENS)
     # A few partials cost more than a few blocks that hardly any of the tokens chose.
     num_left = tl.sum((exists & ~is_shared).to(tl.int32), 0)
-    is_shared |= exists & (num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0))
+    all_shared = num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0)
+    is_shared |= exists & all_shared
     is_last = is_shared & (count == total)
-    list_place = tile_place * MAX_SHARED + tl.cumsum(is_last.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + list_place, block, mask=is_last)
-    tl.store(masks_ptr + list_place, mask, mask=is_last)
+    list_place = tl.cumsum(is_last.to(tl.int32), 0) - 1
+    tl.store(blocks_ptr + tile_place * MAX_SHARED + list_place, block, mask=is_last)
+    tl.store(masks_ptr + tile_place * MAX_SHARED + list_place, mask.to(tl.int64), mask=is_last)
     is_whole = is_last & ((block + 1) * BLOCK_SIZE <= num_seen)
     tl.store(counts_ptr + tile_place * 2, tl.sum(is_whole.to(tl.int32), 0))
     tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(is_last.to(tl.int32), 0))
     if WITH_LEFTOVER:
         # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
-        leftover_ptr += head * leftover_stride - tl.cast(first_token, tl.int64) * num_slots
-        here = (first + token >= first_token) & (first + token < first_token + num_tokens)
-        tl.store(leftover_ptr + id_place, tl.full((size,), -1, tl.int32), mask=inside & here & ~valid)
-        packed = first + token_of
-        here = (packed >= first_token) & (packed < first_token + num_tokens)
-        left = tl.where(is_shared, -1, block)
-        tl.store(leftover_ptr + packed.to(tl.int64) * num_slots + slot_of, left, mask=exists & here)
+        first -= first_token
+        leftover_ptr += head * leftover_stride + first.to(tl.int64) * num_slots
+        here = inside & (first + token >= 0) & (first + token < num_tokens)
+        nothing = tl.full((size,), -1, tl.int32)
+        if all_shared:
+            tl.store(leftover_ptr + id_place, nothing, mask=here)
+        else:
+            tl.store(leftover_ptr + id_place, nothing, mask=here & ~valid)
+            here = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
+            left = tl.where(is_shared, -1, block)
+            tl.store(leftover_ptr + token_of * num_slots + slot_of, left, mask=here)
 
 
 @kernel
@@ -402,7 +415,8 @@ def agree(
             agreement.counts.shape[1], group.first_index_head,
         )  # fmt: skip
         return
-    _agreeing(p, tile, plan.has_leftover)[num_tiles, group.num_index_heads](
+    num_warps = sorting_warps(block_indices.device, num_tiles * group.num_index_heads)
+    _agreeing(p, tile, plan.has_leftover, num_warps)[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
         agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
@@ -420,12 +434,13 @@ def _listing(problem: Problem, tile: QueryTile) -> BoundKernel:
 
 
 @lru_cache(maxsize=1024)
-def _agreeing(problem: Problem, tile: QueryTile, with_leftover: bool) -> BoundKernel:
+def _agreeing(problem: Problem, tile: QueryTile, with_leftover: bool, num_warps: int) -> BoundKernel:
     """The kernel with what is the same for all groups."""
     return _agree.bind(
         BLOCK_SIZE=problem.block_size, TOKENS=tile.tokens, LOG_TOKENS=(tile.tokens - 1).bit_length(),
         LOG_SLOTS=(problem.num_slots - 1).bit_length(), CAUSAL=problem.causal, MIN_TOKENS=tile.min_tokens,
-        FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=with_leftover,
+        FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=with_leftover, num_warps=num_warps,
+        maxnreg=MAX_SORTING_REGISTERS if num_warps == 1 else MAX_REGISTERS,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import kernel, sorting_warps
 from fsa_core.kernels.primitives import blocks_of_tokens
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import SLOT_BITS, search_steps
@@ -330,6 +330,7 @@ def sort_pairs(
     _rank[num_strips, num_chunks, num_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, *sizes, BLOCK_SIZE=block_size,
         LOG_PAIRS=log_pairs, SEGMENTS=SEGMENTS_IN_TILE, KEY_DTYPE=tl.int64 if is_wide else tl.int32,
+        num_warps=sorting_warps(block_indices.device, num_strips * strip_tiles * num_rows),
     )  # fmt: skip
     _strips[-(-num_segments // SEGMENTS_IN_COLUMN), num_rows](
         index.counts, index.offsets, num_strips, num_segments, STRIPS=STRIPS_IN_TILE,

@@ -6,7 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fsa_core.kernels import hopper_tiles
 from fsa_core.kernels.hopper_tiles import (
     COPYING_REGISTERS,
     COPYING_WARPS,
@@ -16,6 +15,7 @@ from fsa_core.kernels.hopper_tiles import (
     attend_steps,
     copy_queries,
     copy_steps,
+    multiplies,
     new_shared,
     share_of,
     store_out,
@@ -233,4 +233,4 @@ def attend(
 
 def takes(problem: Problem, tile: QueryTile) -> bool:
     """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
-    return hopper_tiles.takes(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
+    return multiplies(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)

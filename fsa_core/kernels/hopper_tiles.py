@@ -40,11 +40,6 @@ def multiplies(problem: Problem) -> bool:
     return p.head_dim in DIMS and p.value_dim in DIMS and p.dtype.itemsize == 2
 
 
-def takes(problem: Problem) -> bool:
-    """Whether heads are multiplied. Values wider than keys have been compiled, but run on no GPU yet."""
-    return multiplies(problem) and problem.value_dim <= problem.head_dim
-
-
 def exact_dims(constants: dict[str, Any]) -> dict[str, Any]:
     """Constants of a twin without those of dims that are padded: here none is."""
     return {name: value for name, value in constants.items() if not name.endswith("_PADDED")}

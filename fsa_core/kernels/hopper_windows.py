@@ -6,7 +6,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fsa_core.kernels import hopper_tiles
 from fsa_core.kernels.hopper_tiles import (
     COPYING_REGISTERS,
     COPYING_WARPS,
@@ -16,6 +15,7 @@ from fsa_core.kernels.hopper_tiles import (
     attend_steps,
     copy_queries,
     copy_steps,
+    multiplies,
     new_shared,
     share_of,
     store_out,
@@ -215,4 +215,4 @@ def takes(problem: Problem, windows: Windows) -> bool:
     """
     p = problem
     has_many = p.num_q_tokens * p.group_size > ROWS * p.num_sequences
-    return hopper_tiles.takes(p) and not windows.reach and p.group_size <= ROWS and has_many
+    return multiplies(p) and not windows.reach and p.group_size <= ROWS and has_many

@@ -66,7 +66,7 @@ def test_every_group_size(make_case: Callable, check: Callable, group_size: int)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 64)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 64), (64, 128)])
 def test_every_width(
     make_case: Callable, check: Callable, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:
@@ -143,7 +143,7 @@ def test_windows_by_every_group_size(device: torch.device, check_windows: Callab
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 64)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 64), (64, 128)])
 def test_windows_by_every_width(
     device: torch.device, check_windows: Callable, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> None:

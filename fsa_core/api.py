@@ -220,7 +220,7 @@ def _triton_backward(
         problem,
         q,
         *others,
-        path=choice.path,
+        path=choice.backward_path,
         tuning=choice.tuning,
         workspace_limit_bytes=workspace_limit_bytes,
     )

@@ -24,11 +24,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A path of ``plan.PATHS`` with its measured sizes; ``reason`` is for people."""
+    """Paths of ``plan.PATHS`` with their measured sizes; ``reason`` is for people."""
 
     path: str
     tuning: Tuning
     reason: str
+    backward_path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,8 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
 
     Args:
         device_name: as the driver names it, or "cpu".
-        path: "auto", or the one of ``plan.PATHS`` to take. A named path is kept, with the sizes of the shape;
-            ``plan_forward`` refuses it where it cannot take the problem.
+        path: "auto", or the one of ``plan.PATHS`` to take. A named path is kept, for gradients too, with the
+            sizes of the shape; ``plan_forward`` refuses it where it cannot take the problem.
 
     Raises:
         ValueError: the path is unknown.
@@ -59,16 +60,19 @@ def choose(problem: Problem, device_name: str, path: str = AUTO) -> Choice:
     check_path(path)
     nearest = _nearest(Shape.of(problem), device_name)
     if isinstance(nearest, str):
-        best, tuning, reason = KV_MAJOR, default_tuning(problem), nearest
+        best, tuning, reason, backward = KV_MAJOR, default_tuning(problem), nearest, None
     else:
-        best, tuning, reason = nearest.entry.path, nearest.entry.tuning, nearest.reason
-    if path == AUTO and row_tile_tokens(problem, tuning.shared):
-        best, reason = QUERY_TILE, f"{problem.query_block_size} queries share a row; sizes: {reason}"
+        entry, reason = nearest.entry, nearest.reason
+        best, tuning, backward = entry.path, entry.tuning, entry.backward_path
     if path != AUTO:
-        return Choice(path, tuning, f"asked for; sizes: {reason}")
+        return Choice(path, tuning, f"asked for; sizes: {reason}", path)
+    if row_tile_tokens(problem, tuning.shared):
+        reason = f"{problem.query_block_size} queries share a row; sizes: {reason}"
+        best, backward = QUERY_TILE, QUERY_TILE
     if not takes(problem, best):
-        return Choice(KV_MAJOR, tuning, f"too many keys for {best}; sizes: {reason}")
-    return Choice(best, tuning, reason)
+        return Choice(KV_MAJOR, tuning, f"too many keys for {best}; sizes: {reason}", KV_MAJOR)
+    backward = backward or best
+    return Choice(best, tuning, reason, backward if takes(problem, backward) else KV_MAJOR)
 
 
 def check_path(path: str) -> None:

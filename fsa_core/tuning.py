@@ -1,4 +1,4 @@
-"""Measures the paths of the forward pass and their sizes for a shape, on the GPU that is there.
+"""Measures the paths and the sizes of the forward pass for a shape, and with them its gradients' paths.
 
 A choice must not depend on lengths (see ``fsa_core.dispatch``), so what wins for a shape is what has the
 least geometric mean of times over short and long calls with indices of both kinds.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fsa_core.autograd import Answer
+from fsa_core.autograd import Answer, Gradients
 from fsa_core.drawn_indices import DrawnKind, causal_block_indices
 from fsa_core.packing import single_sequence
 from fsa_core.plan import (
@@ -32,6 +32,8 @@ KINDS: tuple[DrawnKind, ...] = ("random", "real")
 # Two sound bfloat16 answers lie within 1.6e-2 of one another, row by row; a block left out costs a tenth.
 TOLERANCE = 2e-2
 RUNS = 9
+# No kernel makes gradients token by token.
+BACKWARD_PATHS = (KV_MAJOR, QUERY_TILE, MIXED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Grid:
 
     def num_candidates(self, problem: Problem) -> int:
         leaving = len(_leaving_paths(problem))
-        return len(self.partial) + (1 + leaving) * len(self.shared) + leaving * len(self.shared_by)
+        of_forward = len(self.partial) + (1 + leaving) * len(self.shared) + leaving * len(self.shared_by)
+        return of_forward + len(BACKWARD_PATHS)
 
 
 # Rows, warps, registers and stages that belong together: what lies far off lost whenever it was tried.
@@ -73,8 +76,11 @@ GRID = Grid(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
+    """``is_backward``: of the gradients alone."""
+
     path: str
     tuning: Tuning
+    is_backward: bool = False
 
 
 # The geometric mean of a candidate's times in seconds, or None if it does not run or answers wrongly.
@@ -90,6 +96,7 @@ def tune(problem: Problem, measure: Measure, grid: Grid = GRID) -> Entry:
 
     The sizes of partials are found on the KV-major path and kept for the mixed one, which attends its
     leftovers by them. An entry's ``shared`` is of the path that won; of the mixed one if it was KV-major.
+    Gradients are timed with the sizes of the entry, on each path that ran.
 
     Raises:
         NothingRuns: see there.
@@ -118,7 +125,16 @@ def tune(problem: Problem, measure: Measure, grid: Grid = GRID) -> Entry:
                 consider(path, replace(found, shared=replace(found.shared, shared_by=shared_by)))
     path = min(best, key=lambda path: best[path][0])
     tuning = best[MIXED if path == KV_MAJOR and MIXED in best else path][1]
-    return Entry(Shape.of(problem), path, tuning, {path: seconds for path, (seconds, _) in best.items()})
+    times = {one: measure(Candidate(one, tuning, is_backward=True)) for one in BACKWARD_PATHS if one in best}
+    backward = {one: seconds for one, seconds in times.items() if seconds is not None}
+    return Entry(
+        Shape.of(problem),
+        path,
+        tuning,
+        {one: seconds for one, (seconds, _) in best.items()},
+        min(backward, key=lambda one: backward[one], default=None),
+        backward,
+    )
 
 
 def _leaving_paths(problem: Problem) -> tuple[str, ...]:
@@ -155,7 +171,8 @@ class Bench:
         error = call.error_of(call.run(candidate))
         # Not "more than": a NaN is an error, too.
         if not error <= TOLERANCE:
-            raise _WrongAnswer(f"a row is off by {error:.1e} of its norm")
+            what = "gradients are" if candidate.is_backward else "a row is"
+            raise _WrongAnswer(f"{what} off by {error:.1e} of the norm")
         return statistics.median(self._timer(lambda: call.run(candidate), RUNS))
 
 
@@ -174,44 +191,77 @@ def _reason(error: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Tensors of selected attention, and what the KV-major path answers with its default sizes."""
+    """Tensors of selected attention, and what the KV-major path answers with its default sizes.
+
+    ``gradients`` are those of q, k and v for ``grad_out``, of that answer.
+    """
 
     problem: Problem
     tensors: tuple[torch.Tensor, ...]
+    grad_out: torch.Tensor
     expected: Answer
+    gradients: Gradients
 
     @classmethod
     def drawn(cls, problem: Problem, kind: DrawnKind, device: torch.device) -> "_Call":
         p = problem
         generator = torch.Generator(device).manual_seed(p.num_q_tokens)
-        q, k, v = (
+        q, k, v, grad_out = (
             torch.randn(tokens, heads, dim, device=device, generator=generator, dtype=p.dtype)
             for tokens, heads, dim in (
                 (p.num_q_tokens, p.num_q_heads, p.head_dim),
                 (p.num_k_tokens, p.num_kv_heads, p.head_dim),
                 (p.num_k_tokens, p.num_kv_heads, p.value_dim),
+                (p.num_q_tokens, p.num_q_heads, p.value_dim),
             )
         )
         ids = causal_block_indices(p.num_q_tokens, p.index_heads, p.num_slots, p.block_size, kind, generator)
         starts = single_sequence(p.num_q_tokens, device)
         tensors = (q, k, v, ids, starts, starts)
-        return cls(p, tensors, _run(p, tensors, Candidate(KV_MAJOR, default_tuning(p))))
+        plain = Candidate(KV_MAJOR, default_tuning(p))
+        expected = _forward(p, tensors, plain)
+        return cls(p, tensors, grad_out, expected, _backward(p, tensors, expected, grad_out, plain))
 
-    def run(self, candidate: Candidate) -> Answer:
-        return _run(self.problem, self.tensors, candidate)
+    def run(self, candidate: Candidate) -> tuple[torch.Tensor, ...]:
+        if candidate.is_backward:
+            return _backward(self.problem, self.tensors, self.expected, self.grad_out, candidate)
+        return _forward(self.problem, self.tensors, candidate)
 
-    def error_of(self, answer: Answer) -> float:
-        """The largest relative error of a row of out, or absolute one of lse; NaN if there is any."""
+    def error_of(self, answer: tuple[torch.Tensor, ...]) -> float:
+        """NaN if there is any.
+
+        The largest relative error of a row of out, or absolute one of lse; of gradients, the largest relative
+        error of one of them.
+        """
+        if len(answer) == len(self.gradients):
+            pairs = zip(answer, self.gradients, strict=True)
+            return torch.stack([(x - y).float().norm() / y.float().norm() for x, y in pairs]).max().item()
         (out, lse), (expected_out, expected_lse) = answer, self.expected
         norms = expected_out.float().norm(dim=-1)
         errors = (out.float() - expected_out.float()).norm(dim=-1) / norms.maximum(norms.median())
         return torch.stack([errors.max(), (lse - expected_lse).abs().max()]).max().item()
 
 
-def _run(problem: Problem, tensors: tuple[torch.Tensor, ...], candidate: Candidate) -> Answer:
+def _forward(problem: Problem, tensors: tuple[torch.Tensor, ...], candidate: Candidate) -> Answer:
     from fsa_core.kernels.forward import selected_attention_forward
 
     answer: Answer = selected_attention_forward(
         problem, *tensors, path=candidate.path, tuning=candidate.tuning
     )
     return answer
+
+
+def _backward(
+    problem: Problem,
+    tensors: tuple[torch.Tensor, ...],
+    answer: Answer,
+    grad_out: torch.Tensor,
+    candidate: Candidate,
+) -> Gradients:
+    from fsa_core.kernels.backward import selected_attention_backward
+
+    q, k, v, ids, q_starts, k_starts = tensors
+    return selected_attention_backward(
+        problem, q, k, v, ids, q_starts, k_starts, *answer, grad_out, None, path=candidate.path,
+        tuning=candidate.tuning,
+    )  # fmt: skip

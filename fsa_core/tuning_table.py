@@ -71,12 +71,17 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What won for a shape. ``seconds``: the best geometric mean of each path, where they were compared."""
+    """What won for a shape. ``seconds``: the best geometric mean of each path, where they were compared.
+
+    ``backward_path`` is the one that gradients take, with times of its own; None: that of the forward pass.
+    """
 
     shape: Shape
     path: str
     tuning: Tuning
     seconds: Mapping[str, float] = field(default_factory=dict)
+    backward_path: str | None = None
+    backward_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,12 @@ def _families(device_name: str) -> tuple[str, ...]:
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
     document = {"shape": asdict(entry.shape), "path": entry.path, **asdict(entry.tuning)}
-    return document | ({"seconds": dict(entry.seconds)} if entry.seconds else {})
+    optional = {
+        "seconds": dict(entry.seconds),
+        "backward_path": entry.backward_path,
+        "backward_seconds": dict(entry.backward_seconds),
+    }
+    return document | {name: value for name, value in optional.items() if value}
 
 
 def _parse_table(document: object, source: str) -> Table:
@@ -173,12 +183,11 @@ def _parse_table(document: object, source: str) -> Table:
 
 
 def _parse_entry(document: object, where: str) -> Entry:
-    entry = _object(document, where, {"shape", "path", "partial", "shared"}, {"seconds"})
-    if entry["path"] not in PATHS:
-        raise _Invalid(f"{where}.path is {entry['path']!r}; expected one of {', '.join(PATHS)}")
-    seconds = entry.get("seconds", {})
-    if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
-        raise _Invalid(f"{where}.seconds must be an object of numbers")
+    optional = {"seconds", "backward_path", "backward_seconds"}
+    entry = _object(document, where, {"shape", "path", "partial", "shared"}, optional)
+    for name in ("path", "backward_path"):
+        if name in entry and entry[name] not in PATHS:
+            raise _Invalid(f"{where}.{name} is {entry[name]!r}; expected one of {', '.join(PATHS)}")
     return Entry(
         shape=Shape(**_integers(entry["shape"], f"{where}.shape", Shape)),
         path=entry["path"],
@@ -186,8 +195,16 @@ def _parse_entry(document: object, where: str) -> Entry:
             PartialTuning(**_integers(entry["partial"], f"{where}.partial", PartialTuning)),
             SharedTuning(**_integers(entry["shared"], f"{where}.shared", SharedTuning)),
         ),
-        seconds=seconds,
+        seconds=_numbers(entry.get("seconds", {}), f"{where}.seconds"),
+        backward_path=entry.get("backward_path"),
+        backward_seconds=_numbers(entry.get("backward_seconds", {}), f"{where}.backward_seconds"),
     )
+
+
+def _numbers(document: object, where: str) -> dict[str, float]:
+    if not isinstance(document, dict) or not all(isinstance(x, int | float) for x in document.values()):
+        raise _Invalid(f"{where} must be an object of numbers")
+    return document
 
 
 def _integers(document: object, where: str, of: type) -> dict[str, int]:

@@ -30,7 +30,12 @@ def show_path(
         }
     except ValueError as error:
         raise CommandFailed(str(error)) from error
-    described = {"device": device_name, "path": choice.path, "reason": choice.reason}
+    described = {
+        "device": device_name,
+        "path": choice.path,
+        "backward_path": choice.backward_path,
+        "reason": choice.reason,
+    }
     tiles = _tiles(plans[lengths[0]])
     workspace = {str(length): plan.workspace_bytes for length, plan in plans.items()}
     if as_json:

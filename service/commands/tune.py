@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -164,10 +164,15 @@ def _write(destination: Path, table: "Table") -> None:
 
 
 def _print(entry: "Entry", rejected: "list[tuple[Candidate, str]]") -> None:
-    times = ", ".join(f"{path} {format_seconds(seconds)}" for path, seconds in entry.seconds.items())
-    print(f"{entry.shape}: {entry.path} ({times})", flush=True)
+    print(f"{entry.shape}: {entry.path} ({_times(entry.seconds)})", flush=True)
+    if entry.backward_path is not None:
+        print(f"  gradients: {entry.backward_path} ({_times(entry.backward_seconds)})", flush=True)
     for candidate, why in rejected:
         print(f"  did not count: {candidate.path} {candidate.tuning}: {why}", file=sys.stderr)
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{path} {format_seconds(one)}" for path, one in seconds.items())
 
 
 @contextmanager

@@ -80,6 +80,15 @@ def test_the_entry_of_the_shape_decides_path_and_sizes(use_table) -> None:
     assert choice.reason.startswith("table test-gpu, entry g=4 D=128 16-bit up to 16 blocks of 64")
 
 
+def test_gradients_have_a_path_of_their_own_unless_one_is_asked_for(use_table) -> None:
+    use_table(Entry(SHAPE, KV_MAJOR, TUNING, backward_path=MIXED))
+    assert (choose(PROBLEM, DEVICE).path, choose(PROBLEM, DEVICE).backward_path) == (KV_MAJOR, MIXED)
+    assert choose(PROBLEM, DEVICE, KV_MAJOR).backward_path == KV_MAJOR
+    # More keys than tiles have numbers for, and queries that share a row.
+    assert choose(replace(PROBLEM, num_k_tokens=2**28), DEVICE).backward_path == KV_MAJOR
+    assert choose(replace(PROBLEM, query_block_size=64), DEVICE).backward_path == QUERY_TILE
+
+
 @pytest.mark.parametrize(
     ("changes", "path"),
     [

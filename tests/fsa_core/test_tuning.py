@@ -20,7 +20,7 @@ from fsa_core.plan import (
 )
 from fsa_core.problem import Problem
 from fsa_core.timing import timer_for
-from fsa_core.tuning import GRID, Bench, Candidate, Grid, NothingRuns, tune
+from fsa_core.tuning import BACKWARD_PATHS, GRID, Bench, Candidate, Grid, NothingRuns, tune
 from fsa_core.tuning_table import Shape
 
 PROBLEM = Problem(
@@ -76,6 +76,20 @@ def test_tokens_by_themselves_are_timed_where_their_heads_fill_half_of_a_product
     assert tune(PROBLEM, measure, SMALL).path != TOKEN_MAJOR
 
 
+def test_gradients_take_the_path_that_is_fastest_for_them_with_the_sizes_of_the_entry() -> None:
+    def seconds_of(candidate: Candidate) -> float | None:
+        if candidate.is_backward:
+            return {KV_MAJOR: None, QUERY_TILE: 7.0, MIXED: 6.0}[candidate.path]
+        return 1.0 + (candidate.path != KV_MAJOR)
+
+    measure, asked = scripted(seconds_of)
+    entry = tune(PROBLEM, measure, SMALL)
+    assert (entry.path, entry.backward_path) == (KV_MAJOR, MIXED)
+    assert entry.backward_seconds == {QUERY_TILE: 7.0, MIXED: 6.0}
+    assert {x.tuning for x in asked if x.is_backward} == {entry.tuning}
+    assert len(asked) == SMALL.num_candidates(PROBLEM)
+
+
 def test_where_kv_major_wins_who_asks_for_mixed_gets_its_best_sizes() -> None:
     def seconds_of(candidate: Candidate) -> float:
         return PATHS.index(candidate.path) + 1 + (candidate.tuning.shared.rows == 64)
@@ -110,17 +124,19 @@ def test_real_candidates_are_checked_and_timed_on_every_kind_of_indices(device: 
         return [1.0, 4.0 if len(timed) % 2 else 1.0, 4.0]
 
     bench = Bench([PROBLEM], device, timer)
-    for path in PATHS:
+    candidates = [Candidate(path, Tuning(NARROW, PLAIN)) for path in PATHS]
+    candidates += [Candidate(path, Tuning(NARROW, PLAIN), is_backward=True) for path in BACKWARD_PATHS]
+    for candidate in candidates:
         # Of the medians 4 and 1.
-        assert bench(Candidate(path, Tuning(NARROW, PLAIN))) == pytest.approx(2.0)
+        assert bench(candidate) == pytest.approx(2.0)
     assert bench.rejected == []
-    assert len(timed) == len(PATHS) * 2
+    assert len(timed) == len(candidates) * 2
 
 
 def test_real_candidates_that_fail_or_answer_wrongly_are_rejected_with_the_reason(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fsa_core.kernels import forward
+    from fsa_core.kernels import backward, forward
 
     bench = Bench([PROBLEM], device, timer_for(device))
     tuning = default_tuning(PROBLEM)
@@ -134,9 +150,18 @@ def test_real_candidates_that_fail_or_answer_wrongly_are_rejected_with_the_reaso
         lambda problem, *tensors, **sizes: right(replace(problem, softmax_scale=0.5), *tensors, **sizes),
     )
     assert bench(Candidate(KV_MAJOR, tuning)) is None
-    (_, failure), (_, error) = bench.rejected
+    # So does a gradient of twice what was asked for.
+    backwards = backward.selected_attention_backward
+    monkeypatch.setattr(
+        backward,
+        "selected_attention_backward",
+        lambda *tensors, **sizes: tuple(2 * grad for grad in backwards(*tensors, **sizes)),
+    )
+    assert bench(Candidate(KV_MAJOR, tuning, is_backward=True)) is None
+    (_, failure), (_, error), (_, error_of_gradients) = bench.rejected
     assert "power of" in failure
     assert error.startswith("a row is off by ")
+    assert error_of_gradients == "gradients are off by 1.0e+00 of the norm"
 
 
 def test_every_candidate_of_the_grid_has_a_plan() -> None:

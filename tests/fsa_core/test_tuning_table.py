@@ -22,7 +22,9 @@ from fsa_core.tuning_table import (
 )
 
 TUNING = Tuning(PartialTuning(128, 2, 8, 200), SharedTuning(32, 2, 160, 3, 8))
-ENTRY = Entry(Shape(4, 128, 64, 2, 64, 16), MIXED, TUNING, {"mixed": 0.5, "kv_major": 1.0})
+ENTRY = Entry(
+    Shape(4, 128, 64, 2, 64, 16), MIXED, TUNING, {"mixed": 0.5, "kv_major": 1.0}, "query_tile", {"mixed": 2.0}
+)
 TABLE = Table("nvidia-h200", (ENTRY,), {"torch": "2.11"})
 
 
@@ -121,6 +123,8 @@ def _nested(part: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (_entry(path="union"), r"entries\[0\].path is 'union'; expected one of kv_major, query_tile, mixed"),
         (_entry(seconds=[1]), r"entries\[0\].seconds must be"),
+        (_entry(backward_path="union"), r"entries\[0\].backward_path is 'union'; expected one of"),
+        (_entry(backward_seconds={"mixed": "1"}), r"entries\[0\].backward_seconds must be"),
         (_entry(partial=None), r"entries\[0\].partial must be an object"),
         (_nested("partial", rows=48), r"partial.rows is 48; expected one of 16, 32, 64, 128, 256"),
         (_nested("partial", max_registers=True), "max_registers is True; expected 24 to 255"),

@@ -81,6 +81,8 @@ def _registers(text: str) -> tuple[set[int], set[int]]:
                 read.update(range(register + (2 if place == 2 else 0), register + 4))
             elif writes and not written and operand.strip().startswith("UR"):
                 written.update((register, register + 1) if is_wide or is_wide_sum else (register,))
+            elif operation == "UPRMT" and register in written:
+                pass  # Bytes that LLVM had no values for either, of a vector with lanes that nobody reads.
             elif operation not in ("MOV", "UP2UR"):  # Kept for later, used or not; some bits of it changed.
                 is_pair = is_wide or "desc" in operand or (is_wide_sum and place == len(operands) - 1)
                 read.update((register, register + 1) if is_pair else (register,))

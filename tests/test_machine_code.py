@@ -34,6 +34,7 @@ def test_a_register_that_only_one_way_writes_is_told_with_each_reader() -> None:
         ("UIADD3 UR58, UP0, UR7, 0x40, URZ", "UIADD3.64 UR58, UR4, 0x40, URZ"),
         ("UIADD3 UR58, UP0, UR7, 0x40, URZ", "UIMAD.WIDE UR58, UR10, 0x4, UR4"),
         ("UIADD3 UR58, UP0, UR7, 0x40, URZ", "MOV R93, UR7"),  # Kept, and perhaps never used.
+        ("UIADD3 UR58, UP0, UR7, 0x40, URZ", "UPRMT UR7, UR7, 0x3340, UR7"),  # Undefined for LLVM as well.
     ],
 )
 def test_what_every_way_writes_is_fine(instruction: str, harmless: str) -> None:

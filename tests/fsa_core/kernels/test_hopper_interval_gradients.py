@@ -1,7 +1,8 @@
 """Gradients of compressed and sliding-window attention by the kernel that is for Hopper alone: the oracle's,
 and the bits of its twin where that has as many rows a step.
 
-Nothing interprets Gluon: without such a GPU tests/hopper_grid.py compiles the kernel, and that is all.
+Without such a GPU tests/hopper_grid.py compiles the kernel, and test_hopper_interpreted.py runs some
+cases.
 """
 
 from collections.abc import Callable, Iterator

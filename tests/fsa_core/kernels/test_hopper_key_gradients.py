@@ -1,6 +1,7 @@
 """The gradients of k and v by the kernel that is for Hopper alone, against the oracle.
 
-Nothing interprets Gluon: without such a GPU tests/hopper_grid.py compiles the kernel, and that is all.
+Without such a GPU tests/hopper_grid.py compiles the kernel, and test_hopper_interpreted.py runs some
+cases.
 """
 
 from collections.abc import Callable, Iterator

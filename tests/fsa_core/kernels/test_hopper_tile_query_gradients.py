@@ -1,6 +1,7 @@
 """The gradient of q in query tiles by the kernel for Hopper alone: its twin's bits, and the oracle's answer.
 
-Nothing interprets Gluon: without such a GPU tests/hopper_grid.py compiles the kernel, and that is all.
+Without such a GPU tests/hopper_grid.py compiles the kernel, and test_hopper_interpreted.py runs some
+cases.
 """
 
 from collections.abc import Callable

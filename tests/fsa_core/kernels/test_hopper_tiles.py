@@ -1,6 +1,7 @@
 """Query tiles by the kernels that are for Hopper alone: their twins' bits, and the oracle's answers.
 
-Nothing interprets Gluon: without such a GPU tests/hopper_grid.py compiles the kernels, and that is all.
+Without such a GPU tests/hopper_grid.py compiles the kernels, and test_hopper_interpreted.py runs some
+cases.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,157 @@
+"""The kernels for Hopper alone, interpreted, against the oracle: on any machine."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from fsa_core import backward_plan
+from fsa_core.kernels import forward
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.plan import MIXED, QUERY_TILE, SharedTuning, default_tuning
+from tests import gluon_interpreter
+from tests.fsa_core.conftest import Case, sharing_rows
+from tests.fsa_core.kernels.conftest import gradients
+from tests.fsa_core.nsa.conftest import Branch
+from tests.fsa_core.nsa.conftest import _make_call as make_call
+from tests.gluon_interpreter import Deadlock, interpreted, run_kernel
+
+TILES = SharedTuning(128, num_warps=8, max_registers=128, num_stages=2, shared_by=3)
+SIZES = {
+    "q_lens": (70, 1, 0, 33), "k_lens": (200, 90, 0, 64), "block_size": 64, "head_dim": 64,
+    "dtype": torch.float16, "num_kv_heads": 1, "num_slots": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def launched(device: torch.device) -> Iterator[set[str]]:
+    """The names of the kernels that ran."""
+    if device.type == "cuda":
+        pytest.skip("where they run, test_hopper_* run them")
+    with interpreted() as names:
+        yield names
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (QUERY_TILE, {"group_size": 4}),
+        (QUERY_TILE, {"group_size": 12, "causal": False, "head_dim": 128}),
+        (MIXED, {"group_size": 16, "value_dim": 128, "distribution": "same"}),
+        (MIXED, {"group_size": 4, "block_size": 128}),
+    ],
+    ids=str,
+)
+def test_query_tiles(
+    make_case: Callable, assert_close_to_oracle: Callable, launched: set[str], path: str, options: dict
+) -> None:
+    case = make_case(**SIZES | options)
+    tuning = replace(default_tuning(case.problem), shared=TILES)
+    answer = forward.selected_attention_forward(case.problem, *case.tensors, path=path, tuning=tuning)
+    assert launched == {"attend"}
+    assert_close_to_oracle(*answer, case)
+
+
+def test_rows_that_queries_share(
+    make_case: Callable, assert_close_to_oracle: Callable, launched: set[str]
+) -> None:
+    case: Case = sharing_rows(make_case(**SIZES | {"num_slots": 2}, group_size=4), 64)
+    tuning = replace(default_tuning(case.problem), shared=TILES)
+    answer = forward.selected_attention_forward(case.problem, *case.tensors, path=QUERY_TILE, tuning=tuning)
+    assert launched == {"attend"}
+    assert_close_to_oracle(*answer, case)
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "kernels"),
+    [
+        (MIXED, {"group_size": 1}, {"gradients"}),
+        (MIXED, {"group_size": 4, "head_dim": 128}, {"gradients", "of_tiles"}),
+        (QUERY_TILE, {"group_size": 12, "causal": False}, {"gradients", "of_tiles"}),
+        (MIXED, {"group_size": 4, "block_size": 128, "value_dim": 128}, {"gradients", "of_tiles"}),
+    ],
+    ids=str,
+)
+def test_gradients(
+    make_case: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    launched: set[str],
+    path: str,
+    options: dict,
+    kernels: set[str],
+) -> None:
+    case = make_case(**SIZES | options)
+    grads, given = gradients(case, path=path)
+    assert_gradients_close_to_oracle(grads, case, *given)
+    assert launched >= kernels
+
+
+def test_a_popular_block_is_many_items(
+    make_case: Callable, assert_gradients_close_to_oracle: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backward_plan, "ITEM_PAIRS", 40)
+    backward_plan.plan_backward.cache_clear()
+    case = make_case(**SIZES, group_size=4, distribution="same")
+    grads, given = gradients(case, path=QUERY_TILE)
+    assert_gradients_close_to_oracle(grads, case, *given)
+    backward_plan.plan_backward.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("branch", "group_size", "kernels"),
+    [("compressed", 4, {"attend_windows", "of_windows"}), ("window", 3, {"of_windows"})],
+)
+def test_windows(
+    device: torch.device, launched: set[str], branch: str, group_size: int, kernels: set[str]
+) -> None:
+    sizes = {"q_lens": (200, 0, 70), "head_dim": 64, "value_dim": 64, "dtype": torch.float16}
+    config = NSAConfig(window=70)
+    call = make_call(device, **sizes, num_kv_heads=1, group_size=group_size, config=config)
+    Branch(branch, call, backend="triton").check()
+    assert launched == kernels
+
+
+def test_a_wait_that_is_left_out_is_seen(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies and products are as late as they may be, so that no luck hides it."""
+    case = make_case(**SIZES, group_size=4)
+    right, _ = gradients(case, path=QUERY_TILE)
+    monkeypatch.setattr(gluon_interpreter._Barrier, "wait", lambda _barrier, _parity: None)
+    wrong, _ = gradients(case, path=QUERY_TILE)
+    assert not any(torch.allclose(x, y, rtol=0.1) for x, y in zip(right, wrong, strict=True))
+
+
+@gluon.jit
+def _reads_past_the_end(x_ptr):
+    gl.load(x_ptr + 8)
+
+
+@gluon.jit
+def _waits_for_nobody(x_ptr):
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=1)
+    mbarrier.wait(barrier, 0)
+
+
+@gluon.jit
+def _reads_what_has_not_arrived(x_ptr):
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    numbers = gl.arange(0, 8, flat)
+    shared = gl.allocate_shared_memory(gl.float32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    async_copy.async_copy_global_to_shared(shared, x_ptr + numbers, numbers < 8)
+    gl.store(x_ptr + numbers, shared.load(flat) + 1)
+
+
+def test_the_interpreter_tells_what_a_gpu_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(8)
+    with pytest.raises(IndexError, match=r"offsets .*8.* of 8 numbers"):
+        run_kernel(_reads_past_the_end, (1,), (x,), {})
+    monkeypatch.setattr(gluon_interpreter, "TIMEOUT_S", 0.1)
+    with pytest.raises(Deadlock, match="phase 0 lacks 1 of 1"):
+        run_kernel(_waits_for_nobody, (1,), (x,), {})
+    run_kernel(_reads_what_has_not_arrived, (1,), (x,), {})
+    assert x.isnan().all()

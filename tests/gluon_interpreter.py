@@ -1,0 +1,408 @@
+"""Kernels in Gluon, run in Python on the CPU: what Triton's interpreter is to ``tl``, for the part in use.
+
+A program's partitions are threads, so that they wait for one another as on the GPU, and what may be late
+there is as late as it can be here: an asynchronous copy fills its place when the barrier that announces it is
+reached, and a product reads shared memory when it is waited for. Until then a place holds NaN or numbers that
+point nowhere. So a wait that is missing, a place that is given away too early and a mask that hides too
+little give wrong answers; a wait that nobody ends is an error after a minute, and an address outside a tensor
+at once.
+
+Layouts say which thread has what, and nothing of that is looked at; nor are fences, which say when one kind
+of access sees another. Products add in float32.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from fsa_core.kernels import hopper
+from fsa_core.kernels.launch import BoundKernel
+
+# Of a wait that others should have ended long ago.
+TIMEOUT_S = 60.0
+WARP_THREADS, PARTITION_WARPS = 32, 4
+# Points nowhere, and counts nothing that there is.
+POISON = 1 << 29
+
+
+class Deadlock(Exception):
+    """A partition waits for what no other does."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of numbers that nothing says more of."""
+
+    parent: Any = None
+
+
+class _Tensor(torch.Tensor):
+    """Numbers in registers; ``type.layout`` is that of the first operand of as many dimensions."""
+
+    given_layout: Any = None
+
+    @property
+    def type(self) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(layout=self.given_layout or _Layout())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(made, _Tensor) and made.given_layout is None:
+            alike = (x for x in args if isinstance(x, _Tensor) and x.ndim == made.ndim)
+            made.given_layout = next((x.given_layout for x in alike if x.given_layout is not None), None)
+        return made
+
+
+def _tensor(x: Any, layout: Any = None) -> _Tensor:
+    if isinstance(x, _Tensor) and layout is None:
+        return x
+    dtype = torch.int32 if type(x) is int else torch.float32 if type(x) is float else None
+    made = torch.as_tensor(x, dtype=dtype).as_subclass(_Tensor)
+    made.given_layout = layout
+    return made
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """To a number of a tensor, or to many."""
+
+    memory: torch.Tensor
+    offset: Any = 0
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.memory.dtype)
+
+    def __add__(self, numbers: Any) -> "_Pointer":
+        return _Pointer(self.memory, self.offset + numbers)
+
+    def places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which numbers, as many as the mask has, and which of them exist."""
+        offset, exists = torch.broadcast_tensors(
+            torch.as_tensor(self.offset).as_subclass(torch.Tensor),
+            torch.as_tensor(True if mask is None else mask).as_subclass(torch.Tensor),
+        )
+        outside = exists & ((offset < 0) | (offset >= self.memory.numel()))
+        if outside.any():
+            raise IndexError(f"offsets {offset[outside].unique()[:9]} of {self.memory.numel()} numbers")
+        return offset, exists
+
+
+class _Barrier:
+    """Phases end when as many as it counts have arrived; a wait names the parity of the one it waits for."""
+
+    def __init__(self, abort: threading.Event) -> None:
+        self._changed = threading.Condition()
+        self._abort = abort
+        self._count = self._missing = self._phase = 0
+
+    def init(self, count: int) -> None:
+        self._count = self._missing = count
+
+    def arrive(self, count: int) -> None:
+        with self._changed:
+            self._missing -= count
+            assert self._missing >= 0, "more arrive than a phase counts"
+            if self._missing == 0:
+                self._missing = self._count
+                self._phase += 1
+                self._changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        def is_over() -> bool:
+            return self._abort.is_set() or self._phase % 2 != parity
+
+        with self._changed:
+            if not self._changed.wait_for(is_over, TIMEOUT_S) or self._abort.is_set():
+                raise Deadlock(f"phase {self._phase} lacks {self._missing} of {self._count}")
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Numbers in shared memory, or a view of them; or barriers."""
+
+    data: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.data.dtype
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.data.shape
+
+    def index(self, place: Any) -> Any:
+        found = self.data[int(place)]
+        return found if isinstance(found, _Barrier) else _Shared(found)
+
+    def permute(self, order: Sequence[int]) -> "_Shared":
+        return _Shared(self.data.permute(order))
+
+    def load(self, layout: Any) -> _Tensor:
+        return _tensor(self.data.clone(), layout)
+
+    def store(self, x: torch.Tensor) -> None:
+        assert x.dtype == self.data.dtype
+        self.data.copy_(x)
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "_Shared":
+        numbers = self.data.view(-1).view(torch.uint8).view(dtype)
+        size = 1
+        for side in shape:
+            size *= side
+        return _Shared(numbers[:size].view(tuple(shape)))
+
+    def poison(self) -> None:
+        self.data.fill_(float("nan") if self.data.dtype.is_floating_point else POISON)
+
+
+@dataclass
+class _Product:
+    """One that has begun: it reads its operands when it is waited for."""
+
+    left: Any
+    right: _Shared
+    total: Any
+    result: _Tensor | None = None
+
+    def end(self) -> _Tensor:
+        if self.result is None:
+            left = self.left.data if isinstance(self.left, _Shared) else self.left
+            total = self.total.end() if isinstance(self.total, _Product) else self.total
+            numbers = left.as_subclass(torch.Tensor).float() @ self.right.data.float() + total
+            self.result = _tensor(numbers.as_subclass(torch.Tensor), total.given_layout)
+        return self.result
+
+
+@dataclass
+class _Partition(threading.local):
+    """What a partition has begun and not waited for, and how many threads it has."""
+
+    threads: int = WARP_THREADS * PARTITION_WARPS
+    copies: list[Callable[[], None]] = field(default_factory=list)
+    products: list[_Product] = field(default_factory=list)
+
+
+@dataclass
+class _Program:
+    """The program that runs: its place in the grid, and its barriers."""
+
+    place: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    abort: threading.Event = field(default_factory=threading.Event)
+    barriers: list[_Barrier] = field(default_factory=list)
+
+
+_partition = _Partition()
+_programs: list[_Program] = []
+
+
+def _load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> _Tensor:
+    offset, exists = pointer.places(mask)
+    found = torch.full(offset.shape, other, dtype=pointer.memory.dtype)
+    found[exists] = pointer.memory[offset[exists].long()]
+    return _tensor(found, getattr(pointer.offset, "given_layout", None))
+
+
+def _store(pointer: _Pointer, x: Any, mask: Any = None) -> None:
+    offset, exists = pointer.places(mask)
+    numbers = torch.as_tensor(x).as_subclass(torch.Tensor).to(pointer.memory.dtype).broadcast_to(offset.shape)
+    pointer.memory[offset[exists].long()] = numbers[exists]
+
+
+def _where(condition: Any, a: Any, b: Any) -> _Tensor:
+    return torch.where(_tensor(condition), _tensor(a), _tensor(b))  # type: ignore[return-value]
+
+
+def _range(*ends: Any) -> Iterator[_Tensor]:
+    return map(_tensor, range(*map(int, ends)))
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any, x: Any = None) -> Any:
+    if layout is _BARRIERS:
+        barriers = [_Barrier(_programs[-1].abort) for _ in range(shape[0])]
+        _programs[-1].barriers += barriers
+        return barriers[0] if len(shape) == 1 else _Shared(barriers)
+    shared = _Shared(torch.empty(tuple(shape), dtype=dtype))
+    shared.poison()
+    if x is not None:
+        shared.store(x)
+    return shared
+
+
+def _begin_copy(shared: _Shared, pointer: _Pointer, mask: Any = None) -> None:
+    shared.poison()
+    # Addresses and masks are those of now; what lies there is read when it arrives.
+    _partition.copies.append(lambda: shared.store(_load(pointer, mask)))
+
+
+def _arrive_with_copies(barrier: _Barrier, increment_count: bool) -> None:
+    assert not increment_count
+    while _partition.copies:
+        _partition.copies.pop(0)()
+    barrier.arrive(_partition.threads)
+
+
+def _begin_product(
+    left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False
+) -> Any:
+    assert use_acc or not isinstance(total, _Product)
+    begun = _Product(left, right, total if use_acc else _tensor(torch.zeros_like(total), total.given_layout))
+    _partition.products.append(begun)
+    return begun if is_async else _end_products(0, [begun])
+
+
+def _end_products(left_over: int, deps: Sequence[Any]) -> Any:
+    while len(_partition.products) > left_over:
+        _partition.products.pop(0).end()
+    ended = tuple(x.end() if isinstance(x, _Product) else x for x in deps)
+    return ended if len(ended) > 1 else ended[0]
+
+
+def _warp_specialize(parts: Sequence[Any], warps: Sequence[int], _registers: Sequence[int]) -> Any:
+    """The answer of the first part, which this thread runs; the others run in threads of their own."""
+    program, errors = _programs[-1], list[BaseException]()
+
+    def run(part: Any, num_warps: int) -> Any:
+        _partition.threads = WARP_THREADS * num_warps
+        try:
+            return part[0](*part[1])
+        except BaseException as error:
+            errors.append(error)
+            program.abort.set()
+            for barrier in program.barriers:
+                barrier.wake()
+
+    others = [threading.Thread(target=run, args=x) for x in zip(parts[1:], warps, strict=True)]
+    for thread in others:
+        thread.start()
+    answer = run(parts[0], PARTITION_WARPS)
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return answer
+
+
+_BARRIERS = _Layout()
+_LAYOUTS = {
+    "BlockedLayout": lambda *_: _Layout(),
+    "SwizzledSharedLayout": lambda *_: _Layout(),
+    "NVMMADistributedLayout": lambda *_: _Layout(),
+    "DotOperandLayout": lambda _operand, parent, _width: _Layout(parent),
+    "SliceLayout": lambda _dim, parent: _Layout(parent),
+    "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda _shape, _dtype: _Layout()),
+}
+_LANGUAGE = SimpleNamespace(
+    **_LAYOUTS,
+    constexpr=lambda x: x,
+    int32=torch.int32,
+    int64=torch.int64,
+    float32=torch.float32,
+    program_id=lambda axis: _tensor(_programs[-1].place[axis]),
+    num_programs=lambda axis: _tensor(_programs[-1].grid[axis]),
+    arange=lambda start, end, layout=None: _tensor(torch.arange(start, end, dtype=torch.int32), layout),
+    zeros=lambda shape, dtype, layout=None: _tensor(torch.zeros(shape, dtype=dtype), layout),
+    full=lambda shape, x, dtype, layout=None: _tensor(torch.full(shape, x, dtype=dtype), layout),
+    load=_load,
+    store=_store,
+    where=_where,
+    minimum=lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
+    maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
+    cdiv=lambda a, b: -(-a // b),
+    cast=lambda x, dtype: _tensor(x).to(dtype),
+    fma=lambda a, b, c: a * b + c,
+    max=lambda x, axis: _tensor(x.amax(axis), _Layout(x.given_layout)),
+    sum=lambda x, axis: _tensor(x.sum(axis), _Layout(x.given_layout)),
+    exp2=lambda x: torch.exp2(x),
+    log2=lambda x: torch.log2(x),
+    convert_layout=lambda x, layout: _tensor(x.as_subclass(torch.Tensor), layout),
+    allocate_shared_memory=_allocate,
+    warp_specialize=_warp_specialize,
+    static_range=range,
+)
+_REPLACED = {
+    "gl": _LANGUAGE,
+    "tl": _LANGUAGE,
+    "range": _range,
+    "async_copy": SimpleNamespace(
+        async_copy_global_to_shared=_begin_copy, mbarrier_arrive=_arrive_with_copies
+    ),
+    "mbarrier": SimpleNamespace(
+        MBarrierLayout=lambda: _BARRIERS,
+        init=lambda barrier, count: barrier.init(int(count)),
+        arrive=lambda barrier, count: barrier.arrive(int(count)),
+        wait=lambda barrier, parity: barrier.wait(int(parity)),
+    ),
+    "fence_async_shared": lambda: None,
+    "warpgroup_mma": _begin_product,
+    "warpgroup_mma_wait": _end_products,
+}
+
+
+@cache
+def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that a kernel's function was, with what it names in this module's sense."""
+    names = dict(function.__globals__) | {"range": _range}
+    for name in (*function.__code__.co_names, "range"):
+        found = names.get(name)
+        if name in _REPLACED and (found is None or callable(found) or isinstance(found, ModuleType)):
+            names[name] = _REPLACED[name]
+        elif isinstance(found, JITFunction | InterpretedFunction):
+            names[name] = _later(found.fn)
+        elif isinstance(found, tl.constexpr | gl.constexpr):
+            names[name] = found.value
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+
+
+def _later(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: _in_python(function)(*args, **options)
+
+
+def run_kernel(jitted: Any, grid: Sequence[int], args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """A launch: every program of the grid, one after the other, on tensors of the CPU."""
+    kernel = _in_python(jitted.fn)
+    known = {name: x for name, x in constants.items() if name in jitted.arg_names}
+    given = [_Pointer(x.detach().view(-1)) if isinstance(x, torch.Tensor) else _tensor(x) for x in args]
+    x, y, z = (*grid, 1, 1)[:3]
+    for place in product(range(x), range(y), range(z)):
+        _programs.append(_Program(place, (x, y, z)))
+        try:
+            kernel(*given, **known)
+        finally:
+            _programs.pop()
+
+
+@contextmanager
+def interpreted() -> Iterator[set[str]]:
+    """Kernels for Hopper are taken, and run here; yields the names of those that have been launched."""
+    launched: set[str] = set()
+    launch = BoundKernel.launch
+
+    def interpret(self: BoundKernel, grid: tuple[int, ...], *args: Any) -> None:
+        if not isinstance(self._jitted, JITFunction):
+            return launch(self, grid, *args)
+        launched.add(self._jitted.fn.__name__)
+        run_kernel(self._jitted, grid, args, self._constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BoundKernel, "launch", interpret)
+        patch.setattr(hopper, "runs_on", lambda _device: True)
+        yield launched

@@ -1,9 +1,11 @@
 """Whole problems drawn at random, forward and backward on every path, against the oracle.
 
-The suite draws a few; ``make test-shapes`` draws a thousand. On a GPU each shape compiles kernels of its own.
+The suite draws a few; ``make test-shapes`` draws a thousand. On a GPU each shape compiles kernels of its own;
+on the CPU half of the problems go to the kernels for Hopper alone, interpreted.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, ForwardPlan, chunks, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM, Problem
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case, sharing_rows
+from tests.gluon_interpreter import interpreted
 
 PROGRESS_EVERY = 25
 # Of as few numbers as are drawn here, the largest error of eager attention is small by luck now and then.
@@ -29,9 +32,13 @@ MAX_PROGRAMS = 16
 
 @dataclass(frozen=True)
 class Draw:
-    """A case as ``make_case`` takes it, how many queries share a row, and what the plans are told."""
+    """A case as ``make_case`` takes it, how many queries share a row, and what the plans are told.
+
+    ``on_hopper``: heads and blocks are of sizes that kernels for Hopper alone take.
+    """
 
     options: dict[str, Any]
+    on_hopper: bool
     query_block_size: int
     path: str
     workspace_limit_bytes: int
@@ -43,15 +50,19 @@ def draws(draw: st.DrawFn) -> Draw:
     kv_heads = draw(st.integers(1, 2))
     group_size = draw(st.integers(1, 8) | st.sampled_from((12, 16, 33)))
     q_heads = kv_heads * group_size
-    dtype = draw(st.sampled_from((torch.float16, torch.float32, torch.bfloat16)))
+    on_hopper = draw(st.booleans())
+    dtypes = (torch.float16, torch.bfloat16) + (() if on_hopper else (torch.float32,))
+    dtype = draw(st.sampled_from(dtypes))
     # In float32 the keys of a program are few, and the programs of a large block many.
-    block_size = draw(st.sampled_from(BLOCK_SIZES[:3] if dtype == torch.float32 else BLOCK_SIZES))
+    block_sizes = [size for size in BLOCK_SIZES if size >= 64 or not on_hopper]
+    block_size = draw(st.sampled_from(block_sizes[:3] if dtype == torch.float32 else block_sizes))
     most = max(32 // q_heads, 2)
     q_lens = draw(st.lists(st.integers(0, most), max_size=2))
     q_lens.insert(draw(st.integers(0, len(q_lens))), draw(st.integers(1, most)))
     more_keys = st.integers(-20, 0) | st.integers(0, block_size + 20)
     k_lens = [max(0, n + draw(more_keys)) for n in q_lens]
     dims = st.integers(MIN_HEAD_DIM, MAX_HEAD_DIM) | st.sampled_from((16, 64, 80))
+    dims = st.sampled_from((64, 128)) if on_hopper else dims
     head_dim = draw(dims)
     options = {
         "q_lens": q_lens,
@@ -72,6 +83,7 @@ def draws(draw: st.DrawFn) -> Draw:
     }
     return Draw(
         options,
+        on_hopper,
         query_block_size=draw(st.just(1) | st.sampled_from((2, 16, 64))),
         path=draw(st.sampled_from(PATHS)),
         workspace_limit_bytes=draw(
@@ -138,7 +150,9 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
     if drawn.query_block_size > 1:
         case = sharing_rows(case, drawn.query_block_size)
     given_gradients = case.output_gradients()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as kernels:
+        if drawn.on_hopper and device.type == "cpu":
+            kernels.enter_context(interpreted())
         patch.setattr(backward_plan, "ITEM_PAIRS", drawn.item_pairs)
         patch.setattr(backward_plan, "LONG_ITEM_PAIRS", 2 * drawn.item_pairs)
         # Plans are remembered; those made with other constants must not be.

@@ -7,8 +7,9 @@ point nowhere. So a wait that is missing, a place that is given away too early a
 little give wrong answers; a wait that nobody ends is an error after a minute, and an address outside a tensor
 at once.
 
-Layouts say which thread has what, and nothing of that is looked at; nor are fences, which say when one kind
-of access sees another. Products add in float32.
+A product of what no fence has made visible to the matrix units since it was written is an error as well.
+
+Layouts say which thread has what, and nothing of that is looked at. Products add in float32.
 """
 
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
+from itertools import count, product
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,10 @@ POISON = 1 << 29
 
 class Deadlock(Exception):
     """A partition waits for what no other does."""
+
+
+class MissingFence(Exception):
+    """A product would read shared memory that it need not see yet."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class _Shared:
     def store(self, x: torch.Tensor) -> None:
         assert x.dtype == self.data.dtype
         self.data.copy_(x)
+        _programs[-1].written[self.data.data_ptr()] = next(_moments)
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "_Shared":
         numbers = self.data.view(-1).view(torch.uint8).view(dtype)
@@ -196,22 +202,25 @@ class _Partition(threading.local):
     """What a partition has begun and not waited for, and how many threads it has."""
 
     threads: int = WARP_THREADS * PARTITION_WARPS
+    fenced: int = 0
     copies: list[Callable[[], None]] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
 
 
 @dataclass
 class _Program:
-    """The program that runs: its place in the grid, and its barriers."""
+    """The program that runs: its place in the grid, its barriers, and when places were written last."""
 
     place: tuple[int, int, int]
     grid: tuple[int, int, int]
+    written: dict[int, int] = field(default_factory=dict)
     abort: threading.Event = field(default_factory=threading.Event)
     barriers: list[_Barrier] = field(default_factory=list)
 
 
 _partition = _Partition()
 _programs: list[_Program] = []
+_moments = count(1)
 
 
 def _load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> _Tensor:
@@ -264,6 +273,9 @@ def _begin_product(
     left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False
 ) -> Any:
     assert use_acc or not isinstance(total, _Product)
+    for operand in (x for x in (left, right) if isinstance(x, _Shared)):
+        if _programs[-1].written.get(operand.data.data_ptr(), 0) > _partition.fenced:
+            raise MissingFence(f"an operand [{', '.join(map(str, operand.shape))}] is read")
     begun = _Product(left, right, total if use_acc else _tensor(torch.zeros_like(total), total.given_layout))
     _partition.products.append(begun)
     return begun if is_async else _end_products(0, [begun])
@@ -274,6 +286,10 @@ def _end_products(left_over: int, deps: Sequence[Any]) -> Any:
         _partition.products.pop(0).end()
     ended = tuple(x.end() if isinstance(x, _Product) else x for x in deps)
     return ended if len(ended) > 1 else ended[0]
+
+
+def _fence() -> None:
+    _partition.fenced = next(_moments)
 
 
 def _warp_specialize(parts: Sequence[Any], warps: Sequence[int], _registers: Sequence[int]) -> Any:
@@ -338,7 +354,7 @@ _LANGUAGE = SimpleNamespace(
     warp_specialize=_warp_specialize,
     static_range=range,
 )
-_REPLACED = {
+_REPLACED: dict[str, Any] = {
     "gl": _LANGUAGE,
     "tl": _LANGUAGE,
     "range": _range,
@@ -351,7 +367,7 @@ _REPLACED = {
         arrive=lambda barrier, count: barrier.arrive(int(count)),
         wait=lambda barrier, parity: barrier.wait(int(parity)),
     ),
-    "fence_async_shared": lambda: None,
+    "fence_async_shared": _fence,
     "warpgroup_mma": _begin_product,
     "warpgroup_mma_wait": _end_products,
 }

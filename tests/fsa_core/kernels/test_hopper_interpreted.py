@@ -19,7 +19,7 @@ from tests.fsa_core.conftest import Case, sharing_rows
 from tests.fsa_core.kernels.conftest import gradients
 from tests.fsa_core.nsa.conftest import Branch
 from tests.fsa_core.nsa.conftest import _make_call as make_call
-from tests.gluon_interpreter import Deadlock, interpreted, run_kernel
+from tests.gluon_interpreter import Deadlock, MissingFence, interpreted, run_kernel
 
 TILES = SharedTuning(128, num_warps=8, max_registers=128, num_stages=2, shared_by=3)
 SIZES = {
@@ -116,11 +116,31 @@ def test_windows(
     assert launched == kernels
 
 
-def test_a_wait_that_is_left_out_is_seen(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def replace_fence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], None]]:
+    def replace_by(fence: Callable[[], None]) -> None:
+        monkeypatch.setitem(gluon_interpreter._REPLACED, "fence_async_shared", fence)
+        gluon_interpreter._in_python.cache_clear()
+
+    yield replace_by
+    gluon_interpreter._in_python.cache_clear()
+
+
+def test_a_fence_that_is_left_out_is_seen(make_case: Callable, replace_fence: Callable) -> None:
+    replace_fence(lambda: None)
+    with pytest.raises(MissingFence, match=r"an operand \[64, 64\] is read"):
+        gradients(make_case(**SIZES, group_size=4), path=QUERY_TILE)
+
+
+def test_a_wait_that_is_left_out_is_seen(
+    make_case: Callable, replace_fence: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Copies and products are as late as they may be, so that no luck hides it."""
     case = make_case(**SIZES, group_size=4)
     right, _ = gradients(case, path=QUERY_TILE)
     monkeypatch.setattr(gluon_interpreter._Barrier, "wait", lambda _barrier, _parity: None)
+    # What is written behind the fence would be seen by that alone.
+    replace_fence(lambda: setattr(gluon_interpreter._partition, "fenced", 1 << 60))
     wrong, _ = gradients(case, path=QUERY_TILE)
     assert not any(torch.allclose(x, y, rtol=0.1) for x, y in zip(right, wrong, strict=True))
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count, product
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -347,8 +347,8 @@ _LANGUAGE = SimpleNamespace(
     fma=lambda a, b, c: a * b + c,
     max=lambda x, axis: _tensor(x.amax(axis), _Layout(x.given_layout)),
     sum=lambda x, axis: _tensor(x.sum(axis), _Layout(x.given_layout)),
-    exp2=lambda x: torch.exp2(x),
-    log2=lambda x: torch.log2(x),
+    exp2=torch.exp2,
+    log2=torch.log2,
     convert_layout=lambda x, layout: _tensor(x.as_subclass(torch.Tensor), layout),
     allocate_shared_memory=_allocate,
     warp_specialize=_warp_specialize,
@@ -376,12 +376,10 @@ _REPLACED: dict[str, Any] = {
 @cache
 def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function that a kernel's function was, with what it names in this module's sense."""
-    names = dict(function.__globals__) | {"range": _range}
-    for name in (*function.__code__.co_names, "range"):
+    names = dict(function.__globals__) | _REPLACED
+    for name in function.__code__.co_names:
         found = names.get(name)
-        if name in _REPLACED and (found is None or callable(found) or isinstance(found, ModuleType)):
-            names[name] = _REPLACED[name]
-        elif isinstance(found, JITFunction | InterpretedFunction):
+        if isinstance(found, JITFunction | InterpretedFunction):
             names[name] = _later(found.fn)
         elif isinstance(found, tl.constexpr | gl.constexpr):
             names[name] = found.value

@@ -12,6 +12,7 @@ A product of what no fence has made visible to the matrix units since it was wri
 Layouts say which thread has what, and nothing of that is looked at. Products add in float32.
 """
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,15 @@ class _Tensor(torch.Tensor):
             alike = (x for x in args if isinstance(x, _Tensor) and x.ndim == made.ndim)
             made.given_layout = next((x.given_layout for x in alike if x.given_layout is not None), None)
         return made
+
+
+def _anew(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda x, other: operation(x, other)
+
+
+# A kernel's numbers are values: who else has one keeps it, the next program among them.
+for _name in ("add", "sub", "mul", "and", "or", "xor"):
+    setattr(_Tensor, f"__i{_name}__", _anew(getattr(operator, f"__{_name}__")))
 
 
 def _tensor(x: Any, layout: Any = None) -> _Tensor:

@@ -166,6 +166,19 @@ def _reads_what_has_not_arrived(x_ptr):
     gl.store(x_ptr + numbers, shared.load(flat) + 1)
 
 
+@gluon.jit
+def _changes_what_it_was_given(x_ptr, number):
+    given = number
+    number += gl.program_id(0)
+    gl.store(x_ptr + gl.program_id(0), number * 10 + given)
+
+
+def test_a_number_that_a_program_changes_is_its_own() -> None:
+    x = torch.zeros(3, dtype=torch.int32)
+    run_kernel(_changes_what_it_was_given, (3,), (x, 4), {})
+    assert x.tolist() == [44, 54, 64]
+
+
 def test_the_interpreter_tells_what_a_gpu_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8)
     with pytest.raises(IndexError, match=r"offsets .*8.* of 8 numbers"):

@@ -12,7 +12,7 @@ A product of what no fence has made visible to the matrix units since it was wri
 Layouts say which thread has what, and nothing of that is looked at. Products add in float32.
 """
 
-import operator
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,13 +72,9 @@ class _Tensor(torch.Tensor):
         return made
 
 
-def _anew(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda x, other: operation(x, other)
-
-
 # A kernel's numbers are values: who else has one keeps it, the next program among them.
 for _name in ("add", "sub", "mul", "and", "or", "xor"):
-    setattr(_Tensor, f"__i{_name}__", _anew(getattr(operator, f"__{_name}__")))
+    setattr(_Tensor, f"__i{_name}__", getattr(torch.Tensor, f"__{_name}__"))
 
 
 def _tensor(x: Any, layout: Any = None) -> _Tensor:
@@ -180,10 +176,7 @@ class _Shared:
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "_Shared":
         numbers = self.data.view(-1).view(torch.uint8).view(dtype)
-        size = 1
-        for side in shape:
-            size *= side
-        return _Shared(numbers[:size].view(tuple(shape)))
+        return _Shared(numbers[: math.prod(shape)].view(tuple(shape)))
 
     def poison(self) -> None:
         self.data.fill_(float("nan") if self.data.dtype.is_floating_point else POISON)

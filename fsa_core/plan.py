@@ -102,7 +102,8 @@ class QueryTile:
 
     A tile is ``tokens`` tokens with the query heads of one tile head, in ``rows`` rows. The blocks that at
     least ``min_tokens`` of them chose are shared, or all where few choices are left: at most ``max_shared``.
-    ``is_row``: they share a row of indices, and so all that it has.
+    ``is_row``: they share a row of indices, and so all that it has. ``is_half``: a kernel may be there that
+    takes tiles two by two, and joins their lists.
     """
 
     tokens: int
@@ -111,14 +112,17 @@ class QueryTile:
     min_tokens: int
     max_shared: int
     is_row: bool
+    is_half: bool
     num_warps: int
     max_registers: int
     num_stages: int
 
     @property
     def list_bytes(self) -> int:
-        """A block, the mask of its tokens, and how many entries there are."""
-        return self.max_shared * (INT32_BYTES + MASK_BYTES) + INT32_BYTES
+        """A block, the mask of its tokens, how many entries there are; and half of two lists' joint one."""
+        listed = self.max_shared * (INT32_BYTES + MASK_BYTES) + INT32_BYTES
+        joined = self.max_shared * (INT32_BYTES + 2 * MASK_BYTES) + INT32_BYTES
+        return listed + joined * self.is_half
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,11 @@ class ForwardPlan:
     @property
     def group_chunks(self) -> int:
         return -(-self.group_tokens // self.chunk_tokens)
+
+    @property
+    def chunks_at_once(self) -> int:
+        """Of a group."""
+        return self.group_chunks * -(-self.group_heads // self.chunk_heads)
 
     @property
     def has_partials(self) -> bool:
@@ -315,10 +324,14 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     index_heads = tile_heads if p.index_heads > 1 else 1
     pair_bytes = p.heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
     # Of a token: the mixed path's, if its tiles share whatever any of their tokens chose, in the least items.
-    listed_bytes = (INT32_BYTES + MASK_BYTES) * p.num_slots + INT32_BYTES
+    entry_bytes = INT32_BYTES + MASK_BYTES
+    if p.heads_per_pair <= 2:
+        # Lists of two tiles are joined.
+        entry_bytes += INT32_BYTES + 2 * MASK_BYTES
+    listed_bytes = entry_bytes * p.num_slots + 2 * INT32_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
     held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
-    list_bytes = (INT32_BYTES + MASK_BYTES) * max(MAX_SORTED, p.num_slots) + INT32_BYTES
+    list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + 2 * INT32_BYTES
     fixed_bytes = INT32_BYTES * ((COUNTER_INTS + 3) * num_segments(p) + 2)
     fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)
     all_partials = p.num_q_tokens * tile_heads * p.num_slots * pair_bytes
@@ -430,10 +443,17 @@ def _query_tile(problem: Problem, path: str, tuning: SharedTuning) -> QueryTile:
         min_tokens=min_tokens,
         max_shared=problem.num_slots if row_tokens else min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
         is_row=row_tokens > 0,
+        # With more heads a tile of twice as many rows has no more tokens than are sorted fast.
+        is_half=problem.heads_per_pair <= 2 and _fills(problem, tokens, tuning.rows) and not row_tokens,
         num_warps=tuning.num_warps,
         max_registers=tuning.max_registers,
         num_stages=tuning.num_stages,
     )
+
+
+def _fills(problem: Problem, tokens: int, rows: int) -> bool:
+    """Whether so many tokens fill a tile of 64 rows."""
+    return tokens * problem.heads_per_pair == rows == 64
 
 
 def _is_narrow(problem: Problem) -> bool:

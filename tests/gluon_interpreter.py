@@ -14,6 +14,7 @@ Layouts say which thread has what, and nothing of that is looked at. Products ad
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +31,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from fsa_core.kernels import hopper
-from fsa_core.kernels.launch import BoundKernel
+from fsa_core.kernels.launch import BoundKernel, _this_thread
 
 # Of a wait that others should have ended long ago.
 TIMEOUT_S = 60.0
+# Between two looks at what another program is to change.
+POLL_S = 1e-3
 WARP_THREADS, PARTITION_WARPS = 32, 4
 # Points nowhere, and counts nothing that there is.
 POISON = 1 << 29
@@ -172,7 +175,7 @@ class _Shared:
     def store(self, x: torch.Tensor) -> None:
         assert x.dtype == self.data.dtype
         self.data.copy_(x)
-        _programs[-1].written[self.data.data_ptr()] = next(_moments)
+        _partition.program.written[self.data.data_ptr()] = next(_moments)
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], _layout: Any) -> "_Shared":
         numbers = self.data.view(-1).view(torch.uint8).view(dtype)
@@ -204,8 +207,10 @@ class _Product:
 class _Partition(threading.local):
     """What a partition has begun and not waited for, and how many threads it has."""
 
+    program: Any = None
     threads: int = WARP_THREADS * PARTITION_WARPS
     fenced: int = 0
+    polls: int = 0
     copies: list[Callable[[], None]] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
 
@@ -222,11 +227,19 @@ class _Program:
 
 
 _partition = _Partition()
-_programs: list[_Program] = []
+_one_at_a_time = threading.Lock()
 _moments = count(1)
 
 
-def _load(pointer: _Pointer, mask: Any = None, other: Any = 0) -> _Tensor:
+def _load(
+    pointer: _Pointer, mask: Any = None, other: Any = 0, cache_modifier: str = "", volatile: bool = False
+) -> _Tensor:
+    if volatile:
+        # Whoever asks again and again lets others run.
+        time.sleep(POLL_S)
+        _partition.polls += 1
+        if _partition.polls * POLL_S > TIMEOUT_S or _partition.program.abort.is_set():
+            raise Deadlock("a program waits for other programs")
     offset, exists = pointer.places(mask)
     found = torch.full(offset.shape, other, dtype=pointer.memory.dtype)
     found[exists] = pointer.memory[offset[exists].long()]
@@ -239,8 +252,38 @@ def _store(pointer: _Pointer, x: Any, mask: Any = None) -> None:
     pointer.memory[offset[exists].long()] = numbers[exists]
 
 
+def _atomic_add(pointer: _Pointer, x: Any, sem: str = "acq_rel", scope: str = "gpu") -> _Tensor:
+    _partition.polls = 0
+    with _one_at_a_time:
+        before = _load(pointer)
+        _store(pointer, before + x)
+    return before
+
+
 def _where(condition: Any, a: Any, b: Any) -> _Tensor:
     return torch.where(_tensor(condition), _tensor(a), _tensor(b))  # type: ignore[return-value]
+
+
+def _reduce(x: Any, axis: int, combine: Callable[..., Any], keep_dims: bool = False) -> _Tensor:
+    total, *others = x.unbind(axis)
+    for other in others:
+        total = combine(total, other)
+    return _tensor(total.unsqueeze(axis) if keep_dims else total)
+
+
+def _scan(x: Any, axis: int, combine: Callable[..., Any], reverse: bool = False) -> Any:
+    """Every number with all before it, with the 2, 4, 8 ... last of them first."""
+    sums = [y.clone() for y in (x if isinstance(x, tuple) else (x,))]
+    assert {axis, *(y.ndim - 1 for y in sums)} == {0}
+    sums = [y.flip(0) for y in sums] if reverse else sums
+    step = 1
+    while step < len(sums[0]):
+        more = combine(*[y[:-step] for y in sums], *[y[step:] for y in sums])
+        more = more if isinstance(more, tuple) else (more,)
+        sums = [torch.cat([y[:step], z]) for y, z in zip(sums, more, strict=True)]
+        step *= 2
+    made = tuple(_tensor(y.flip(0) if reverse else y) for y in sums)
+    return made if isinstance(x, tuple) else made[0]
 
 
 def _range(*ends: Any) -> Iterator[_Tensor]:
@@ -249,8 +292,8 @@ def _range(*ends: Any) -> Iterator[_Tensor]:
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any, x: Any = None) -> Any:
     if layout is _BARRIERS:
-        barriers = [_Barrier(_programs[-1].abort) for _ in range(shape[0])]
-        _programs[-1].barriers += barriers
+        barriers = [_Barrier(_partition.program.abort) for _ in range(shape[0])]
+        _partition.program.barriers += barriers
         return barriers[0] if len(shape) == 1 else _Shared(barriers)
     shared = _Shared(torch.empty(tuple(shape), dtype=dtype))
     shared.poison()
@@ -277,7 +320,7 @@ def _begin_product(
 ) -> Any:
     assert use_acc or not isinstance(total, _Product)
     for operand in (x for x in (left, right) if isinstance(x, _Shared)):
-        if _programs[-1].written.get(operand.data.data_ptr(), 0) > _partition.fenced:
+        if _partition.program.written.get(operand.data.data_ptr(), 0) > _partition.fenced:
             raise MissingFence(f"an operand [{', '.join(map(str, operand.shape))}] is read")
     begun = _Product(left, right, total if use_acc else _tensor(torch.zeros_like(total), total.given_layout))
     _partition.products.append(begun)
@@ -297,9 +340,10 @@ def _fence() -> None:
 
 def _warp_specialize(parts: Sequence[Any], warps: Sequence[int], _registers: Sequence[int]) -> Any:
     """The answer of the first part, which this thread runs; the others run in threads of their own."""
-    program, errors = _programs[-1], list[BaseException]()
+    program, errors = _partition.program, list[BaseException]()
 
     def run(part: Any, num_warps: int) -> Any:
+        _partition.program = program
         _partition.threads = WARP_THREADS * num_warps
         try:
             return part[0](*part[1])
@@ -334,14 +378,18 @@ _LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x,
     int32=torch.int32,
     int64=torch.int64,
+    # That of the interpreter has no shifts of others.
+    uint32=torch.int64,
+    uint64=torch.int64,
     float32=torch.float32,
-    program_id=lambda axis: _tensor(_programs[-1].place[axis]),
-    num_programs=lambda axis: _tensor(_programs[-1].grid[axis]),
+    program_id=lambda axis: _tensor(_partition.program.place[axis]),
+    num_programs=lambda axis: _tensor(_partition.program.grid[axis]),
     arange=lambda start, end, layout=None: _tensor(torch.arange(start, end, dtype=torch.int32), layout),
     zeros=lambda shape, dtype, layout=None: _tensor(torch.zeros(shape, dtype=dtype), layout),
     full=lambda shape, x, dtype, layout=None: _tensor(torch.full(shape, x, dtype=dtype), layout),
     load=_load,
     store=_store,
+    atomic_add=_atomic_add,
     where=_where,
     minimum=lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
     maximum=lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
@@ -352,7 +400,9 @@ _LANGUAGE = SimpleNamespace(
     sum=lambda x, axis: _tensor(x.sum(axis), _Layout(x.given_layout)),
     exp2=torch.exp2,
     log2=torch.log2,
-    convert_layout=lambda x, layout: _tensor(x.as_subclass(torch.Tensor), layout),
+    convert_layout=lambda x, layout, **_: _tensor(x.as_subclass(torch.Tensor), layout),
+    reduce=_reduce,
+    associative_scan=_scan,
     allocate_shared_memory=_allocate,
     warp_specialize=_warp_specialize,
     static_range=range,
@@ -367,10 +417,12 @@ _REPLACED: dict[str, Any] = {
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: _BARRIERS,
         init=lambda barrier, count: barrier.init(int(count)),
-        arrive=lambda barrier, count: barrier.arrive(int(count)),
+        arrive=lambda barrier, count, pred=True: barrier.arrive(int(count) * int(pred)),
         wait=lambda barrier, parity: barrier.wait(int(parity)),
     ),
     "fence_async_shared": _fence,
+    # A thread's turn to wait for those of its partition: all are one here.
+    "wait_for_threads": lambda: None,
     "warpgroup_mma": _begin_product,
     "warpgroup_mma_wait": _end_products,
 }
@@ -399,12 +451,35 @@ def run_kernel(jitted: Any, grid: Sequence[int], args: Sequence[Any], constants:
     known = {name: x for name, x in constants.items() if name in jitted.arg_names}
     given = [_Pointer(x.detach().view(-1)) if isinstance(x, torch.Tensor) else _tensor(x) for x in args]
     x, y, z = (*grid, 1, 1)[:3]
-    for place in product(range(x), range(y), range(z)):
-        _programs.append(_Program(place, (x, y, z)))
+    abort, errors = threading.Event(), list[BaseException]()
+    all_programs = [
+        _Program(place, (x, y, z), abort=abort) for place in product(range(x), range(y), range(z))
+    ]
+
+    def run(program: _Program) -> None:
+        _partition.program = program
         try:
             kernel(*given, **known)
-        finally:
-            _programs.pop()
+        except BaseException as error:
+            errors.append(error)
+            abort.set()
+            for each in all_programs:
+                for barrier in each.barriers:
+                    barrier.wake()
+
+    if constants.get("launch_cooperative_grid"):
+        threads = [threading.Thread(target=run, args=(x,)) for x in all_programs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        for program in all_programs:
+            run(program)
+            if errors:
+                break
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
@@ -417,9 +492,14 @@ def interpreted() -> Iterator[set[str]]:
         if not isinstance(self._jitted, JITFunction):
             return launch(self, grid, *args)
         launched.add(self._jitted.fn.__name__)
+        # Nothing is remembered that could be launched again.
+        if _this_thread.notes is not None:
+            _this_thread.notes.are_complete = False
         run_kernel(self._jitted, grid, args, self._constants)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BoundKernel, "launch", interpret)
         patch.setattr(hopper, "runs_on", lambda _device: True)
+        patch.setattr(hopper, "MIN_FORWARD_CHUNKS", 1)
+        patch.setattr(hopper, "MIN_GRADIENT_CHUNKS", 1)
         yield launched

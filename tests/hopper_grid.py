@@ -63,6 +63,7 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     {"head_dim": 128, "value_dim": 32, "dtype": torch.bfloat16, "block_size": 64, "group_size": 4},
     # What kernels for Hopper alone take.
     {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "group_size": 16},
+    {"head_dim": 64, "dtype": torch.bfloat16, "block_size": 64, "group_size": 1},
     {"head_dim": 128, "value_dim": 64, "dtype": torch.float16, "block_size": 128, "group_size": 12},
 )
 WINDOWS: tuple[dict[str, Any], ...] = (
@@ -175,12 +176,15 @@ def caught() -> Iterator[Launches]:
     """What is launched inside is compiled instead."""
     launches, run = Launches(), JITFunction.run
     runs_on, multiprocessors = hopper.runs_on, decode.multiprocessors
+    min_chunks = hopper.MIN_FORWARD_CHUNKS, hopper.MIN_GRADIENT_CHUNKS
+    hopper.MIN_FORWARD_CHUNKS = hopper.MIN_GRADIENT_CHUNKS = 1
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
         yield launches
     finally:
         JITFunction.run = run
         hopper.runs_on, decode.multiprocessors = runs_on, multiprocessors
+        hopper.MIN_FORWARD_CHUNKS, hopper.MIN_GRADIENT_CHUNKS = min_chunks
 
 
 def compile_shape(

@@ -22,7 +22,16 @@ KERNELS = {
     "decode": ("_attend_slots", "_merge_splits"),
 }
 FOR_HOPPER_ALONE = {
-    "selected": ("gradients", "attend", "of_tiles"),
+    "selected": (
+        "gradients",
+        "attend",
+        "of_tiles",
+        "attend_pairs",
+        "of_pairs",
+        "agree",
+        "rank",
+        "_join_lists",
+    ),
     "windows": ("attend_windows", "of_windows"),
     "decode": (),
 }

@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
+from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, load_item, new_inversion
-from fsa_core.kernels.launch import BoundKernel, kernel
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
-from fsa_core.kernels.query_tiles import agree, attend_shared, mixed_programs, new_agreement
+from fsa_core.kernels.query_tiles import attend_shared, mixed_programs
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.token_major import attend_tokens
 from fsa_core.plan import (
@@ -275,7 +277,7 @@ def _add_partial(row_max, row_sum, acc, lse, out):
 def _merge(
     partial_out_ptr,
     partial_lse_ptr,
-    ranks_ptr,
+    used_ptr,
     item_offsets_ptr,
     out_ptr,
     lse_ptr,
@@ -299,8 +301,9 @@ def _merge(
 ):
     """Merges the slots of ROWS (token, query head) rows: out [total_q, q heads, dim], lse in natural units.
 
-    The slots are added one after another, so that unused slots at the end change no bit. WITH_SHARED adds
-    them to what out and lse hold, and leaves rows without slots as they are.
+    used int32 [index heads, tokens, slots] is negative for a slot that has no partial. The slots are added
+    one after another, so that unused slots at the end change no bit. WITH_SHARED adds them to what out and
+    lse hold, and leaves rows without slots as they are.
     """
     chunk_head = tl.program_id(1)
     index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
@@ -314,8 +317,8 @@ def _merge(
     heads = rows % HEADS_PER_PAIR
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
     value_mask = value_dims < VALUE_DIM
-    rank_ptrs = (
-        ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
+    used_ptrs = (
+        used_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
     )
     first_pair = (chunk_head.to(tl.int64) * num_tokens + tokens) * num_slots
     lse_ptrs = partial_lse_ptr + first_pair * HEADS_PER_PAIR + heads
@@ -333,8 +336,8 @@ def _merge(
         any_used = tl.zeros((ROWS,), tl.int32)
         for first_slot in range(0, num_slots, 32):
             exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
-            ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
-            any_used |= tl.max((ranks >= 0).to(tl.int32), 1)
+            marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+            any_used |= tl.max((marks >= 0).to(tl.int32), 1)
         if tl.max(any_used, 0) == 0:
             return
         row_mask &= any_used != 0
@@ -343,8 +346,8 @@ def _merge(
         acc = tl.load(answer_ptrs, mask=row_mask[:, None] & value_mask[None, :], other=0.0).to(tl.float32)
     for first_slot in range(0, num_slots, 32):
         exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
-        ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
-        used = tl.sum((ranks >= 0).to(tl.int32) << bits[None, :], 1)
+        marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+        used = tl.sum((marks >= 0).to(tl.int32) << bits[None, :], 1)
         # Two slots at a time: what limits this kernel is how many loads are under way.
         for step in range(0, tl.minimum(num_slots - first_slot, 32), 2):
             slot = first_slot + step
@@ -416,13 +419,15 @@ def _forward(
             if plan.has_leftover and workspace is None:
                 attend_tokens(agreement, p, plan, group, *tensors)
         if workspace is not None:
+            used = workspace[0].ranks if agreement is None else agreement.leftover
             invert(
                 workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
                 num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
                 chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
                 pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
+                mark_unused=tile is None,
             )  # fmt: skip
-            _attend_group(p, plan, group, workspace, *tensors)
+            _attend_group(p, plan, group, workspace, used, *tensors)
 
 
 _replayed = Replayed(_forward)
@@ -433,6 +438,7 @@ def _attend_group(
     plan: ForwardPlan,
     group: Group,
     workspace: tuple[Inversion, torch.Tensor, torch.Tensor],
+    used: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -441,11 +447,22 @@ def _attend_group(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Partials of the indexed pairs, and their merge, a chunk at a time."""
+    """Partials of the indexed pairs, and their merge, a chunk at a time; ``used`` as ``_merge`` has it."""
     p, (inversion, partial_out, partial_lse) = problem, workspace
     attend, merge = _kernels(p, plan, MERGE_ROWS)
     group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
     is_mixed, scale = plan.query_tile is not None, p.softmax_scale * LOG2_E.value
+    is_long = plan.chunks_at_once >= hopper.MIN_FORWARD_CHUNKS
+    on_hopper = _attending_on_hopper(p, plan) if is_long and hopper.runs_on(q.device) else None
+    if on_hopper is not None:
+        on_hopper[(min(multiprocessors(q.device), plan.max_items),)](
+            q, k, v, partial_out, partial_lse, inversion.counts, used, inversion.pairs,
+            inversion.offsets, inversion.item_offsets, inversion.item_segment, cu_seqlens_q, cu_seqlens_k,
+            out, lse, scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
+            group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
+            plan.group_chunks, group_pairs, plan.max_items,
+        )  # fmt: skip
+        return
     programs = min(plan.max_items, mixed_programs(q.device)) if is_mixed else plan.max_items
     for c in chunks(plan, group):
         attend[programs, c.num_heads](
@@ -455,10 +472,24 @@ def _attend_group(
             group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
         )  # fmt: skip
         merge[-(-c.num_tokens * plan.heads_per_pair // MERGE_ROWS), c.num_heads](
-            partial_out, partial_lse, inversion.ranks, inversion.item_offsets, out, lse, c.first_token,
+            partial_out, partial_lse, used, inversion.item_offsets, out, lse, c.first_token,
             c.num_tokens, plan.chunk_tokens, p.num_slots, plan.segments, plan.group_chunks, group_pairs,
             c.first_head, c.first_index_head, c.number,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _attending_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | None:
+    """The kernel of partials and their merge for Hopper alone, if it takes the tiles."""
+    from fsa_core.kernels import hopper_items, hopper_partials
+    from fsa_core.kernels.hopper_tiles import exact_dims
+
+    if not hopper_items.takes(problem, plan.tile, most_keys=128):
+        return None
+    shared = exact_dims(attention_constants(problem, plan))
+    return hopper_partials.attend_pairs.bind(
+        **shared, **hopper_partials.constants(plan.tile), WITH_SHARED=plan.query_tile is not None
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -29,7 +29,7 @@ from fsa_core.kernels.hopper_row_shares import (
 )
 from fsa_core.kernels.hopper_tiles import copy_rows, exact_dims
 from fsa_core.kernels.launch import kernel
-from fsa_core.kernels.query_tiles import tile_tokens
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import (
     Tile,
     TileShape,

@@ -1,6 +1,7 @@
 """Attention of query tiles over what they share, for Hopper: ``query_tiles._attend`` in Gluon."""
 
 from functools import partial
+from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,6 +14,7 @@ from fsa_core.kernels.hopper_tiles import (
     ROWS,
     SIDE,
     attend_steps,
+    bits_of_half,
     copy_queries,
     copy_steps,
     multiplies,
@@ -67,6 +69,23 @@ def find_tile(
     num_steps = gl.load(counts_ptr + list_place * 2 + 1) * PARTS
     entry = list_place * MAX_SHARED
     return head, first, end, k_length - q_end, k_length, first_row, entry, num_whole, num_steps, is_asked
+
+
+@gluon.jit
+def bits_of_rows(
+    tile_token, TOKENS: gl.constexpr, HEADS: gl.constexpr, IS_PAIR: gl.constexpr, HALF: gl.constexpr
+):
+    """Of half of a tile's rows, each one's bit in a block's mask, and the bits of all of them."""
+    if IS_PAIR:
+        return (tile_token - HALF * (TOKENS // 2)).to(gl.int64), gl.full([], -1, gl.int64)
+    else:
+        return tile_token.to(gl.int64), bits_of_half(TOKENS, HEADS, HALF)
+
+
+@gluon.jit
+def masks_of_half(masks_ptr, entry, MAX_SHARED: gl.constexpr, IS_PAIR: gl.constexpr, HALF: gl.constexpr):
+    """Where the masks of a list are that begins at ``entry``: pairs of tiles have two of each block."""
+    return masks_ptr + (2 * entry + HALF * MAX_SHARED if IS_PAIR else entry)
 
 
 @gluon.jit
@@ -128,6 +147,7 @@ def _attend_tiles(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
+    IS_PAIR: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Half of the rows of each tile: out, and lse in natural units."""
@@ -135,15 +155,21 @@ def _attend_tiles(
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
     tile_rows = HALF * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
     tile_token = tile_rows // HEADS_PER_PAIR
-    tile_bit = tile_token.to(gl.int64)
+    tile_bit, half_bits = bits_of_rows(tile_token, TOKENS, HEADS_PER_PAIR, IS_PAIR, HALF)
     places = tile_token * NUM_Q_HEADS + tile_rows % HEADS_PER_PAIR
     first_token = where[0][0]
     n = 0
     q_phase = 0
+    found = find_tile(
+        gl.program_id(0), lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
+        TOKENS, MAX_SHARED,
+    )  # fmt: skip
     for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = find_tile(
-            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
-            MAX_SHARED,
+        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = found
+        # What the next tile is comes from memory while this one is attended.
+        found = find_tile(
+            gl.minimum(work + gl.num_programs(0), num_work - 1), lists, where, TILE_HEADS_PER_KV_HEAD,
+            NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS, MAX_SHARED,
         )  # fmt: skip
         if is_asked:
             if CAUSAL:
@@ -153,8 +179,8 @@ def _attend_tiles(
             mbarrier.wait(shared[3], q_phase)
             q_phase ^= 1
             row_max, row_sum, acc = attend_steps(
-                lists[0] + entry, lists[1] + entry, shared, n, num_steps, num_whole, last_key, tile_bit,
-                scale, VALUE_DIM, BLOCK_SIZE, HALF,
+                lists[0] + entry, masks_of_half(lists[1], entry, MAX_SHARED, IS_PAIR, HALF), shared, n,
+                num_steps, num_whole, last_key, tile_bit, half_bits, scale, VALUE_DIM, BLOCK_SIZE, HALF,
             )  # fmt: skip
             n += num_steps
             first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
@@ -201,8 +227,12 @@ def attend(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
+    IS_PAIR: gl.constexpr,
 ):
-    """Arguments as of ``_attend``, and how many tiles to take under how many heads."""
+    """Arguments as of ``_attend``, and how many tiles to take under how many heads.
+
+    IS_PAIR: tiles are two of the plan's, and their lists are ``tile_pairs.JoinedLists``.
+    """
     shared, out_tiles = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
     pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr)
     lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
@@ -214,12 +244,12 @@ def attend(
             (_attend_tiles, (
                 answers, lists, where, shared, out_tiles, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, gl.constexpr(0),
+                MAX_SHARED, IS_PAIR, gl.constexpr(0),
             )),
             (_attend_tiles, (
                 answers, lists, where, shared, out_tiles, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, gl.constexpr(1),
+                MAX_SHARED, IS_PAIR, gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, lists, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR,
@@ -232,5 +262,12 @@ def attend(
 
 
 def takes(problem: Problem, tile: QueryTile) -> bool:
-    """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
-    return multiplies(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
+    """Whether the heads are of a width that is multiplied, and the tile a program's, or half of one."""
+    rows = tile.rows * (1 + tile.is_half)
+    return multiplies(problem) and (rows, tile.keys) == (ROWS, SIDE.value)
+
+
+def tile_constants(tile: QueryTile) -> dict[str, Any]:
+    """Of the tiles that a program takes."""
+    parts = 1 + tile.is_half
+    return {"TOKENS": parts * tile.tokens, "MAX_SHARED": parts * tile.max_shared, "IS_PAIR": tile.is_half}

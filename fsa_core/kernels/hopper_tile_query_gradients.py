@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fsa_core.kernels.block_share import row_shift
-from fsa_core.kernels.hopper_query_tiles import find_tile
+from fsa_core.kernels.hopper_query_tiles import bits_of_rows, find_tile, masks_of_half, tile_constants
 from fsa_core.kernels.hopper_tiles import (
     COPYING_WARPS,
     ROWS,
@@ -33,6 +33,7 @@ from fsa_core.kernels.hopper_tiles import (
     copy_steps,
     multiplies,
     store_rows,
+    takes_step,
 )
 from fsa_core.kernels.launch import kernel
 from fsa_core.plan import MAX_SORTED, QueryTile, power_of_two, slot_class
@@ -189,6 +190,7 @@ def _add_steps(
     num_whole,
     last_key,
     tile_bit,
+    half_bits,
     scale,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -218,24 +220,34 @@ def _add_steps(
         grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
         grad_scores = weights * (grad_weights - delta[:, None])
         left = gl.convert_layout(grad_scores.to(dtype), left_layout)
+        skipped = 0
         for step in range(1, num_steps):
             chose = ((mask >> tile_bit) & 1) != 0
+            is_taken = takes_step(mask, half_bits, skipped, STAGES)
             # On its way while this step is computed.
             mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
-            last_stage, stage = stage, (n + step) % STAGES
-            mbarrier.wait(ready.index(stage), ((n + step) // STAGES) & 1)
-            fence_async_shared()
-            k, v = k_tiles.index(stage).permute([1, 0]), v_tiles.index(stage).permute([1, 0])
-            scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            grad_weights = warpgroup_mma(grad_out, v, zeros, use_acc=False, is_async=True)
-            grad_q = warpgroup_mma(left, k_tiles.index(last_stage), grad_q, is_async=True)
-            scores = warpgroup_mma_wait(2, deps=[scores])
-            weights = _weights(scores, shift, chose, last_key, blocks_ptr, step, num_whole, scale, BLOCK_SIZE)
-            grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
-            grad_scores = weights * (grad_weights - delta[:, None])
-            grad_q = warpgroup_mma_wait(0, deps=[grad_q])
-            mbarrier.arrive(free.index(last_stage), count=1)
-            left = gl.convert_layout(grad_scores.to(dtype), left_layout)
+            step_stage = (n + step) % STAGES
+            mbarrier.wait(ready.index(step_stage), ((n + step) // STAGES) & 1)
+            if is_taken:
+                fence_async_shared()
+                k, v = k_tiles.index(step_stage).permute([1, 0]), v_tiles.index(step_stage).permute([1, 0])
+                scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                grad_weights = warpgroup_mma(grad_out, v, zeros, use_acc=False, is_async=True)
+                grad_q = warpgroup_mma(left, k_tiles.index(stage), grad_q, is_async=True)
+                scores = warpgroup_mma_wait(2, deps=[scores])
+                weights = _weights(
+                    scores, shift, chose, last_key, blocks_ptr, step, num_whole, scale, BLOCK_SIZE
+                )
+                grad_weights = warpgroup_mma_wait(1, deps=[grad_weights])
+                grad_scores = weights * (grad_weights - delta[:, None])
+                grad_q = warpgroup_mma_wait(0, deps=[grad_q])
+                mbarrier.arrive(free.index(stage), count=1)
+                stage = step_stage
+                skipped = 0
+                left = gl.convert_layout(grad_scores.to(dtype), left_layout)
+            else:
+                mbarrier.arrive(free.index(step_stage), count=1)
+                skipped += 1
         grad_q = warpgroup_mma(left, k_tiles.index(stage), grad_q)
         mbarrier.arrive(free.index(stage), count=1)
     return grad_q
@@ -260,6 +272,7 @@ def _add_tiles(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
+    IS_PAIR: gl.constexpr,
     STAGES: gl.constexpr,
     HALF: gl.constexpr,
 ):
@@ -269,7 +282,7 @@ def _add_tiles(
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     tile_token = (HALF * SIDE + gl.arange(0, SIDE, row_layout)) // HEADS_PER_PAIR
-    tile_bit = tile_token.to(gl.int64)
+    tile_bit, half_bits = bits_of_rows(tile_token, TOKENS, HEADS_PER_PAIR, IS_PAIR, HALF)
     first_token = where[0][0]
     n = 0
     taken = 0
@@ -287,8 +300,9 @@ def _add_tiles(
             shift = row_shift(lse_tiles.index(HALF).load(row_layout))
             delta = delta_tiles.index(HALF).load(row_layout)
             grad_q = _add_steps(
-                lists[0] + entry, lists[1] + entry, shared, q, out_tiles.index(HALF), shift, delta, n,
-                num_steps, num_whole, last_key, tile_bit, scale, HEAD_DIM, BLOCK_SIZE, STAGES,
+                lists[0] + entry, masks_of_half(lists[1], entry, MAX_SHARED, IS_PAIR, HALF), shared, q,
+                out_tiles.index(HALF), shift, delta, n, num_steps, num_whole, last_key, tile_bit, half_bits,
+                scale, HEAD_DIM, BLOCK_SIZE, STAGES,
             )  # fmt: skip
             n += num_steps
             first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
@@ -339,11 +353,12 @@ def of_tiles(
     CAUSAL: gl.constexpr,
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
+    IS_PAIR: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
 ):
-    """Arguments as of ``_of_tiles``, and how many tiles to take under how many heads."""
+    """Arguments as of ``_of_tiles``, and how many tiles to take under how many heads; IS_PAIR as forward."""
     shared, beside = _new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES)
     pointers = (q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr)
     lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
@@ -355,12 +370,12 @@ def of_tiles(
             (_add_tiles, (
                 grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, STAGES, gl.constexpr(0),
+                MAX_SHARED, IS_PAIR, STAGES, gl.constexpr(0),
             )),
             (_add_tiles, (
                 grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, STAGES, gl.constexpr(1),
+                MAX_SHARED, IS_PAIR, STAGES, gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, lists, where, shared, beside, num_work, first_delta_head, num_delta_heads,
@@ -371,11 +386,6 @@ def of_tiles(
         [4, COPYING_WARPS],
         [REGISTERS, COPYING_REGISTERS],
     )  # fmt: skip
-
-
-def takes(problem: Problem, tile: QueryTile) -> bool:
-    """Whether the heads are of a width that is multiplied, and the tile one of a program's."""
-    return multiplies(problem) and (tile.rows, tile.keys) == (ROWS, SIDE.value)
 
 
 def fills(problem: Problem) -> bool:
@@ -389,6 +399,6 @@ def fills(problem: Problem) -> bool:
 def constants(tile: QueryTile) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_of_tiles``."""
     return {
-        "TOKENS": tile.tokens, "MAX_SHARED": tile.max_shared, "STAGES": STAGES,
-        "REGISTERS": REGISTERS, "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4,
+        **tile_constants(tile), "STAGES": STAGES, "REGISTERS": REGISTERS,
+        "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4,
     }  # fmt: skip

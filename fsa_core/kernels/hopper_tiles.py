@@ -171,6 +171,16 @@ def _first_key(blocks_ptr, step, BLOCK_SIZE: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
+def takes_step(mask, half_bits, skipped, STAGES: gl.constexpr):
+    """Whether half of a tile multiplies a step, or passes over it, as none of its rows chose the block.
+
+    What it multiplied last is kept in shared memory until it multiplies again, and all others' room goes
+    round meanwhile: so many it may pass over, no more.
+    """
+    return ((mask & half_bits) != 0) | (skipped >= STAGES - 2)
+
+
+@gluon.jit
 def attend_steps(
     blocks_ptr,
     masks_ptr,
@@ -180,6 +190,7 @@ def attend_steps(
     num_whole,
     last_key,
     tile_bit,
+    half_bits,
     scale,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -188,7 +199,8 @@ def attend_steps(
     """Half of a tile's rows, from row HALF * SIDE on, over its steps: their maximum, sum and weighted values.
 
     ``last_key`` is the last that a row sees: of steps from ``num_whole`` on some rows do not see all keys.
-    Where steps are of listed blocks, bit ``tile_bit`` of a block's mask says whether a row chose it.
+    Where steps are of listed blocks, bit ``tile_bit`` of a block's mask says whether a row chose it, and
+    ``half_bits`` are those of all these rows.
     """
     q_tiles, k_tiles, v_tiles, _q_ready, q_free, ready, free = shared
     dtype: gl.constexpr = q_tiles.dtype
@@ -221,27 +233,38 @@ def attend_steps(
             scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
         row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
         left = gl.convert_layout(weights.to(dtype), weights_layout)
+        skipped = 0
         for step in range(1, num_steps):
+            step_stage = (n + step) % STAGES
+            mbarrier.wait(ready.index(step_stage), ((n + step) // STAGES) & 1)
+            is_taken = True
             if SELECTS:
-                chose = ((mask >> tile_bit) & 1) != 0
-            last_stage, stage = stage, (n + step) % STAGES
-            mbarrier.wait(ready.index(stage), ((n + step) // STAGES) & 1)
-            fence_async_shared()
-            k = k_tiles.index(stage).permute([1, 0])
-            scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            acc = warpgroup_mma(left, v_tiles.index(last_stage), acc, is_async=True)
-            if SELECTS:
-                # Loaded here, beside products: the fence waits for whatever was begun before it.
+                is_taken = takes_step(mask, half_bits, skipped, STAGES)
+            if is_taken:
+                if SELECTS:
+                    chose = ((mask >> tile_bit) & 1) != 0
+                fence_async_shared()
+                k = k_tiles.index(step_stage).permute([1, 0])
+                scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                acc = warpgroup_mma(left, v_tiles.index(stage), acc, is_async=True)
+                if SELECTS:
+                    # Loaded here, beside products: the fence waits for whatever was begun before it.
+                    mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                if step >= num_whole:
+                    keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
+                    scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+                row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(free.index(stage), count=1)
+                stage = step_stage
+                skipped = 0
+                left = gl.convert_layout(weights.to(dtype), weights_layout)
+                acc *= gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+            elif SELECTS:
                 mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            if step >= num_whole:
-                keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
-                scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
-            row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(last_stage), count=1)
-            left = gl.convert_layout(weights.to(dtype), weights_layout)
-            acc *= gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
+                mbarrier.arrive(free.index(step_stage), count=1)
+                skipped += 1
         acc = warpgroup_mma(left, v_tiles.index(stage), acc)
         mbarrier.arrive(free.index(stage), count=1)
     return row_max, row_sum, acc
@@ -298,3 +321,15 @@ def store_out(
     """Writes half of a tile's answer, of its tokens from ``first_asked`` to ``end_asked``."""
     out = acc * gl.convert_layout(share, gl.SliceLayout(1, acc.type.layout))[:, None]
     store_rows(out_ptr, by_rows(out, tile), first_asked, end_asked, NUM_Q_HEADS, HEADS, TOKENS, HALF)
+
+
+@gluon.jit
+def bits_of_half(TOKENS: gl.constexpr, HEADS: gl.constexpr, HALF: gl.constexpr):
+    """The bits, in a block's mask, of the tokens that have rows in half of a tile of TOKENS."""
+    FIRST: gl.constexpr = HALF * SIDE // HEADS
+    LAST: gl.constexpr = (HALF * SIDE + SIDE - 1) // HEADS
+    bits = gl.full([], 0, gl.int64)
+    for token in gl.static_range(FIRST, LAST + 1):
+        if token < TOKENS:
+            bits |= gl.full([], 1, gl.int64) << token
+    return bits

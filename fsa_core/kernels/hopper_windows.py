@@ -22,7 +22,7 @@ from fsa_core.kernels.hopper_tiles import (
 )
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import natural_lse
-from fsa_core.kernels.query_tiles import tile_tokens
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import Windows, visible_windows
 from fsa_core.problem import Problem
 
@@ -132,7 +132,7 @@ def _attend_tiles(
             mbarrier.wait(shared[3], q_phase)
             q_phase ^= 1
             row_max, row_sum, acc = attend_steps(
-                starts[0], starts[0], shared, n, num_steps, num_whole, last_window, tile_token, scale,
+                starts[0], starts[0], shared, n, num_steps, num_whole, last_window, tile_token, 0, scale,
                 VALUE_DIM, 0, HALF,
             )  # fmt: skip
             n += num_steps

@@ -121,12 +121,17 @@ def _count(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
+    MARK_UNUSED: tl.constexpr,
 ):
     rows, segments, inside, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
         chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
         first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
+    # No condition of both: the first is known when the kernel is compiled.
+    if not MARK_UNUSED:  # noqa: SIM102
+        if tl.max(tl.max(segments, 1), 0) < 0:
+            return
     counters = tl.where(segments >= 0, rows[:, None] * num_segments + segments, -1)
     # Neighbouring tokens often choose the same block in the same slot (block 0 always), and atomics on one
     # address wait for each other. So each run of equal counters down a column adds its length once.
@@ -139,7 +144,10 @@ def _count(
     base = tl.atomic_add(counts, tail_line - line + 1, mask=is_head & (counters >= 0), sem="relaxed")
     rank = tl.gather(base, head_line, 0) + line - head_line
     ranks = ranks_ptr + tl.program_id(2).to(tl.int64) * group_pairs + places
-    tl.store(ranks, tl.where(counters >= 0, rank, -1), mask=inside)
+    if MARK_UNUSED:
+        tl.store(ranks, tl.where(counters >= 0, rank, -1), mask=inside)
+    else:
+        tl.store(ranks, rank, mask=counters >= 0)
 
 
 @kernel
@@ -196,21 +204,27 @@ def _scatter(
     PAIRS_PER_ITEM: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
+    MARK_UNUSED: tl.constexpr,
 ):
     rows, segments, _, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
         chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
         first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
+    if not MARK_UNUSED:  # noqa: SIM102
+        if tl.max(tl.max(segments, 1), 0) < 0:
+            return
     valid = segments >= 0
     entries = rows[:, None] * (num_segments + 1) + segments
     first_pair = tl.program_id(2).to(tl.int64) * group_pairs
     rank = tl.load(ranks_ptr + first_pair + places, mask=valid, other=0)
     # Places count from the group's first token, a chunk's pairs from the chunk's.
-    chunk_start = ((rows - tl.program_id(2) * num_chunks) * chunk_tokens * num_slots)[:, None]
+    chunk_token = (rows - tl.program_id(2) * num_chunks) * chunk_tokens
     offset = tl.load(offsets_ptr + entries, mask=valid, other=0)
-    chunk_places = places - chunk_start
-    pairs = (chunk_places // num_slots << SLOT_BITS) | chunk_places % num_slots
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS) - chunk_token
+    slots = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    pairs = (tokens << SLOT_BITS)[:, None] | slots[None, :]
+    chunk_start = (chunk_token * num_slots)[:, None]
     tl.store(pairs_ptr + first_pair + chunk_start + offset + rank, pairs, mask=valid)
     # The first pair of a work item names its segment.
     starts_item = valid & (rank % PAIRS_PER_ITEM == 0)
@@ -232,11 +246,14 @@ def invert(
     block_size: int,
     pairs_per_item: int,
     first_row_token: int = 0,
+    mark_unused: bool = True,
 ) -> None:
     """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
     ``block_indices`` is int32 [index_heads, rows, slots], contiguous, a row for each packed token from
-    ``first_row_token`` on; ``num_heads`` index heads from ``first_head`` on are inverted.
+    ``first_row_token`` on; ``num_heads`` index heads from ``first_head`` on are inverted. ``mark_unused``:
+    slots that select nothing have rank -1; without it, they have none, and where nothing is selected nothing
+    is done.
     """
     num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
@@ -251,7 +268,7 @@ def invert(
         num_sequences, plan.search_steps(num_sequences), num_segments, num_chunks, first_head,
         inversion.pairs.shape[1],
     )  # fmt: skip
-    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots)
+    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused)
     count[grid](block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes)
     scan[(num_heads * num_chunks,)](inversion.counts, inversion.offsets, inversion.item_offsets, num_segments)
     scatter[grid](
@@ -261,9 +278,11 @@ def invert(
 
 
 @lru_cache(maxsize=1024)
-def _kernels(block_size: int, pairs_per_item: int, tokens: int, slots: int) -> tuple[BoundKernel, ...]:
+def _kernels(
+    block_size: int, pairs_per_item: int, tokens: int, slots: int, mark_unused: bool
+) -> tuple[BoundKernel, ...]:
     """The three kernels with their constants."""
-    tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots}
+    tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots, "MARK_UNUSED": mark_unused}
     return (
         _count.bind(**tile),
         _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE),

@@ -15,7 +15,8 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
-from fsa_core.kernels.query_tiles import load_block, tile_tokens
+from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import (
     TileShape,
     Windows,

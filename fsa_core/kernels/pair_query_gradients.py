@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, load_item
-from fsa_core.kernels.launch import BoundKernel, kernel
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import find_block
 from fsa_core.kernels.query_tiles import mixed_programs
 from fsa_core.kernels.share_sums import sum_shares
@@ -219,15 +220,30 @@ def gradients_of_pairs(
     plan: ForwardPlan,
     group: Group,
     inversion: Inversion,
+    used: torch.Tensor,
     shares: torch.Tensor,
     given: Operands,
     grad_q: torch.Tensor,
 ) -> None:
-    """Writes grad_q over a group's indexed pairs, a chunk at a time; with query tiles, adds it to theirs."""
+    """Writes grad_q over a group's indexed pairs, a chunk at a time; with query tiles, adds it to theirs.
+
+    ``used`` as ``_sum_shares`` has it.
+    """
     p, is_mixed = problem, plan.query_tile is not None
     of_pairs, steps = _pair_kernel(p, plan, PAIR_STAGES), search_steps(p.num_sequences)
-    programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
     group_pairs = inversion.pairs.shape[1]
+    is_long = plan.chunks_at_once >= hopper.MIN_GRADIENT_CHUNKS
+    on_hopper = _pairs_on_hopper(p, plan) if is_long and hopper.runs_on(given.q.device) else None
+    if on_hopper is not None:
+        on_hopper[(min(multiprocessors(given.q.device), plan.max_items),)](
+            *given.tensors, shares, inversion.counts, used, inversion.pairs, inversion.offsets,
+            inversion.item_offsets, inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, grad_q,
+            p.softmax_scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
+            group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
+            plan.group_chunks, group_pairs, plan.max_items, given.first_delta_head, given.delta.shape[1],
+        )  # fmt: skip
+        return
+    programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
     for c in chunks(plan, group):
         of_pairs[programs, c.num_heads](
             *given.tensors, shares, inversion.pairs, inversion.offsets, inversion.item_offsets,
@@ -237,7 +253,7 @@ def gradients_of_pairs(
             given.first_delta_head, given.delta.shape[1],
         )  # fmt: skip
         sum_shares(
-            p, c, shares, inversion.ranks, inversion.item_offsets, grad_q, chunk_tokens=plan.chunk_tokens,
+            p, c, shares, used, inversion.item_offsets, grad_q, chunk_tokens=plan.chunk_tokens,
             group_pairs=group_pairs, num_chunks=plan.group_chunks, with_shared=is_mixed,
         )  # fmt: skip
 
@@ -250,3 +266,18 @@ def _pair_kernel(problem: Problem, plan: ForwardPlan, stages: int) -> BoundKerne
         TILES_PER_ITEM=tile.tiles_per_item, STAGES=stages, ITEM_A_PROGRAM=plan.query_tile is None,
         num_warps=tile.num_warps, num_stages=1, maxnreg=tile.max_registers,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _pairs_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | None:
+    """The kernel for Hopper alone, if it takes the tiles."""
+    from fsa_core.kernels import hopper_items, hopper_pair_query_gradients
+    from fsa_core.kernels.hopper_tiles import exact_dims
+
+    # More keys, and a thread has more numbers than registers.
+    if not hopper_items.takes(problem, plan.tile, most_keys=64):
+        return None
+    shared = exact_dims(attention_constants(problem, plan))
+    return hopper_pair_query_gradients.of_pairs.bind(
+        **shared, **hopper_pair_query_gradients.constants(plan.tile), WITH_SHARED=plan.query_tile is not None
+    )

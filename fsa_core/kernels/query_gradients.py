@@ -6,7 +6,7 @@ With P = exp(scores - lse) made again from q, k and lse, and delta = sum(out * g
 
 Stages, as the path of the plan says and as the forward pass has them:
 
-1. of tiles: a query tile walks the blocks that its tokens share (query_tiles.agree) under their masks, its
+1. of tiles: a query tile walks the blocks that its tokens share (agreement.agree) under their masks, its
    gradients in registers, and writes them once;
 2. of pairs: for what is left, a work item loads its K/V block once and writes each pair's share of the
    gradient at the pair's own (token, slot);
@@ -21,10 +21,10 @@ from dataclasses import replace
 
 import torch
 
+from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.index import invert, new_inversion
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
-from fsa_core.kernels.query_tiles import agree, new_agreement
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_query_gradients import gradients_of_tiles
 from fsa_core.plan import ForwardPlan, Group, groups
@@ -57,13 +57,15 @@ def query_gradients(
             gradients_of_tiles(p, plan, tile, group, agreement, given, grad_q)
             ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
         if inversion is not None:
+            used = inversion.ranks if agreement is None else agreement.leftover
             invert(
                 inversion, ids, given.cu_seqlens_q, given.cu_seqlens_k, first_token=group.first_token,
                 num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
                 chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
                 pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
+                mark_unused=agreement is None,
             )  # fmt: skip
-            gradients_of_pairs(p, plan, group, inversion, shares, given, grad_q)
+            gradients_of_pairs(p, plan, group, inversion, used, shares, given, grad_q)
 
 
 def _groups_of(problem: Problem, plan: ForwardPlan, heads: range) -> Iterator[Group]:

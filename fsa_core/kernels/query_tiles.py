@@ -2,15 +2,13 @@
 
 A tile is a few consecutive tokens of one sequence with all query heads of their index head. Two launches:
 
-1. agree: list the blocks that enough of a tile's tokens chose, each with a mask of those tokens, and hand on
-   what is left of block_indices. Where a tile's tokens share a row of indices, the list is that row;
+1. ``agreement.agree``: list the blocks that enough of its tokens chose, each with a mask of those tokens;
 2. attend: walk a tile's list with an online softmax, under the masks.
 
 Tiles are cut from the start of each sequence and see only their own tokens, so an answer is bitwise the same
 alone and in any company.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,219 +16,21 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels import hopper
+from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.constants import attention_constants
-from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors, sorting_warps
-from fsa_core.kernels.primitives import (
-    LOG2_E,
-    find_segment_sequence,
-    finite,
-    first_segment,
-    natural_lse,
-    reciprocal,
-)
-from fsa_core.kernels.replay import Memory
-from fsa_core.plan import (
-    FEW_LEFT,
-    MAX_REGISTERS,
-    ForwardPlan,
-    Group,
-    QueryTile,
-    padded_dim,
-    power_of_two,
-    search_steps,
-)
+from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
+from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
+from fsa_core.kernels.tile_tokens import tile_tokens, tiles_of
+from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
 # What tiles leave may be nothing, and a program that finds no work item takes its time, too.
 MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8
-# Of a thread where a warp sorts a tile: more, and too few tiles are on a multiprocessor at once.
-MAX_SORTING_REGISTERS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """What the tiles of a group of tokens share, and what is left.
-
-    blocks int32, masks int64 [index heads, tiles, max_shared]: block ids, those that every token of the tile
-    may see whole before the others, and which of the tile's tokens chose each (bit t: the t-th). counts int32
-    [index heads, tiles, 2]: how many of them are seen whole, and how many there are.
-    leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
-    """
-
-    blocks: torch.Tensor
-    masks: torch.Tensor
-    counts: torch.Tensor
-    leftover: torch.Tensor
 
 
 def mixed_programs(device: torch.device) -> int:
     """How many programs take the work items of what a chunk's tiles leave in turn."""
     return MIXED_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
-
-
-@triton.jit
-def _join(block_a, mask_a, count_a, block_b, mask_b, count_b):
-    """Runs of one block, from the left: the union of their masks and how many they are."""
-    same = block_a == block_b
-    return block_b, tl.where(same, mask_a | mask_b, mask_b), tl.where(same, count_a + count_b, count_b)
-
-
-@triton.jit
-def _spread(block_a, count_a, block_b, count_b):
-    """Runs of one block, from the right: the count at their end."""
-    return block_b, tl.where(block_a == block_b, tl.maximum(count_a, count_b), count_b)
-
-
-@triton.jit
-def tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS: tl.constexpr):
-    """A tile's sequence, its first packed token (not before the end if there is no tile), and that end."""
-    sequence = find_segment_sequence(cu_seqlens_q_ptr, tile, num_sequences, search_steps, TOKENS)
-    q_start = tl.load(cu_seqlens_q_ptr + sequence)
-    first = q_start + (tile - first_segment(cu_seqlens_q_ptr, sequence, TOKENS)) * TOKENS
-    return sequence, first, tl.load(cu_seqlens_q_ptr + sequence + 1)
-
-
-@triton.jit
-def _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE: tl.constexpr, CAUSAL: tl.constexpr):
-    """The blocks of a tile's sequence, and the keys that its first token sees, as all others do."""
-    k_length = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
-    num_seen = tl.minimum(first + k_length - q_end + 1, k_length) if CAUSAL else k_length
-    return (k_length + BLOCK_SIZE - 1) // BLOCK_SIZE, num_seen
-
-
-@kernel
-def _agree(
-    indices_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    blocks_ptr,
-    masks_ptr,
-    counts_ptr,
-    leftover_ptr,
-    first_token,
-    num_tokens,
-    head_stride,
-    leftover_stride,
-    num_slots,
-    num_sequences,
-    search_steps,
-    first_tile,
-    num_tiles,
-    first_index_head,
-    BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LOG_TOKENS: tl.constexpr,
-    LOG_SLOTS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    FEW_LEFT: tl.constexpr,
-    MAX_SHARED: tl.constexpr,
-    WITH_LEFTOVER: tl.constexpr,
-):
-    """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run."""
-    tile = first_tile + tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
-    tile_place = head * num_tiles + tl.program_id(0)
-    if first >= q_end:
-        tl.store(counts_ptr + tile_place * 2, 0)
-        tl.store(counts_ptr + tile_place * 2 + 1, 0)
-        return
-    num_blocks, num_seen = _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
-    size: tl.constexpr = 1 << (LOG_TOKENS + LOG_SLOTS)
-    place = tl.arange(0, size)
-    token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
-    inside = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
-    # All that the tile has lies at small offsets from its first.
-    first_id = first.to(tl.int64) * num_slots
-    id_place = token * num_slots + slot
-    indices_ptr += (first_index_head + head) * head_stride + first_id
-    ids = tl.load(indices_ptr + id_place, mask=inside, other=-1)
-    # Ids that name no block of the sequence select nothing.
-    valid = inside & (ids >= 0) & (ids < num_blocks)
-    key = tl.sort(tl.where(valid, (ids << (LOG_TOKENS + LOG_SLOTS)) | place, 2147483647))
-    exists = key != 2147483647
-    block, place_of = key >> (LOG_TOKENS + LOG_SLOTS), key & (size - 1)
-    token_of, slot_of = place_of >> LOG_SLOTS, place_of & ((1 << LOG_SLOTS) - 1)
-    # What is scanned takes registers, and moves between threads word by word.
-    mask_dtype: tl.constexpr = tl.uint32 if TOKENS <= 32 else tl.uint64
-    bit = tl.where(exists, tl.full((size,), 1, mask_dtype) << token_of.to(mask_dtype), 0)
-    _, mask, count = tl.associative_scan((block, bit, exists.to(tl.int32)), 0, _join)
-    _, total = tl.associative_scan((block, count), 0, _spread, reverse=True)
-    is_shared = exists & (total >= MIN_TOKENS)
-    # A few partials cost more than a few blocks that hardly any of the tokens chose.
-    num_left = tl.sum((exists & ~is_shared).to(tl.int32), 0)
-    all_shared = num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0)
-    is_shared |= exists & all_shared
-    is_last = is_shared & (count == total)
-    list_place = tl.cumsum(is_last.to(tl.int32), 0) - 1
-    tl.store(blocks_ptr + tile_place * MAX_SHARED + list_place, block, mask=is_last)
-    tl.store(masks_ptr + tile_place * MAX_SHARED + list_place, mask.to(tl.int64), mask=is_last)
-    is_whole = is_last & ((block + 1) * BLOCK_SIZE <= num_seen)
-    tl.store(counts_ptr + tile_place * 2, tl.sum(is_whole.to(tl.int32), 0))
-    tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(is_last.to(tl.int32), 0))
-    if WITH_LEFTOVER:
-        # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
-        first -= first_token
-        leftover_ptr += head * leftover_stride + first.to(tl.int64) * num_slots
-        here = inside & (first + token >= 0) & (first + token < num_tokens)
-        nothing = tl.full((size,), -1, tl.int32)
-        if all_shared:
-            tl.store(leftover_ptr + id_place, nothing, mask=here)
-        else:
-            tl.store(leftover_ptr + id_place, nothing, mask=here & ~valid)
-            here = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
-            left = tl.where(is_shared, -1, block)
-            tl.store(leftover_ptr + token_of * num_slots + slot_of, left, mask=here)
-
-
-@kernel
-def _list_rows(
-    indices_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    blocks_ptr,
-    masks_ptr,
-    counts_ptr,
-    head_stride,
-    num_slots,
-    num_sequences,
-    search_steps,
-    first_tile,
-    num_tiles,
-    first_index_head,
-    BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MAX_SHARED: tl.constexpr,
-):
-    """The list of a tile whose tokens share a row: that of its last token, which sees most, slot by slot."""
-    tile = first_tile + tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
-    tile_place = head * num_tiles + tl.program_id(0)
-    if first >= q_end:
-        tl.store(counts_ptr + tile_place * 2, 0)
-        tl.store(counts_ptr + tile_place * 2 + 1, 0)
-        return
-    num_blocks, num_seen = _tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
-    slot = tl.arange(0, SLOTS)
-    last = tl.minimum(first + TOKENS, q_end) - 1
-    row_ptr = indices_ptr + (first_index_head + head) * head_stride + last.to(tl.int64) * num_slots
-    ids = tl.load(row_ptr + slot, mask=slot < num_slots, other=-1)
-    # Ids that name no block of the sequence select nothing.
-    exists = (ids >= 0) & (ids < num_blocks)
-    is_whole = exists & ((ids + 1) * BLOCK_SIZE <= num_seen)
-    num_whole = tl.sum(is_whole.to(tl.int32), 0)
-    # How many there are up to a slot, it included.
-    whole = tl.cumsum(is_whole.to(tl.int32), 0)
-    others = tl.cumsum(exists.to(tl.int32), 0) - whole
-    list_place = tile_place * MAX_SHARED + tl.where(is_whole, whole, num_whole + others) - 1
-    tl.store(blocks_ptr + list_place, ids, mask=exists)
-    tl.store(masks_ptr + list_place, tl.full((SLOTS,), -1, tl.int64), mask=exists)
-    tl.store(counts_ptr + tile_place * 2, num_whole)
-    tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(exists.to(tl.int32), 0))
 
 
 @triton.jit
@@ -380,77 +180,6 @@ def _attend(
     tl.store(lse_ptr + places, natural_lse(row_max, row_sum, scale), mask=row_mask)
 
 
-def new_agreement(
-    problem: Problem, plan: ForwardPlan, tile: QueryTile, memory: torch.Tensor | Memory
-) -> Agreement:
-    """Buffers of one group of tokens, as ``memory`` makes them."""
-    heads = plan.group_heads if plan.index_per_head else 1
-    lists = (heads, plan.group_tiles, tile.max_shared)
-    leftover_tokens = plan.group_tokens if plan.has_leftover else 0
-    return Agreement(
-        blocks=memory.new_empty(*lists, dtype=torch.int32),
-        masks=memory.new_empty(*lists, dtype=torch.int64),
-        counts=memory.new_empty(*lists[:2], 2, dtype=torch.int32),
-        leftover=memory.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
-    )
-
-
-def agree(
-    agreement: Agreement,
-    problem: Problem,
-    plan: ForwardPlan,
-    tile: QueryTile,
-    group: Group,
-    block_indices: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-) -> None:
-    """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``."""
-    p, steps = problem, search_steps(problem.num_sequences)
-    first_tile, num_tiles = tiles_of(p, tile, group)
-    if tile.is_row:
-        _listing(p, tile)[num_tiles, group.num_index_heads](
-            block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
-            block_indices.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
-            agreement.counts.shape[1], group.first_index_head,
-        )  # fmt: skip
-        return
-    num_warps = sorting_warps(block_indices.device, num_tiles * group.num_index_heads)
-    _agreeing(p, tile, plan.has_leftover, num_warps)[num_tiles, group.num_index_heads](
-        block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
-        agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
-        agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
-        agreement.counts.shape[1], group.first_index_head,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _listing(problem: Problem, tile: QueryTile) -> BoundKernel:
-    """The kernel with what is the same for all groups."""
-    return _list_rows.bind(
-        BLOCK_SIZE=problem.block_size, TOKENS=tile.tokens, SLOTS=power_of_two(problem.num_slots),
-        CAUSAL=problem.causal, MAX_SHARED=tile.max_shared,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _agreeing(problem: Problem, tile: QueryTile, with_leftover: bool, num_warps: int) -> BoundKernel:
-    """The kernel with what is the same for all groups."""
-    return _agree.bind(
-        BLOCK_SIZE=problem.block_size, TOKENS=tile.tokens, LOG_TOKENS=(tile.tokens - 1).bit_length(),
-        LOG_SLOTS=(problem.num_slots - 1).bit_length(), CAUSAL=problem.causal, MIN_TOKENS=tile.min_tokens,
-        FEW_LEFT=FEW_LEFT, MAX_SHARED=tile.max_shared, WITH_LEFTOVER=with_leftover, num_warps=num_warps,
-        maxnreg=MAX_SORTING_REGISTERS if num_warps == 1 else MAX_REGISTERS,
-    )  # fmt: skip
-
-
-def tiles_of(problem: Problem, tile: QueryTile, group: Group) -> tuple[int, int]:
-    """The first tile that may meet a group's tokens, and how many may: known without reading cu_seqlens."""
-    first_tile = max(group.first_token // tile.tokens - 1, 0)
-    last_tile = (group.first_token + group.num_tokens - 1) // tile.tokens + problem.num_sequences
-    return first_tile, last_tile - first_tile
-
-
 def attend_shared(
     agreement: Agreement,
     problem: Problem,
@@ -470,13 +199,23 @@ def attend_shared(
     Tensors as in ``selected_attention_forward``.
     """
     p, steps = problem, search_steps(problem.num_sequences)
-    first_tile, num_tiles = tiles_of(p, tile, group)
-    arguments = (
-        q, k, v, out, lse, agreement.blocks, agreement.masks, agreement.counts, cu_seqlens_q, cu_seqlens_k,
-        p.softmax_scale * LOG2_E.value, group.first_token, group.num_tokens, p.num_sequences, steps,
-        first_tile, agreement.counts.shape[1], group.first_head,
-    )  # fmt: skip
+    first_tile, num_tiles = tiles_of(p, tile.tokens, group)
+    lists = (agreement.blocks, agreement.masks, agreement.counts)
     attend = _attending_on_hopper(p, plan, tile) if hopper.runs_on(q.device) else None
+    if attend is not None and agreement.joined is not None:
+        from fsa_core.kernels.tile_pairs import join_lists
+
+        pairs = join_lists(agreement, p, tile, group, cu_seqlens_q, cu_seqlens_k)
+        lists, first_tile, num_tiles = (
+            (pairs.blocks, pairs.masks, pairs.counts),
+            pairs.first_pair,
+            pairs.num_asked,
+        )
+    arguments = (
+        q, k, v, out, lse, *lists, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value,
+        group.first_token, group.num_tokens, p.num_sequences, steps, first_tile, lists[2].shape[1],
+        group.first_head,
+    )  # fmt: skip
     if attend is None:
         _attending(p, plan, tile)[num_tiles, group.num_heads](*arguments)
     else:
@@ -493,9 +232,7 @@ def _attending_on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -
     if not hopper_query_tiles.takes(problem, tile):
         return None
     shared = exact_dims(attention_constants(problem, plan))
-    return hopper_query_tiles.attend.bind(
-        **shared, TOKENS=tile.tokens, MAX_SHARED=tile.max_shared, num_warps=4
-    )
+    return hopper_query_tiles.attend.bind(**shared, **hopper_query_tiles.tile_constants(tile), num_warps=4)
 
 
 @lru_cache(maxsize=1024)

@@ -52,6 +52,10 @@ class Memory:
     answers: list[torch.Tensor] = field(default_factory=list)
     buffers: list[torch.Tensor] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
     def answer(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         self.answers.append(self.like.new_empty(shape, dtype=dtype))
         return self.answers[-1]

@@ -17,7 +17,7 @@ SUM_WARPS = 1
 @kernel
 def _sum_shares(
     shares_ptr,
-    ranks_ptr,
+    used_ptr,
     item_offsets_ptr,
     grad_q_ptr,
     first_token,
@@ -40,8 +40,8 @@ def _sum_shares(
 ):
     """Adds the shares of ROWS (token, query head) rows of grad_q [total_q, q heads, dim], slot by slot.
 
-    A slot whose rank is negative has none. WITH_SHARED adds to what grad_q holds, and leaves rows without
-    shares, and chunks without work items, as they are.
+    used [index heads, tokens, slots], of any integers, is negative for a slot that has none. WITH_SHARED adds
+    to what grad_q holds, and leaves rows without shares, and chunks without work items, as they are.
     """
     chunk_head = tl.program_id(1)
     index_head = first_index_head + chunk_head if INDEX_PER_HEAD else 0
@@ -55,8 +55,8 @@ def _sum_shares(
     heads = rows % HEADS_PER_PAIR
     dims = tl.arange(0, HEAD_DIM_PADDED)
     dim_mask = (dims < HEAD_DIM)[None, :]
-    rank_ptrs = (
-        ranks_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
+    used_ptrs = (
+        used_ptr + tl.cast(index_head, tl.int64) * group_pairs + (chunk * chunk_tokens + tokens) * num_slots
     )
     first_pair = (chunk_head.to(tl.int64) * num_tokens + tokens) * num_slots
     share_ptrs = shares_ptr + (first_pair * HEADS_PER_PAIR + heads)[:, None] * HEAD_DIM + dims[None, :]
@@ -70,16 +70,16 @@ def _sum_shares(
         any_used = tl.zeros((ROWS,), tl.int32)
         for first_slot in range(0, num_slots, 32):
             exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
-            ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
-            any_used |= tl.max((ranks >= 0).to(tl.int32), 1)
+            marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+            any_used |= tl.max((marks >= 0).to(tl.int32), 1)
         if tl.max(any_used, 0) == 0:
             return
         row_mask &= any_used != 0
         acc = tl.load(grad_q_ptrs, mask=row_mask[:, None] & dim_mask, other=0.0).to(tl.float32)
     for first_slot in range(0, num_slots, 32):
         exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
-        ranks = tl.load(rank_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
-        used = tl.sum((ranks >= 0).to(tl.int32) << bits[None, :], 1)
+        marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+        used = tl.sum((marks >= 0).to(tl.int32) << bits[None, :], 1)
         # Two slots at a time: what limits this kernel is how many loads are under way.
         for step in range(0, tl.minimum(num_slots - first_slot, 32), 2):
             slot_ptrs = share_ptrs + (first_slot + step) * slot_stride
@@ -96,7 +96,7 @@ def sum_shares(
     problem: Problem,
     chunk: Chunk,
     shares: torch.Tensor,
-    ranks: torch.Tensor,
+    used: torch.Tensor,
     item_offsets: torch.Tensor,
     grad_q: torch.Tensor,
     *,
@@ -105,10 +105,10 @@ def sum_shares(
     num_chunks: int,
     with_shared: bool,
 ) -> None:
-    """Writes grad_q of a chunk, or adds to it; tensors as ``_sum_shares`` has them, ranks of any integers."""
+    """Writes grad_q of a chunk, or adds to it; tensors as ``_sum_shares`` has them."""
     p, c = problem, chunk
     _sum_kernel(p, with_shared, SUM_ROWS)[-(-c.num_tokens * p.heads_per_pair // SUM_ROWS), c.num_heads](
-        shares, ranks, item_offsets, grad_q, c.first_token, c.num_tokens, chunk_tokens, p.num_slots,
+        shares, used, item_offsets, grad_q, c.first_token, c.num_tokens, chunk_tokens, p.num_slots,
         item_offsets.shape[1] - 1, num_chunks, group_pairs, c.first_head, c.first_index_head, c.number,
     )  # fmt: skip
 

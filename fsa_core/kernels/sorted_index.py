@@ -14,13 +14,15 @@ A strip is longer the more segments there are, so that counters are a fourth of 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
-from fsa_core.kernels.launch import kernel, sorting_warps
+from fsa_core.kernels.launch import Kernel, kernel, sorting_warps
 from fsa_core.kernels.primitives import blocks_of_tokens
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import SLOT_BITS, search_steps
@@ -295,6 +297,18 @@ def _pairs(
     tl.store(item_segment_ptr + row * max_items + items, segments, mask=starts_item)
 
 
+def _ranking(device: torch.device, is_wide: bool, tiles: int) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel that ranks on this device, and the constants that it alone has."""
+    if hopper.runs_on(device) and not is_wide:
+        from fsa_core.kernels import hopper_ranks
+
+        return hopper_ranks.rank, {"num_warps": 1}
+    key_dtype = tl.int64 if is_wide else tl.int32
+    return _rank, {
+        "SEGMENTS": SEGMENTS_IN_TILE, "KEY_DTYPE": key_dtype, "num_warps": sorting_warps(device, tiles),
+    }  # fmt: skip
+
+
 def sort_pairs(
     index: SortedIndex,
     block_indices: torch.Tensor,
@@ -327,10 +341,10 @@ def sort_pairs(
     )  # fmt: skip
     log_pairs = PAIRS_IN_TILE.bit_length() - 1
     is_wide = (num_segments + 1) << log_pairs > 2**31
-    _rank[num_strips, num_chunks, num_heads](
+    rank, own = _ranking(block_indices.device, is_wide, num_strips * strip_tiles * num_rows)
+    rank[num_strips, num_chunks, num_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, *sizes, BLOCK_SIZE=block_size,
-        LOG_PAIRS=log_pairs, SEGMENTS=SEGMENTS_IN_TILE, KEY_DTYPE=tl.int64 if is_wide else tl.int32,
-        num_warps=sorting_warps(block_indices.device, num_strips * strip_tiles * num_rows),
+        LOG_PAIRS=log_pairs, **own,
     )  # fmt: skip
     _strips[-(-num_segments // SEGMENTS_IN_COLUMN), num_rows](
         index.counts, index.offsets, num_strips, num_segments, STRIPS=STRIPS_IN_TILE,

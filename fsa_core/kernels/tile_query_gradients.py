@@ -6,16 +6,12 @@ import torch
 import triton.language as tl
 
 from fsa_core.kernels import hopper
+from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
-from fsa_core.kernels.query_tiles import (
-    Agreement,
-    load_block,
-    load_shared,
-    tile_tokens,
-    tiles_of,
-)
+from fsa_core.kernels.query_tiles import load_block, load_shared
+from fsa_core.kernels.tile_tokens import tile_tokens, tiles_of
 from fsa_core.plan import ForwardPlan, Group, QueryTile, search_steps
 from fsa_core.problem import Problem
 
@@ -145,14 +141,23 @@ def gradients_of_tiles(
 ) -> None:
     """Writes grad_q of a group's tokens over the blocks they share, as ``agreement`` has them."""
     p = problem
-    first_tile, num_tiles = tiles_of(p, tile, group)
-    arguments = (
-        *given.tensors, grad_q, agreement.blocks, agreement.masks, agreement.counts, given.cu_seqlens_q,
-        given.cu_seqlens_k, p.softmax_scale, group.first_token, group.num_tokens,
-        p.num_sequences, search_steps(p.num_sequences), first_tile, agreement.counts.shape[1],
-        group.first_head, given.first_delta_head, given.delta.shape[1],
-    )  # fmt: skip
+    first_tile, num_tiles = tiles_of(p, tile.tokens, group)
+    lists = (agreement.blocks, agreement.masks, agreement.counts)
     of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
+    if of_tiles is not None and agreement.joined is not None:
+        from fsa_core.kernels.tile_pairs import join_lists
+
+        pairs = join_lists(agreement, p, tile, group, given.cu_seqlens_q, given.cu_seqlens_k)
+        lists, first_tile, num_tiles = (
+            (pairs.blocks, pairs.masks, pairs.counts),
+            pairs.first_pair,
+            pairs.num_asked,
+        )
+    arguments = (
+        *given.tensors, grad_q, *lists, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale,
+        group.first_token, group.num_tokens, p.num_sequences, search_steps(p.num_sequences), first_tile,
+        lists[2].shape[1], group.first_head, given.first_delta_head, given.delta.shape[1],
+    )  # fmt: skip
     if of_tiles is not None:
         programs = min(multiprocessors(grad_q.device), num_tiles * group.num_heads)
         of_tiles[(programs,)](*arguments, num_tiles, group.num_heads)
@@ -167,10 +172,10 @@ def gradients_of_tiles(
 @lru_cache(maxsize=1024)
 def _on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel | None:
     """The kernel for Hopper alone with what is the same for all groups, if it takes the tile."""
-    from fsa_core.kernels import hopper_tile_query_gradients
+    from fsa_core.kernels import hopper_query_tiles, hopper_tile_query_gradients
     from fsa_core.kernels.hopper_tiles import exact_dims
 
-    if not hopper_tile_query_gradients.takes(problem, tile):
+    if not hopper_query_tiles.takes(problem, tile):
         return None
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_tile_query_gradients.of_tiles.bind(**shared, **hopper_tile_query_gradients.constants(tile))

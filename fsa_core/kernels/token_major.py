@@ -13,10 +13,10 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
+from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_sequence, finite, reciprocal
-from fsa_core.kernels.query_tiles import Agreement
 from fsa_core.plan import MIN_ROWS, ForwardPlan, Group, padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
 

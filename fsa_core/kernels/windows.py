@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.query_tiles import tile_tokens
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.plan import padded_dim
 from fsa_core.problem import Problem
 

@@ -3,13 +3,14 @@
 The interpreter's tl.dot is wrong for bfloat16, and it is slow: there float16 and float32 run, on few shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fsa_core.problem import Problem
 from tests.fsa_core.conftest import Case
 
 # Kernels are imported where they are used: a conftest.py is read before the suite has chosen the interpreter.
@@ -97,6 +98,64 @@ def _combine(operation: Any, tensors: tuple[Any, ...], arrays: Sequence[np.ndarr
     pairs = zip(arrays, (*tensors, *tensors), strict=True)
     joined = operation.combine_fn.fn(*(operation.to_tensor(array, x.dtype) for array, x in pairs))
     return [x.handle.data for x in (joined if isinstance(joined, tuple) else (joined,))]
+
+
+@pytest.fixture
+def by_twins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes kernels for Hopper give way to their twins, whose query tiles are as large."""
+    from fsa_core.backward_plan import QUERY_ROWS
+    from fsa_core.kernels import backward, hopper, hopper_tile_query_gradients
+    from fsa_core.kernels.hopper_tiles import ROWS
+
+    def query_tile_rows(problem: Problem, _device: torch.device) -> int:
+        return ROWS if hopper_tile_query_gradients.fills(problem) else QUERY_ROWS
+
+    def switch() -> None:
+        monkeypatch.setattr(backward, "query_tile_rows", query_tile_rows)
+        monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
+        _forget_calls(monkeypatch)
+
+    return switch
+
+
+@pytest.fixture
+def few_chunks_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for Hopper take all chunks in one launch however few there are."""
+    from fsa_core.kernels import hopper
+
+    monkeypatch.setattr(hopper, "MIN_FORWARD_CHUNKS", 1)
+    monkeypatch.setattr(hopper, "MIN_GRADIENT_CHUNKS", 1)
+    _forget_calls(monkeypatch)
+
+
+def _forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernels a known call went to is remembered."""
+    from fsa_core.kernels import backward, forward
+    from fsa_core.kernels.replay import Replayed
+
+    monkeypatch.setattr(forward, "_replayed", Replayed(forward._forward))
+    monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
+    monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
+
+
+@pytest.fixture(params=("tl", "gluon"))
+def language(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Kernels of two languages run in this one: the GPU's own, or interpreted."""
+    from fsa_core.kernels import hopper
+
+    if device.type == "cpu" and request.param == "gluon":
+        from tests.gluon_interpreter import interpreted
+
+        with interpreted():
+            yield request.param
+        return
+    if request.param == "gluon" and not hopper.runs_on(device):
+        pytest.skip("kernels in Gluon run on Hopper")
+    if request.param == "tl":
+        monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
+    yield request.param
 
 
 @pytest.fixture(params=("float16", "bfloat16"))

@@ -11,9 +11,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fsa_core import backward_plan
-from fsa_core.kernels import forward
+from fsa_core.kernels import forward, hopper_partials, pair_query_gradients
+from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.plan import MIXED, QUERY_TILE, SharedTuning, default_tuning
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, SharedTuning, default_tuning
+from fsa_core.reference import selected_attention_reference
 from tests import gluon_interpreter
 from tests.fsa_core.conftest import Case, sharing_rows
 from tests.fsa_core.kernels.conftest import gradients
@@ -53,8 +55,73 @@ def test_query_tiles(
     case = make_case(**SIZES | options)
     tuning = replace(default_tuning(case.problem), shared=TILES)
     answer = forward.selected_attention_forward(case.problem, *case.tensors, path=path, tuning=tuning)
-    assert launched == {"attend"}
+    assert launched == {"agree", "attend"} | ({"attend_pairs"} if path == MIXED else set())
     assert_close_to_oracle(*answer, case)
+
+
+@pytest.mark.parametrize("workspace_limit_bytes", [DEFAULT_WORKSPACE_BYTES, 1 << 15])
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (QUERY_TILE, {"k_lens": (400, 70, 0, 100)}),
+        (QUERY_TILE, {"distribution": "local", "causal": False, "group_size": 2}),
+        (MIXED, {"distribution": "same", "index_heads": 1, "num_kv_heads": 2}),
+        (MIXED, {"block_size": 128, "distribution": "local"}),
+    ],
+    ids=str,
+)
+def test_two_tiles_at_a_time(
+    make_case: Callable,
+    assert_close_to_oracle: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    launched: set[str],
+    path: str,
+    options: dict,
+    workspace_limit_bytes: int,
+) -> None:
+    lens = {"q_lens": (200, 1, 0, 70), "k_lens": (200, 1, 0, 70)}
+    case = make_case(**SIZES | lens | {"group_size": 1} | options)
+    limit = {"path": path, "workspace_limit_bytes": workspace_limit_bytes}
+    answer = forward.selected_attention_forward(case.problem, *case.tensors, **limit)
+    assert_close_to_oracle(*answer, case)
+    assert launched >= {"agree", "attend"}
+    grads, given = gradients(case, **limit)
+    assert_gradients_close_to_oracle(grads, case, *given)
+    assert "of_tiles" in launched
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (KV_MAJOR, {"group_size": 4, "num_kv_heads": 2}),
+        (KV_MAJOR, {"group_size": 5, "value_dim": 128, "block_size": 128, "distribution": "same"}),
+        (MIXED, {"group_size": 2, "num_kv_heads": 2, "index_heads": 1, "block_size": 32}),
+        (MIXED, {"group_size": 16, "num_slots": 9, "causal": False, "distribution": "ragged"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("workspace_limit_bytes", [DEFAULT_WORKSPACE_BYTES, 1 << 17])
+def test_pairs(
+    make_case: Callable,
+    assert_close_to_oracle: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    launched: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    options: dict,
+    workspace_limit_bytes: int,
+) -> None:
+    """Several programs, which wait for one another between chunks."""
+    for module in (forward, pair_query_gradients):
+        monkeypatch.setattr(module, "multiprocessors", lambda _device: 3)
+    case = make_case(**SIZES | options)
+    limit = {"workspace_limit_bytes": workspace_limit_bytes}
+    answer = forward.selected_attention_forward(case.problem, *case.tensors, path=path, **limit)
+    assert_close_to_oracle(*answer, case)
+    assert "attend_pairs" in launched
+    grads, given = gradients(case, path=MIXED, **limit)
+    assert_gradients_close_to_oracle(grads, case, *given)
+    assert ("of_pairs" in launched) == (case.problem.block_size <= 64)
 
 
 def test_rows_that_queries_share(
@@ -70,7 +137,7 @@ def test_rows_that_queries_share(
 @pytest.mark.parametrize(
     ("path", "options", "kernels"),
     [
-        (MIXED, {"group_size": 1}, ("gradients",)),
+        (MIXED, {"group_size": 2}, ("gradients",)),
         (MIXED, {"group_size": 4, "head_dim": 128}, ("gradients", "of_tiles")),
         (QUERY_TILE, {"group_size": 12, "causal": False}, ("gradients", "of_tiles")),
         (MIXED, {"group_size": 4, "block_size": 128, "value_dim": 128}, ("gradients", "of_tiles")),
@@ -117,32 +184,69 @@ def test_windows(
 
 
 @pytest.fixture
-def replace_fence(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], None]]:
-    def replace_by(fence: Callable[[], None]) -> None:
-        monkeypatch.setitem(gluon_interpreter._REPLACED, "fence_async_shared", fence)
+def replace_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable], None]]:
+    """Puts something else in the place of what kernels call by a name."""
+
+    def put(name: str, other: Callable) -> None:
+        monkeypatch.setitem(gluon_interpreter._REPLACED, name, other)
         gluon_interpreter._in_python.cache_clear()
 
-    yield replace_by
+    yield put
     gluon_interpreter._in_python.cache_clear()
 
 
-def test_a_fence_that_is_left_out_is_seen(make_case: Callable, replace_fence: Callable) -> None:
-    replace_fence(lambda: None)
+def test_a_fence_that_is_left_out_is_seen(make_case: Callable, replace_by: Callable) -> None:
+    replace_by("fence_async_shared", lambda: None)
     with pytest.raises(MissingFence, match=r"an operand \[64, 64\] is read"):
         gradients(make_case(**SIZES, group_size=4), path=QUERY_TILE)
 
 
 def test_a_wait_that_is_left_out_is_seen(
-    make_case: Callable, replace_fence: Callable, monkeypatch: pytest.MonkeyPatch
+    make_case: Callable, replace_by: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies and products are as late as they may be, so that no luck hides it."""
     case = make_case(**SIZES, group_size=4)
-    right, _ = gradients(case, path=QUERY_TILE)
+    answer, given = forward.selected_attention_forward(case.problem, *case.tensors), case.output_gradients()
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return selected_attention_backward(case.problem, *case.tensors, *answer, *given, path=QUERY_TILE)
+
+    right = backward()
     monkeypatch.setattr(gluon_interpreter._Barrier, "wait", lambda _barrier, _parity: None)
     # What is written behind the fence would be seen by that alone.
-    replace_fence(lambda: setattr(gluon_interpreter._partition, "fenced", 1 << 60))
-    wrong, _ = gradients(case, path=QUERY_TILE)
+    replace_by("fence_async_shared", lambda: setattr(gluon_interpreter._partition, "fenced", 1 << 60))
+    wrong = backward()
     assert not any(torch.allclose(x, y, rtol=0.1) for x, y in zip(right, wrong, strict=True))
+
+
+@pytest.fixture
+def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Programs that should run at once do not."""
+    constants = hopper_partials.constants
+    monkeypatch.setattr(forward, "multiprocessors", lambda _device: 3)
+    monkeypatch.setattr(
+        hopper_partials, "constants", lambda tile: constants(tile) | {"launch_cooperative_grid": False}
+    )
+    forward._attending_on_hopper.cache_clear()
+    yield
+    forward._attending_on_hopper.cache_clear()
+
+
+@pytest.mark.usefixtures("one_after_the_other")
+def test_programs_that_do_not_meet_are_seen(make_case: Callable, replace_by: Callable) -> None:
+    case = make_case(**SIZES, group_size=4)
+    replace_by("meet", lambda *_: None)
+    wrong, _ = forward.selected_attention_forward(case.problem, *case.tensors)
+    right, _ = selected_attention_reference(case.problem, *case.tensors)
+    assert not torch.allclose(right.half(), wrong, rtol=0.1)
+
+
+@pytest.mark.usefixtures("one_after_the_other")
+def test_programs_that_meet_run_at_once(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_interpreter, "TIMEOUT_S", 0.1)
+    case = make_case(**SIZES, group_size=4)
+    with pytest.raises(Deadlock, match=r"for other programs|phase 0 lacks"):
+        forward.selected_attention_forward(case.problem, *case.tensors)
 
 
 @gluon.jit

@@ -11,7 +11,6 @@ import torch
 
 from fsa_core.backward_plan import plan_backward
 from fsa_core.kernels import backward, hopper
-from fsa_core.kernels.replay import Replayed
 from fsa_core.plan import MIXED, QUERY_TILE
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case, sharing_rows
 from tests.fsa_core.kernels.conftest import gradients
@@ -26,28 +25,13 @@ def _on_hopper(device: torch.device) -> None:
 
 
 @pytest.fixture
-def by_twins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From then on the twins take the tiles, which are as large as before."""
-    from fsa_core.kernels.hopper_tiles import ROWS
-
-    def switch() -> None:
-        monkeypatch.setattr(backward, "query_tile_rows", lambda _problem, _device: ROWS)
-        monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
-        # Which kernels a known call went to is remembered.
-        monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
-        monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
-
-    return switch
-
-
-@pytest.fixture
 def check(by_twins: Callable[[], None], assert_gradients_close_to_oracle: Callable) -> Callable[..., None]:
     def run_and_check(case: Case, path: str = QUERY_TILE, **limit: int) -> None:
-        from fsa_core.kernels import hopper_tile_query_gradients
+        from fsa_core.kernels import hopper_query_tiles
 
         rows = backward.query_tile_rows(case.problem, case.q.device)
         queries = plan_backward(case.problem, *limit.values(), path=path, query_rows=rows).queries
-        assert hopper_tile_query_gradients.takes(case.problem, queries.query_tile)
+        assert hopper_query_tiles.takes(case.problem, queries.query_tile)
         grads, given = gradients(case, path=path, **limit)
         assert_gradients_close_to_oracle(grads, case, *given)
         by_twins()

@@ -11,10 +11,16 @@ import pytest
 import torch
 
 from fsa_core.kernels import compressed, forward, hopper
-from fsa_core.kernels.replay import Replayed
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import compressed_attention
-from fsa_core.plan import MIXED, QUERY_TILE, SharedTuning, default_tuning, plan_forward
+from fsa_core.plan import (
+    DEFAULT_WORKSPACE_BYTES,
+    MIXED,
+    QUERY_TILE,
+    SharedTuning,
+    default_tuning,
+    plan_forward,
+)
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case, sharing_rows
 from tests.fsa_core.nsa.conftest import Call
 from tests.fsa_core.nsa.conftest import _make_call as make_call
@@ -30,16 +36,6 @@ def _on_hopper(device: torch.device) -> None:
         pytest.skip("Gluon's kernels for Hopper run on nothing else")
 
 
-@pytest.fixture
-def by_twins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def switch() -> None:
-        monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
-        # Which kernels a known call went to is remembered.
-        monkeypatch.setattr(forward, "_replayed", Replayed(forward._forward))
-
-    return switch
-
-
 def assert_same_bits(got: Answer, expected: Answer) -> None:
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x.nan_to_num(), y.nan_to_num())
@@ -47,10 +43,10 @@ def assert_same_bits(got: Answer, expected: Answer) -> None:
 
 @pytest.fixture
 def check(by_twins: Callable[[], None], assert_close_to_oracle: Callable) -> Callable[..., None]:
-    def run_and_check(case: Case, path: str = QUERY_TILE, **limit: int) -> None:
+    def run_and_check(case: Case, path: str = QUERY_TILE, tiles: SharedTuning = TILES, **limit: int) -> None:
         from fsa_core.kernels import hopper_query_tiles
 
-        options = {"path": path, "tuning": replace(default_tuning(case.problem), shared=TILES)} | limit
+        options = {"path": path, "tuning": replace(default_tuning(case.problem), shared=tiles)} | limit
         plan = plan_forward(case.problem, *limit.values(), path=path, tuning=options["tuning"])
         assert hopper_query_tiles.takes(case.problem, plan.query_tile)
         answer = forward.selected_attention_forward(case.problem, *case.tensors, **options)
@@ -106,6 +102,18 @@ def test_queries_before_the_first_key_see_nothing(make_case: Callable, check: Ca
 
 def test_large_logits_stay_finite_and_right(make_case: Callable, check: Callable) -> None:
     check(make_case(**SIZES | {"dtype": torch.float16}, group_size=4, q_scale=16.0))
+
+
+@pytest.mark.parametrize("limit_bytes", [DEFAULT_WORKSPACE_BYTES, 1 << 17])
+@pytest.mark.parametrize("path", [QUERY_TILE, MIXED])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_two_tiles_at_a_time(
+    make_case: Callable, check: Callable, group_size: int, distribution: str, path: str, limit_bytes: int
+) -> None:
+    lens = {"q_lens": (1500, 0, 70, 130), "k_lens": (2000, 9, 70, 150)}
+    case = make_case(**SIZES | lens, group_size=group_size, distribution=distribution, num_slots=9)
+    check(case, path, replace(TILES, rows=64, num_warps=4), workspace_limit_bytes=limit_bytes)
 
 
 def test_rows_that_queries_share(make_case: Callable, check: Callable) -> None:

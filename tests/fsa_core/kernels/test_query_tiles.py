@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.kernels.query_tiles import agree, new_agreement
 from fsa_core.plan import FEW_LEFT, MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
@@ -79,6 +79,7 @@ def test_float32(check: Callable) -> None:
     check(q_lens=(33,), dtype=torch.float32, head_dim=32)
 
 
+@pytest.mark.usefixtures("language")
 def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(make_case: Callable) -> None:
     case = make_case(
         q_lens=(64, 37), num_kv_heads=1, group_size=8, num_slots=4, dtype=torch.float16, head_dim=32

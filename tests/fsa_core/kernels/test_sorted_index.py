@@ -13,6 +13,7 @@ from fsa_core.plan import SLOT_BITS, num_segments
 from tests.fsa_core.conftest import Case
 
 PAIRS_PER_ITEM = 5
+pytestmark = pytest.mark.usefixtures("language")
 
 
 def indexed(
@@ -94,10 +95,11 @@ def test_strips_of_several_tiles(make_case: Callable, monkeypatch: pytest.Monkey
 
 
 def test_more_strips_than_are_added_up_at_once(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 16)
+    monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 32)
     monkeypatch.setattr(sorted_index, "STRIPS_IN_TILE", 4)
-    case = make_case(q_lens=(40,), num_slots=4, distribution="same", index_heads=2)
-    check(case, first_token=0, num_tokens=40, chunk_tokens=40)
+    case = make_case(q_lens=(80,), num_slots=4, distribution="same", index_heads=2)
+    assert indexed(case, first_token=0, num_tokens=80, chunk_tokens=80).counts.shape[1] > 4
+    check(case, first_token=0, num_tokens=80, chunk_tokens=80)
 
 
 def test_segments_whose_keys_take_64_bits(make_case: Callable, device: torch.device) -> None:

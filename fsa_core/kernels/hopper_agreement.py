@@ -1,0 +1,129 @@
+"""What a query tile's tokens share, by a warp a tile: ``agreement._agree`` in Gluon, for its layouts."""
+
+from functools import partial
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fsa_core.kernels.hopper_sort import sort, to_neighbours
+from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens
+from fsa_core.plan import QueryTile, power_of_two
+from fsa_core.problem import Problem
+
+# What selects nothing comes last.
+NOTHING = gl.constexpr(2147483647)
+
+
+@gluon.jit
+def _join(block_a, mask_a, count_a, block_b, mask_b, count_b):
+    """Runs of one block, from the left: the union of their masks and how many they are."""
+    same = block_a == block_b
+    return block_b, gl.where(same, mask_a | mask_b, mask_b), gl.where(same, count_a + count_b, count_b)
+
+
+@gluon.jit
+def _spread(block_a, count_a, block_b, count_b):
+    """Runs of one block, from the right: the count at their end."""
+    return block_b, gl.where(block_a == block_b, gl.maximum(count_a, count_b), count_b)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@partial(kernel, jit=gluon.jit)
+def agree(
+    indices_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    blocks_ptr,
+    masks_ptr,
+    counts_ptr,
+    leftover_ptr,
+    first_token,
+    num_tokens,
+    head_stride,
+    leftover_stride,
+    num_slots,
+    num_sequences,
+    search_steps,
+    first_tile,
+    num_tiles,
+    first_index_head,
+    BLOCK_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    LOG_TOKENS: gl.constexpr,
+    LOG_SLOTS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MIN_TOKENS: gl.constexpr,
+    FEW_LEFT: gl.constexpr,
+    MAX_SHARED: gl.constexpr,
+    WITH_LEFTOVER: gl.constexpr,
+):
+    """Arguments as of ``_agree``."""
+    tile = first_tile + gl.program_id(0)
+    head = gl.program_id(1).to(gl.int64)
+    sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
+    tile_place = head * num_tiles + gl.program_id(0)
+    if first >= q_end:
+        gl.store(counts_ptr + tile_place * 2, 0)
+        gl.store(counts_ptr + tile_place * 2 + 1, 0)
+        return
+    num_blocks, num_seen = tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
+    LOG_SIZE: gl.constexpr = LOG_TOKENS + LOG_SLOTS
+    SIZE: gl.constexpr = 1 << LOG_SIZE
+    # Loads and stores of the tile's rows are of neighbours by neighbouring threads; all else is not.
+    rows_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    layout: gl.constexpr = gl.BlockedLayout([SIZE // 32], [32], [1], [0])
+    place = gl.arange(0, SIZE, rows_layout)
+    token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
+    inside = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
+    # All that the tile has lies at small offsets from its first.
+    first_id = first.to(gl.int64) * num_slots
+    id_place = token * num_slots + slot
+    indices_ptr += (first_index_head + head) * head_stride + first_id
+    ids = gl.load(indices_ptr + id_place, mask=inside, other=-1)
+    # Ids that name no block of the sequence select nothing.
+    valid = inside & (ids >= 0) & (ids < num_blocks)
+    keys = gl.where(valid, (ids << LOG_SIZE) | place, NOTHING)
+    key = sort(to_neighbours(keys, LOG_SIZE), LOG_SIZE)
+    exists = key != NOTHING
+    block, place_of = key >> LOG_SIZE, key & (SIZE - 1)
+    token_of, slot_of = place_of >> LOG_SLOTS, place_of & ((1 << LOG_SLOTS) - 1)
+    # What is scanned takes registers.
+    mask_dtype: gl.constexpr = gl.uint32 if TOKENS <= 32 else gl.uint64
+    bit = gl.where(exists, gl.full([SIZE], 1, mask_dtype, layout) << token_of.to(mask_dtype), 0)
+    _block, mask, count = gl.associative_scan((block, bit, exists.to(gl.int32)), 0, _join)
+    _block, total = gl.associative_scan((block, count), 0, _spread, reverse=True)
+    is_shared = exists & (total >= MIN_TOKENS)
+    # A few partials cost more than a few blocks that hardly any of the tokens chose.
+    num_left = gl.sum((exists & (total < MIN_TOKENS)).to(gl.int32), 0)
+    all_shared = num_left * FEW_LEFT < gl.sum(exists.to(gl.int32), 0)
+    is_shared = is_shared | (exists & all_shared)
+    is_last = is_shared & (count == total)
+    list_place = gl.associative_scan(is_last.to(gl.int32), 0, _add) - 1
+    gl.store(blocks_ptr + (tile_place * MAX_SHARED + list_place), block, mask=is_last)
+    gl.store(masks_ptr + (tile_place * MAX_SHARED + list_place), mask.to(gl.int64), mask=is_last)
+    is_whole = is_last & ((block + 1) * BLOCK_SIZE <= num_seen)
+    gl.store(counts_ptr + tile_place * 2, gl.sum(is_whole.to(gl.int32), 0))
+    gl.store(counts_ptr + tile_place * 2 + 1, gl.sum(is_last.to(gl.int32), 0))
+    if WITH_LEFTOVER:
+        # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
+        first -= first_token
+        leftover_ptr += head * leftover_stride + first.to(gl.int64) * num_slots
+        here = inside & (first + token >= 0) & (first + token < num_tokens)
+        nothing = gl.full([SIZE], -1, gl.int32, rows_layout)
+        if all_shared:
+            gl.store(leftover_ptr + id_place, nothing, mask=here)
+        else:
+            gl.store(leftover_ptr + id_place, nothing, mask=here & ~valid)
+            mine = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
+            left = gl.where(is_shared, -1, block)
+            gl.store(leftover_ptr + (token_of * num_slots + slot_of), left, mask=mine)
+
+
+def takes(problem: Problem, tile: QueryTile) -> bool:
+    """Whether a tile has a number for each thread of a warp."""
+    return power_of_two(tile.tokens) * power_of_two(problem.num_slots) >= 32

@@ -1,0 +1,251 @@
+"""What kernels that walk work items of pairs have in common on Hopper, in Gluon.
+
+A program is three groups of four warps and takes every so many-th work item of each head. One group copies:
+the item's keys and values, then the rows that chose it, a tile of 64 at a time, as many tiles ahead as shared
+memory has room for, also those of the next item. Two multiply, every second tile each. What a row gives is
+written where its pair has its place, so that neither the order of items nor that of tiles matters.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, multiplies
+from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
+from fsa_core.kernels.primitives import find_segment_sequence
+from fsa_core.plan import TileShape
+from fsa_core.problem import Problem
+
+# A warp copies or writes four half rows at once, 16 bytes a thread.
+ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def load_item(index, sequences, item, num_items, BLOCK_SIZE: gl.constexpr):
+    """What lies in memory of an item, as it lies there: nothing is computed of it before it is needed.
+
+    Of an item that is not: of the last.
+    """
+    offsets_ptr, item_offsets_ptr, item_segment_ptr = index
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps = sequences
+    segment = gl.load(item_segment_ptr + gl.minimum(item, num_items - 1))
+    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
+    k_start, k_end = gl.load(cu_seqlens_k_ptr + sequence), gl.load(cu_seqlens_k_ptr + sequence + 1)
+    q_end = gl.load(cu_seqlens_q_ptr + sequence + 1)
+    segment_start, segment_end = gl.load(offsets_ptr + segment), gl.load(offsets_ptr + segment + 1)
+    first_item = gl.load(item_offsets_ptr + segment)
+    return segment, sequence, k_start, k_end, q_end, segment_start, segment_end, first_item
+
+
+@gluon.jit
+def item_of(loaded, item, BLOCK_SIZE: gl.constexpr, PAIRS_PER_ITEM: gl.constexpr):
+    """Its first pair and how many it has; its first key in its sequence, the first packed key of that, how
+    many it has, and what turns a packed query token into a position.
+    """
+    segment, sequence, k_start, k_end, q_end, segment_start, segment_end, first_item = loaded
+    block_start = (segment - (k_start // BLOCK_SIZE + sequence)) * BLOCK_SIZE
+    k_length = k_end - k_start
+    first_pair = (item - first_item) * PAIRS_PER_ITEM
+    num_pairs = gl.minimum(segment_end - segment_start - first_pair, PAIRS_PER_ITEM)
+    return segment_start + first_pair, num_pairs, block_start, k_start, k_length, k_length - q_end
+
+
+@gluon.jit
+def head_index(index, chunk, head, INDEX_PER_HEAD: gl.constexpr):
+    """Of a head of the chunk: its lists, its pairs and how many items it has."""
+    pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr = index
+    first_index_head, num_chunks, number, num_segments, group_pairs, chunk_pairs, max_items = chunk
+    index_head = first_index_head + head if INDEX_PER_HEAD else 0
+    row = index_head * num_chunks + number
+    offsets_ptr += row * (num_segments + 1)
+    item_offsets_ptr += row * (num_segments + 1)
+    item_segment_ptr += row.to(gl.int64) * max_items
+    pairs_ptr += index_head * group_pairs.to(gl.int64) + number * chunk_pairs
+    lists = (offsets_ptr, item_offsets_ptr, item_segment_ptr)
+    return lists, pairs_ptr, gl.load(item_offsets_ptr + num_segments)
+
+
+@gluon.jit
+def most_items(index, chunk, num_heads, INDEX_PER_HEAD: gl.constexpr):
+    """Of any head. Where query tiles left nothing, most chunks have none."""
+    most = 0
+    for head in range(num_heads):
+        _lists, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        most = gl.maximum(most, num_items)
+    return most
+
+
+@gluon.jit
+def new_items(
+    dtype: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Room for two items' keys and values and for tiles of rows of q with their pairs; what says that they
+    are there, and that they are read.
+    """
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_blocks = gl.allocate_shared_memory(dtype, [2, BLOCK_SIZE, HEAD_DIM], k_layout)
+    v_blocks = gl.allocate_shared_memory(dtype, [2, BLOCK_SIZE, VALUE_DIM], v_layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
+    pair_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, SIDE], flat)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2):
+        mbarrier.init(keys_ready.index(place), count=32 * COPYING_WARPS)
+        mbarrier.init(keys_free.index(place), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS)
+        # A tile is one group's.
+        mbarrier.init(free.index(stage), count=1)
+    return (k_blocks, v_blocks, keys_ready, keys_free), (q_tiles, pair_tiles, ready, free)
+
+
+@gluon.jit
+def copy_items(
+    pointers,
+    index,
+    sequences,
+    chunk,
+    heads,
+    blocks,
+    tiles,
+    beside,
+    num_delta_heads,
+    n,
+    block,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    PAIRS_PER_ITEM: gl.constexpr,
+    WITH_GRADIENTS: gl.constexpr,
+):
+    """Copies keys and values of each item, and its tiles in turn: rows of q, and the pair of each row.
+
+    WITH_GRADIENTS also rows of grad_out, and of each row lse and delta, to ``beside``. Pointers to rows are
+    to those of the chunk's first token and head. ``n`` tiles and ``block`` items were before; returns how
+    many are.
+    """
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
+    first_head, num_heads = heads
+    k_blocks, v_blocks, keys_ready, keys_free = blocks
+    q_tiles, pair_tiles, ready, free = tiles
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
+    rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
+    block_keys = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, ROWS_LAYOUT))
+    flat_rows = gl.arange(0, SIDE, flat)
+    for head in range(num_heads):
+        lists, pairs_ptr, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        kv_head = (first_head + head) // TILE_HEADS_PER_KV_HEAD
+        head_row = head * HEADS_PER_PAIR
+        if gl.program_id(0) < num_items:
+            loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
+            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+                first_pair, num_pairs, block_start, k_start, k_length, _shift = item_of(
+                    loaded, item, BLOCK_SIZE, PAIRS_PER_ITEM
+                )
+                item_pairs_ptr = pairs_ptr + first_pair
+                pair, flat_pair = rows // HEADS_PER_PAIR, flat_rows // HEADS_PER_PAIR
+                mask, flat_mask = (
+                    (pair < PAIRS) & (pair < num_pairs),
+                    (flat_pair < PAIRS) & (flat_pair < num_pairs),
+                )
+                pairs = gl.load(item_pairs_ptr + pair, mask=mask, other=0)
+                flat_pairs = gl.load(item_pairs_ptr + flat_pair, mask=flat_mask, other=0)
+                loaded = load_item(lists, sequences, item + gl.num_programs(0), num_items, BLOCK_SIZE)
+                key_row = (k_start + block_start).to(gl.int64) * NUM_KV_HEADS + kv_head
+                keys, place = block_keys < k_length - block_start, block % 2
+                mbarrier.wait(keys_free.index(place), ((block // 2) & 1) ^ 1)
+                k_rows = block_keys * (NUM_KV_HEADS * HEAD_DIM)
+                v_rows = block_keys * (NUM_KV_HEADS * VALUE_DIM)
+                block_k_ptr, block_v_ptr = k_ptr + key_row * HEAD_DIM, v_ptr + key_row * VALUE_DIM
+                copy_rows(block_k_ptr, k_blocks.index(place), k_rows, keys, HEAD_DIM, ROWS_LAYOUT)
+                copy_rows(block_v_ptr, v_blocks.index(place), v_rows, keys, VALUE_DIM, ROWS_LAYOUT)
+                async_copy.mbarrier_arrive(keys_ready.index(place), increment_count=False)
+                block += 1
+                for tile in range((num_pairs + PAIRS - 1) // PAIRS):
+                    stage = n % STAGES
+                    row_mask, flat_row_mask = mask, flat_mask
+                    q_rows = (pairs >> SLOT_BITS) * NUM_Q_HEADS + (head_row + rows % HEADS_PER_PAIR)
+                    flat_tokens = flat_pairs >> SLOT_BITS
+                    pair_ptrs = item_pairs_ptr + (tile * PAIRS + flat_pair)
+                    # The next tile's pairs are on their way while this one's rows are.
+                    start = (tile + 1) * PAIRS
+                    mask = (pair < PAIRS) & (start + pair < num_pairs)
+                    pairs = gl.load(item_pairs_ptr + (start + pair), mask=mask, other=0)
+                    flat_mask = (flat_pair < PAIRS) & (start + flat_pair < num_pairs)
+                    if WITH_GRADIENTS:
+                        flat_pairs = gl.load(item_pairs_ptr + (start + flat_pair), mask=flat_mask, other=0)
+                    mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
+                    copy_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, row_mask, HEAD_DIM, ROWS_LAYOUT)
+                    async_copy.async_copy_global_to_shared(pair_tiles.index(stage), pair_ptrs, flat_row_mask)
+                    if WITH_GRADIENTS:
+                        out_tiles, lse_tiles, delta_tiles = beside
+                        out_tile, out_rows = out_tiles.index(stage), q_rows * VALUE_DIM
+                        copy_rows(grad_out_ptr, out_tile, out_rows, row_mask, VALUE_DIM, ROWS_LAYOUT)
+                        head_in_chunk = head_row + flat_rows % HEADS_PER_PAIR
+                        lse_ptrs = lse_ptr + (flat_tokens * NUM_Q_HEADS + head_in_chunk)
+                        delta_ptrs = delta_ptr + (flat_tokens * num_delta_heads + head_in_chunk)
+                        async_copy.async_copy_global_to_shared(
+                            lse_tiles.index(stage), lse_ptrs, flat_row_mask
+                        )
+                        async_copy.async_copy_global_to_shared(
+                            delta_tiles.index(stage), delta_ptrs, flat_row_mask
+                        )
+                    async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+                    n += 1
+    return n, block
+
+
+@gluon.jit
+def hides(block_start, first_position, k_length, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+    """Whether some row may not see some key of a block; the chunk's first token sees least."""
+    last_key = block_start + (BLOCK_SIZE - 1)
+    return last_key > first_position if CAUSAL else last_key >= k_length
+
+
+@gluon.jit
+def visible(pairs, block_start, first_position, k_length, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which of a block's keys the rows of ``pairs`` see. Keys past the end come after every token."""
+    keys = block_start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, pairs.type.layout.parent))
+    last_key = (pairs >> SLOT_BITS) + first_position if CAUSAL else pairs * 0 + (k_length - 1)
+    return keys[None, :] <= last_key[:, None]
+
+
+@gluon.jit
+def places_of(pairs, rows, head_place, num_slots, HEADS_PER_PAIR: gl.constexpr):
+    """Where the numbers of rows lie that have one a row: [heads, tokens, slots, HEADS_PER_PAIR]."""
+    place = (head_place + (pairs >> SLOT_BITS)) * num_slots + (pairs & SLOT_MASK)
+    return place * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
+
+
+@gluon.jit
+def store_places(x_ptr, x, tile, places, num_pairs, HEADS_PER_PAIR: gl.constexpr):
+    """Writes x [SIDE, dim], of pairs that exist, to rows at ``places``; by way of ``tile``, shared memory."""
+    DIM: gl.constexpr = x.shape[1]
+    tile.store(x.to(tile.dtype))
+    pair = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT)) // HEADS_PER_PAIR
+    exists = (pair < SIDE // HEADS_PER_PAIR) & (pair < num_pairs)
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, ROWS_LAYOUT))
+    ptrs = x_ptr + ((places * DIM)[:, None] + dims[None, :])
+    gl.store(ptrs, tile.load(ROWS_LAYOUT), mask=exists[:, None])
+
+
+def takes(problem: Problem, tile: TileShape, most_keys: int) -> bool:
+    """Whether heads are as wide as is multiplied, a tile has as many rows, and a product a block's keys."""
+    is_whole = tile.keys == problem.block_size <= most_keys
+    return multiplies(problem) and tile.rows == SIDE.value and is_whole

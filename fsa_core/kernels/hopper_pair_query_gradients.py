@@ -1,0 +1,424 @@
+"""The gradient of q pair by pair, for Hopper: ``_of_pairs`` and ``_sum_shares`` in Gluon.
+
+One launch for all chunks of a group, as in ``hopper_partials``. A row's share depends on nothing but the row,
+and slots are added in their order: the bits are the twins'.
+"""
+
+from functools import partial
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fsa_core.kernels.block_share import row_shift
+from fsa_core.kernels.hopper_chunks import (
+    MERGED_ROWS,
+    any_items,
+    chunk_of,
+    chunks_of,
+    meet,
+    merged_tiles,
+    new_meeting,
+    used_slots,
+)
+from fsa_core.kernels.hopper_items import (
+    ROWS_LAYOUT,
+    copy_items,
+    head_index,
+    hides,
+    item_of,
+    load_item,
+    most_items,
+    new_items,
+    places_of,
+    store_places,
+    visible,
+)
+from fsa_core.kernels.hopper_row_shares import LOG2_E
+from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE
+from fsa_core.kernels.launch import kernel
+from fsa_core.plan import TileShape
+
+STAGES = 3
+# Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
+REGISTERS, COPYING_REGISTERS = 208, 88
+
+
+@gluon.jit
+def _share_items(
+    shares_ptr,
+    index,
+    sequences,
+    chunk,
+    tokens,
+    num_heads,
+    blocks,
+    tiles,
+    beside,
+    share_tiles,
+    scale,
+    n,
+    block,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PAIRS_PER_ITEM: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Every second tile of a chunk's items: its rows' shares of grad_q.
+
+    ``n`` tiles and ``block`` items were before them; returns how many are.
+    """
+    first_token, num_tokens, num_slots = tokens
+    k_blocks, v_blocks, keys_ready, keys_free = blocks
+    q_tiles, pair_tiles, ready, free = tiles
+    out_tiles, lse_tiles, delta_tiles = beside
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    dtype: gl.constexpr = q_tiles.dtype
+    share_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, share_layout, 2)
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    zeros = gl.zeros([SIDE, BLOCK_SIZE], gl.float32, scores_layout)
+    no_share = gl.zeros([SIDE, HEAD_DIM], gl.float32, share_layout)
+    share_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
+    for head in range(num_heads):
+        lists, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        head_place = head * num_tokens
+        if gl.program_id(0) < num_items:
+            loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
+            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+                _first, num_pairs, block_start, _start, k_length, q_shift = item_of(
+                    loaded, item, BLOCK_SIZE, PAIRS_PER_ITEM
+                )
+                loaded = load_item(lists, sequences, item + gl.num_programs(0), num_items, BLOCK_SIZE)
+                num_tiles = (num_pairs + PAIRS - 1) // PAIRS
+                first_position = first_token + q_shift
+                is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
+                mbarrier.wait(keys_ready.index(block % 2), (block // 2) & 1)
+                k, v = k_blocks.index(block % 2), v_blocks.index(block % 2)
+                for tile in range((n + GROUP) % 2, num_tiles, 2):
+                    stage = (n + tile) % STAGES
+                    mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
+                    fence_async_shared()
+                    scores = warpgroup_mma(
+                        q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True
+                    )
+                    grad_weights = warpgroup_mma(
+                        out_tiles.index(stage), v.permute([1, 0]), zeros, use_acc=False, is_async=True
+                    )
+                    share_pairs = pair_tiles.index(stage).load(share_rows.type.layout)
+                    shift = row_shift(lse_tiles.index(stage).load(row_layout))
+                    delta = delta_tiles.index(stage).load(row_layout)
+                    scores = warpgroup_mma_wait(1, deps=[scores])
+                    weights = gl.exp2(scores * (scale * LOG2_E) - shift[:, None])
+                    if is_cut:
+                        pairs = pair_tiles.index(stage).load(row_layout)
+                        seen = visible(pairs, block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
+                        weights = gl.where(seen, weights, 0.0)
+                    grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
+                    mbarrier.arrive(free.index(stage), count=1)
+                    grad_scores = weights * (grad_weights - delta[:, None])
+                    left = gl.convert_layout(grad_scores.to(dtype), left_layout)
+                    share = warpgroup_mma(left, k, no_share, use_acc=False, is_async=True)
+                    places = places_of(share_pairs, share_rows, head_place, num_slots, HEADS_PER_PAIR)
+                    # Scaled here: a share that was not might overflow float16.
+                    share = warpgroup_mma_wait(0, deps=[share]) * scale
+                    num_left = num_pairs - tile * PAIRS
+                    store_places(
+                        shares_ptr, share, share_tiles.index(GROUP), places, num_left, HEADS_PER_PAIR
+                    )
+                mbarrier.arrive(keys_free.index(block % 2), count=1)
+                n += num_tiles
+                block += 1
+    return n, block
+
+
+@gluon.jit
+def _sum_rows(
+    shares_ptr,
+    grad_q_ptr,
+    used_ptr,
+    chunk,
+    tokens,
+    heads,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Every so many-th tile of a chunk's rows: what ``share_sums._sum_shares`` makes of it.
+
+    ``grad_q_ptr`` is to the chunk's first token and head.
+    """
+    first_index_head, _chunks, number, _segments, group_pairs, chunk_pairs, _items = chunk
+    _first, num_tokens, num_slots = tokens
+    _head, num_heads = heads
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    slot_stride: gl.constexpr = HEADS_PER_PAIR * HEAD_DIM
+    tiles_of_head, num_tiles = merged_tiles(num_tokens, num_heads, HEADS_PER_PAIR)
+    for tile in range(gl.program_id(0) * 2 + GROUP, num_tiles, gl.num_programs(0) * 2):
+        head = tile // tiles_of_head
+        rows = tile % tiles_of_head * MERGED_ROWS + gl.arange(0, MERGED_ROWS, row_layout)
+        token = rows // HEADS_PER_PAIR
+        exists = token < num_tokens
+        head_in_pair = rows % HEADS_PER_PAIR
+        index_head = first_index_head + head if INDEX_PER_HEAD else 0
+        chunk_used_ptr = used_ptr + (index_head * group_pairs.to(gl.int64) + number * chunk_pairs)
+        first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + head_in_pair
+        share_ptrs = shares_ptr + ((first_place * HEAD_DIM)[:, None] + dims[None, :])
+        place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + head_in_pair)
+        grad_q_ptrs = grad_q_ptr + ((place * HEAD_DIM)[:, None] + dims[None, :])
+        used = used_slots(chunk_used_ptr, token, exists, 0, num_slots, row_layout)
+        acc = gl.zeros([MERGED_ROWS, HEAD_DIM], gl.float32, layout)
+        if WITH_SHARED:
+            any_used = used
+            for first_slot in range(32, num_slots, 32):
+                any_used |= used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
+            exists &= any_used != 0
+            acc = gl.load(grad_q_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
+        for first_slot in range(0, num_slots, 32):
+            if first_slot > 0:
+                used = used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
+            # Four slots at a time: what limits this is how many loads are under way.
+            for step in range(0, gl.minimum(num_slots - first_slot, 32), 4):
+                bits = used >> step
+                ptrs = share_ptrs + (first_slot + step) * slot_stride
+                a = _load_share(ptrs, (bits & 1) != 0)
+                b = _load_share(ptrs + slot_stride, (bits & 2) != 0)
+                c = _load_share(ptrs + 2 * slot_stride, (bits & 4) != 0)
+                d = _load_share(ptrs + 3 * slot_stride, (bits & 8) != 0)
+                acc += a.to(gl.float32)
+                acc += b.to(gl.float32)
+                acc += c.to(gl.float32)
+                acc += d.to(gl.float32)
+        gl.store(grad_q_ptrs, acc.to(grad_q_ptr.dtype.element_ty), mask=exists[:, None])
+
+
+@gluon.jit
+def _load_share(ptrs, used):
+    # What lay here before the programs met must not be found again.
+    return gl.load(ptrs, mask=used[:, None], other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _share_chunks(
+    shares_ptr,
+    grad_q_ptr,
+    used_ptr,
+    counter_ptr,
+    index,
+    sequences,
+    schedule,
+    meeting,
+    blocks,
+    tiles,
+    beside,
+    share_tiles,
+    scale,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PAIRS_PER_ITEM: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """A chunk after the other: every second tile of its items, and when all programs have done theirs, every
+    second tile of rows whose shares are added.
+    """
+    # Tiles, items and meetings before.
+    n = 0
+    block = 0
+    met = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, heads = chunk_of(schedule, c)
+        first_token, _num_tokens, _slots = tokens
+        first_head, num_heads = heads
+        has_items = most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0
+        if has_items or not WITH_SHARED:
+            n, block = _share_items(
+                shares_ptr, index, sequences, chunk, tokens, num_heads, blocks, tiles, beside, share_tiles,
+                scale, n, block, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM,
+                GROUP,
+            )  # fmt: skip
+            meet(meeting, counter_ptr, met, GROUP)
+            row = first_token.to(gl.int64) * NUM_Q_HEADS + first_head * HEADS_PER_PAIR
+            _sum_rows(
+                shares_ptr, grad_q_ptr + row * HEAD_DIM, used_ptr, chunk, tokens, heads, NUM_Q_HEADS,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, WITH_SHARED, GROUP,
+            )  # fmt: skip
+            meet(meeting, counter_ptr, met + 1, GROUP)
+            met += 2
+
+
+@gluon.jit
+def _copy_chunks(
+    pointers,
+    index,
+    sequences,
+    schedule,
+    heads,
+    blocks,
+    tiles,
+    beside,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    PAIRS_PER_ITEM: gl.constexpr,
+):
+    """What the items of every chunk need, also while shares of those before are being added."""
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
+    first_head, num_delta_heads = heads
+    n = 0
+    block = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, of_chunk = chunk_of(schedule, c)
+        first_token, _num_tokens, _slots = tokens
+        chunk_head, num_heads = of_chunk
+        first = chunk_head * HEADS_PER_PAIR
+        row = first_token.to(gl.int64) * NUM_Q_HEADS + first
+        delta_row = first_token.to(gl.int64) * num_delta_heads + first
+        rows = (
+            q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
+            delta_ptr + delta_row,
+        )  # fmt: skip
+        n, block = copy_items(
+            rows, index, sequences, chunk, (first_head + chunk_head, num_heads), blocks, tiles, beside,
+            num_delta_heads, n, block, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD,
+            INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM, gl.constexpr(True),
+        )  # fmt: skip
+
+
+@partial(kernel, jit=gluon.jit)
+def of_pairs(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    shares_ptr,
+    counts_ptr,
+    used_ptr,
+    pairs_ptr,
+    offsets_ptr,
+    item_offsets_ptr,
+    item_segment_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    grad_q_ptr,
+    scale,
+    first_token,
+    num_tokens,
+    chunk_tokens,
+    first_head,
+    num_heads,
+    chunk_heads,
+    num_slots,
+    num_sequences,
+    search_steps,
+    num_segments,
+    num_chunks,
+    group_pairs,
+    max_items,
+    first_delta_head,
+    num_delta_heads,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    PAIRS_PER_ITEM: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    COPYING_REGISTERS: gl.constexpr,
+):
+    """All chunks of a group: tokens and heads from the first on. Arguments as of ``_of_pairs`` and
+    ``_sum_shares``.
+
+    All programs have to run at once. The second of ``counts``, which nothing else uses, is 0 or -2^31 before
+    and afterwards.
+    """
+    counter_ptr = counts_ptr + 1
+    index = (pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr)
+    # Before what a program of three groups takes to begin.
+    if WITH_SHARED:  # noqa: SIM102 - the first condition is known when the kernel is compiled
+        if not any_items(item_offsets_ptr, num_chunks * (num_heads if INDEX_PER_HEAD else 1), num_segments):
+            return
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    blocks, tiles = new_items(dtype, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, STAGES)
+    meeting = new_meeting()
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    share_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    out_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], out_layout)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
+    share_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], share_layout)
+    first_row = first_head * HEADS_PER_PAIR
+    pointers = (
+        q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + first_row * VALUE_DIM, lse_ptr + first_row,
+        delta_ptr + (first_row - first_delta_head),
+    )  # fmt: skip
+    sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
+    schedule = (
+        first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_pairs,
+        num_slots, max_items,
+    )  # fmt: skip
+    beside = (out_tiles, lse_tiles, delta_tiles)
+    grad_q_ptr += first_row * HEAD_DIM
+    gl.warp_specialize(
+        [
+            (_share_chunks, (
+                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks,
+                tiles, beside, share_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM,
+                BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(0),
+            )),
+            (_share_chunks, (
+                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks,
+                tiles, beside, share_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM,
+                BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(1),
+            )),
+            (_copy_chunks, (
+                pointers, index, sequences, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
+                NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
+                VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM,
+            )),
+        ],
+        [4, COPYING_WARPS],
+        [REGISTERS, COPYING_REGISTERS],
+    )  # fmt: skip
+
+
+def constants(tile: TileShape) -> dict[str, Any]:
+    """What a launch has besides the constants that it shares with ``_of_pairs``."""
+    return {
+        "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES, "REGISTERS": REGISTERS,
+        "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4, "launch_cooperative_grid": True,
+    }  # fmt: skip

@@ -34,16 +34,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What starts servers, kills workers or measures: one after the other, beside the numerical tests.
 SERIAL_FOLDERS = ("deploy", "examples", "fault", "fuzz", "service")
+# What compiles for minutes begins before what takes seconds, so that no process has it left at the end.
+LONG_FILES = ("test_hopper_grid.py",)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist and --dist loadgroup, keep the tests of these folders in one process."""
+    """With pytest-xdist and --dist loadgroup, keep the tests of these folders in one process, and begin with
+    what takes longest.
+    """
     if not config.pluginmanager.hasplugin("xdist"):
         return
     root = config.rootpath / "tests"
     for item in items:
         if item.path.relative_to(root).parts[0] in SERIAL_FOLDERS:
             item.add_marker(pytest.mark.xdist_group("serial"))
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ class Agreement:
     may see whole before the others, and which of the tile's tokens chose each (bit t: the t-th). counts int32
     [index heads, tiles, 2]: how many of them are seen whole, and how many there are.
     leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
-    joined: for ``tile_pairs.JoinedLists``, where tiles are taken two by two.
+    joined: for what ``tile_pairs.join_lists`` makes of them, where tiles are taken two by two.
     """
 
     blocks: torch.Tensor

@@ -231,7 +231,7 @@ def attend(
 ):
     """Arguments as of ``_attend``, and how many tiles to take under how many heads.
 
-    IS_PAIR: tiles are two of the plan's, and their lists are ``tile_pairs.JoinedLists``.
+    IS_PAIR: tiles are two of the plan's, and their lists are those of ``tile_pairs.join_lists``.
     """
     shared, out_tiles = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
     pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr)

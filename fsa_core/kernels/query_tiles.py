@@ -205,12 +205,7 @@ def attend_shared(
     if attend is not None and agreement.joined is not None:
         from fsa_core.kernels.tile_pairs import join_lists
 
-        pairs = join_lists(agreement, p, tile, group, cu_seqlens_q, cu_seqlens_k)
-        lists, first_tile, num_tiles = (
-            (pairs.blocks, pairs.masks, pairs.counts),
-            pairs.first_pair,
-            pairs.num_asked,
-        )
+        lists, first_tile, num_tiles = join_lists(agreement, p, tile, group, cu_seqlens_q, cu_seqlens_k)
     arguments = (
         q, k, v, out, lse, *lists, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value,
         group.first_token, group.num_tokens, p.num_sequences, steps, first_tile, lists[2].shape[1],

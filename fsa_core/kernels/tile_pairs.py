@@ -5,7 +5,6 @@ at too high a price (``plan.QueryTile.is_half``). Each half of such a program ha
 alone, and passes over what is the other's, so that its bits are those of the tile alone.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,21 +18,6 @@ from fsa_core.plan import Group, QueryTile, search_steps
 from fsa_core.problem import Problem
 
 NO_BLOCK = tl.constexpr(2147483647)
-
-
-@dataclass(frozen=True, slots=True)
-class JoinedLists:
-    """The lists of pairs of tiles, from ``first_pair`` on, ``num_asked`` of them, as kernels take them.
-
-    blocks int32 [index heads, pairs, 2 * max_shared], masks int64 [index heads, pairs, 2, 2 * max_shared]: of
-    each block which tokens of the first tile chose it, and which of the second; counts as of ``Agreement``.
-    """
-
-    blocks: torch.Tensor
-    masks: torch.Tensor
-    counts: torch.Tensor
-    first_pair: int
-    num_asked: int
 
 
 @kernel
@@ -58,7 +42,11 @@ def _join_lists(
     MAX_SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Merges two lists of ascending blocks. Of a tile that the group has none of, the list is empty."""
+    """Merges two lists of ascending blocks. Of a tile that the group has none of, the list is empty.
+
+    blocks int32 [index heads, pairs, 2 * MAX_SHARED], masks int64 [index heads, pairs, 2, 2 * MAX_SHARED]: of
+    each block which tokens of the first tile chose it, and which of the second; counts as of ``Agreement``.
+    """
     pair, head = first_pair + tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = head * pairs_of_head + tl.program_id(0)
     joined_counts_ptr += place * 2
@@ -107,19 +95,22 @@ def join_lists(
     group: Group,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-) -> JoinedLists:
-    """The lists of a group's tiles, two by two; in buffers that ``agreement`` has for them."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], int, int]:
+    """The lists of a group's tiles, two by two, as kernels take them; the first pair, and how many are asked.
+
+    The lists are blocks, masks and counts as of ``_join_lists``, in buffers that ``agreement`` has for them.
+    """
     p, joined = problem, agreement.joined
     assert joined is not None
     first_tile, num_tiles = tiles_of(p, tile.tokens, group)
     first_pair, num_asked = tiles_of(p, 2 * tile.tokens, group)
-    blocks, masks, counts = joined
+    counts = joined[2]
     _joining(p, tile)[num_asked, group.num_index_heads](
-        agreement.blocks, agreement.masks, agreement.counts, blocks, masks, counts, cu_seqlens_q,
-        cu_seqlens_k, p.num_sequences, search_steps(p.num_sequences), first_tile, num_tiles,
-        agreement.counts.shape[1], first_pair, counts.shape[1],
+        agreement.blocks, agreement.masks, agreement.counts, *joined, cu_seqlens_q, cu_seqlens_k,
+        p.num_sequences, search_steps(p.num_sequences), first_tile, num_tiles, agreement.counts.shape[1],
+        first_pair, counts.shape[1],
     )  # fmt: skip
-    return JoinedLists(blocks, masks, counts, first_pair, num_asked)
+    return joined, first_pair, num_asked
 
 
 @lru_cache(maxsize=1024)

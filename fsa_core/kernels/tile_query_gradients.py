@@ -147,11 +147,8 @@ def gradients_of_tiles(
     if of_tiles is not None and agreement.joined is not None:
         from fsa_core.kernels.tile_pairs import join_lists
 
-        pairs = join_lists(agreement, p, tile, group, given.cu_seqlens_q, given.cu_seqlens_k)
-        lists, first_tile, num_tiles = (
-            (pairs.blocks, pairs.masks, pairs.counts),
-            pairs.first_pair,
-            pairs.num_asked,
+        lists, first_tile, num_tiles = join_lists(
+            agreement, p, tile, group, given.cu_seqlens_q, given.cu_seqlens_k
         )
     arguments = (
         *given.tensors, grad_q, *lists, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale,

@@ -12,7 +12,7 @@ import torch
 from fsa_core.kernels import hopper
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, plan_forward
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
 SIZES = {"q_lens": (150, 1, 0, 70), "block_size": 64, "head_dim": 128, "dtype": torch.bfloat16}
@@ -30,6 +30,9 @@ def check(by_twins: Callable[[], None], assert_close_to_oracle: Callable) -> Cal
     """The answer on a path, and the gradient of q where it is made apart."""
 
     def run_and_check(case: Case, path: str, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> None:
+        from fsa_core.kernels import hopper_items
+
+        assert hopper_items.takes(case.problem, plan_forward(case.problem, limit_bytes, path).tile, 128)
         limit = {"workspace_limit_bytes": limit_bytes}
         given = case.output_gradients()
 

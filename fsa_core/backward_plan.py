@@ -82,12 +82,14 @@ class BackwardPlan:
     """Gradients under ``delta_heads`` KV heads at a time.
 
     Five matrix products where ``queries`` is None: the shares of grad_q come with the gradients of the keys.
-    Else seven: grad_q is made apart, as the forward pass of a plan goes about it. Other names as there.
+    Else seven: grad_q is made apart, as the forward pass of a plan goes about it. If all is of few bytes,
+    ``at_once``: both parts are one to the host, each with memory of its own. Other names as there.
     """
 
     delta_heads: int
     keys: KeyPlan
     queries: ForwardPlan | None
+    at_once: bool
     tile_heads_per_kv_head: int
     index_per_head: bool
     segments: int
@@ -101,12 +103,13 @@ def plan_backward(
     path: str = KV_MAJOR,
     tuning: Tuning | None = None,
     query_rows: int = QUERY_ROWS,
+    buffers: int = 1,
 ) -> BackwardPlan:
     """The largest chunks, ranges and groups that ``limit_bytes`` of workspace allows.
 
     At least 16 tokens (or all) ride in a chunk and one KV block in a range, whatever the limit. ``path`` and
     ``tuning`` are those of the forward pass, but for the sizes of tiles, which hold more here; query tiles of
-    16 bits have ``query_rows`` rows.
+    16 bits have ``query_rows`` rows. ``buffers``: as in ``plan_forward``, for shares of grad_q.
 
     Raises:
         ValueError: the path cannot take the problem (see ``plan.takes``).
@@ -133,27 +136,32 @@ def plan_backward(
             or _in_one_chunk(sizes, room, LONGEST_ITEM_PAIRS[1], with_queries=False)
             or _in_chunks(sizes, room)
         )
-        queries = _query_plan(p, room, path, _query_tuning(p, tuning or default_tuning(p), query_rows))
-    at_once = max(keys.workspace_bytes, 0 if queries is None else queries.workspace_bytes)
+        sizes_of_queries = _query_tuning(p, tuning or default_tuning(p), query_rows)
+        queries = _query_plan(p, room, path, sizes_of_queries, buffers)
+    query_bytes = 0 if queries is None else queries.workspace_bytes
+    at_once = queries is not None and keys.workspace_bytes + query_bytes <= limit_bytes // 4
+    both_bytes = keys.workspace_bytes + query_bytes if at_once else max(keys.workspace_bytes, query_bytes)
     return BackwardPlan(
         delta_heads=delta_heads,
         keys=keys,
         queries=queries,
+        at_once=at_once,
         tile_heads_per_kv_head=sizes.tile_heads_per_kv_head,
         index_per_head=p.index_heads > 1,
         segments=sizes.segments,
-        workspace_bytes=delta_bytes + at_once,
+        workspace_bytes=delta_bytes + both_bytes,
     )
 
 
-def _query_plan(problem: Problem, room_bytes: int, path: str, tuning: Tuning) -> ForwardPlan:
+def _query_plan(problem: Problem, room_bytes: int, path: str, tuning: Tuning, buffers: int) -> ForwardPlan:
     """That of a forward pass whose values are as wide as keys, and so its partials as shares of grad_q."""
     p, widest = problem, max(problem.head_dim, problem.value_dim)
     of_shares = replace(p, value_dim=widest)
     # Beside many wide rows of q and grad_out, shared memory holds no more keys.
     most_keys = 32 if widest > 128 and p.heads_per_pair > 64 else 64
+    plan = plan_forward(of_shares, room_bytes, path, tuning, buffers)
     tile = partial_tile(of_shares, tuning.partial, most_keys)
-    return replace(plan_forward(of_shares, room_bytes, path, tuning), tile=tile)
+    return replace(plan, tile=replace(tile, tiles_per_item=plan.tile.tiles_per_item))
 
 
 def _query_tuning(problem: Problem, tuning: Tuning, query_rows: int) -> Tuning:

@@ -1,7 +1,7 @@
 """How a call is cut into chunks and tiles, and the workspace it takes: arithmetic, before anything runs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -33,8 +33,18 @@ MAX_CHUNK_NUMBERS = 2**31 - 1
 # More partials at a time win nothing (measured up to 192 MiB); fewer leave tiles of random indices empty.
 # Room for 8192 tokens of 4 heads of 128 channels, with 16 slots.
 PARTIAL_BYTES = 130 * 2**20
+# Both, where chunks take turns in two buffers.
+BUFFERED_BYTES = 160 * 2**20
+# There small problems are cut as well, but not smaller than this.
+CHUNKS_AT_LEAST = 4
+MIN_BUFFER_BYTES = 16 * 2**20
 # A query tile sorts its ids in registers; its tokens are the bits of an int64.
 MAX_SORTED = 1024
+# How many tiles are put in order at a time, by as many classes of how much they walk.
+ORDERED_TILES, STEP_BINS = 2048, 256
+# Of a tile's list beside its entries: how many are whole, how many there are, its place in the order, and its
+# share of where classes begin.
+LIST_INTS = 4
 MAX_TILE_TOKENS = 64
 # A tile that may leave something attends all its blocks if it would leave less than one choice in so many.
 FEW_LEFT = 4
@@ -119,8 +129,8 @@ class QueryTile:
 
     @property
     def list_bytes(self) -> int:
-        """A block, the mask of its tokens, how many entries there are; and half of two lists' joint one."""
-        listed = self.max_shared * (INT32_BYTES + MASK_BYTES) + INT32_BYTES
+        """Blocks, the masks of their tokens and what is beside; and half of two lists' joint one."""
+        listed = self.max_shared * (INT32_BYTES + MASK_BYTES) + LIST_INTS * INT32_BYTES
         joined = self.max_shared * (INT32_BYTES + 2 * MASK_BYTES) + INT32_BYTES
         return listed + joined * self.is_half
 
@@ -132,8 +142,9 @@ class ForwardPlan:
     A tile head is the unit that owns a list of selected blocks and the query heads that share it: a KV
     head, or a query head when each query head selects for itself. ``heads_per_pair`` query heads ride
     with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads,
-    a group a whole number of chunks: ``group_tokens`` under ``group_heads``. ``query_tile`` is None on the
-    KV-major path; without partials there are no chunks, no index and no work items.
+    a group a whole number of chunks: ``group_tokens`` under ``group_heads``. Chunks take turns in ``buffers``
+    of partials, where a kernel merges one while it attends the next (``is_buffered``). ``query_tile`` is None
+    on the KV-major path; without partials there are no chunks, no index and no work items.
     """
 
     path: str
@@ -145,6 +156,8 @@ class ForwardPlan:
     tile_heads_per_kv_head: int
     chunk_tokens: int
     chunk_heads: int
+    buffers: int
+    is_buffered: bool
     group_tokens: int
     group_heads: int
     index_per_head: bool
@@ -156,11 +169,6 @@ class ForwardPlan:
     @property
     def group_chunks(self) -> int:
         return -(-self.group_tokens // self.chunk_tokens)
-
-    @property
-    def chunks_at_once(self) -> int:
-        """Of a group."""
-        return self.group_chunks * -(-self.group_heads // self.chunk_heads)
 
     @property
     def has_partials(self) -> bool:
@@ -186,12 +194,14 @@ def plan_forward(
     limit_bytes: int = DEFAULT_WORKSPACE_BYTES,
     path: str = KV_MAJOR,
     tuning: Tuning | None = None,
+    buffers: int = 1,
 ) -> ForwardPlan:
     """The largest chunks and groups that ``limit_bytes`` of workspace allows, fewest tile heads first.
 
     Many tokens of one head rather than few of all: the head's K/V stays in the L2 cache, and the blocks'
     lists of tokens are long, so that tiles are full. At least 16 tokens (or all) ride in a chunk,
-    whatever the limit. ``tuning``: that of ``default_tuning`` if there is none.
+    whatever the limit. ``tuning``: that of ``default_tuning`` if there is none. ``buffers``: 2 where a kernel
+    merges a chunk while it attends the next.
 
     Raises:
         ValueError: the path cannot take the problem (see ``takes``).
@@ -216,6 +226,11 @@ def plan_forward(
     held_ints = {KV_MAJOR: 2, MIXED: 3, TOKEN_MAJOR: 1, QUERY_TILE: 0}[path] * p.num_slots
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
     partial_limit = _partial_limit(limit_bytes)
+    is_buffered = buffers > 1
+    if is_buffered:
+        all_bytes = p.num_q_tokens * tile_heads * token_bytes
+        partial_limit = min(limit_bytes * 11 // 16, BUFFERED_BYTES) // buffers
+        partial_limit = min(partial_limit, max(all_bytes // CHUNKS_AT_LEAST, MIN_BUFFER_BYTES))
     chunk_tokens = min(partial_limit // max(token_bytes, 1), limit_bytes // 4 // held_bytes)
     partials = p.num_slots * heads_per_pair * p.value_dim if _has_partials(path) else 0
     most_tokens = MAX_CHUNK_NUMBERS // max(partials, p.num_q_heads * max(p.head_dim, p.value_dim))
@@ -226,14 +241,20 @@ def plan_forward(
     if p.index_heads > 1:
         chunk_heads = min(chunk_heads, max(limit_bytes // 4 // (chunk_tokens * held_bytes), 1))
     chunk_heads = equal_parts(tile_heads, chunk_heads)
-    partial_bytes = chunk_heads * chunk_tokens * token_bytes
+    is_one_chunk = chunk_tokens == p.num_q_tokens and chunk_heads == tile_heads
+    buffers = 1 if is_one_chunk else buffers
+    partial_bytes = buffers * chunk_heads * chunk_tokens * token_bytes
+    if is_buffered and chunk_tokens * p.num_slots <= 2 * tile.pairs_per_item * num_segments(p):
+        # A block has few pairs: rather than to load it again for what is beyond an item, items are longer.
+        tile = replace(tile, tiles_per_item=2 * tile.tiles_per_item)
     max_items = _max_items(p, chunk_tokens, tile)
     index_ints = chunk_tokens * held_ints
     if _has_partials(path):
         index_ints += (COUNTER_INTS + 2) * num_segments(p) + 2 + max_items
     # Sequences start tiles of their own, and a group's borders cut two more.
     extra_tiles = p.num_sequences + 2
-    index_limit = limit_bytes - partial_bytes - extra_tiles * list_bytes * p.index_heads
+    extra_bytes = 0 if query_tile is None else extra_tiles * list_bytes + STEP_BINS * INT32_BYTES
+    index_limit = limit_bytes - partial_bytes - extra_bytes * p.index_heads
     index_per_head = p.index_heads > 1
     chunk_index_bytes = index_ints * INT32_BYTES + -(-chunk_tokens // tile_tokens) * list_bytes
     chunk_index_bytes *= chunk_heads if index_per_head else 1
@@ -253,15 +274,15 @@ def plan_forward(
         tile_heads_per_kv_head=tile_heads // p.num_kv_heads,
         chunk_tokens=chunk_tokens,
         chunk_heads=chunk_heads,
+        buffers=buffers,
+        is_buffered=is_buffered,
         group_tokens=group_token_chunks * chunk_tokens,
         group_heads=group_heads,
         index_per_head=index_per_head,
         segments=num_segments(p),
         max_items=max_items,
         tile=tile,
-        workspace_bytes=partial_bytes
-        + group_token_chunks * group_index_bytes
-        + extra_tiles * list_bytes * list_heads,
+        workspace_bytes=partial_bytes + group_token_chunks * group_index_bytes + extra_bytes * list_heads,
     )
 
 
@@ -328,21 +349,25 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     if p.heads_per_pair <= 2:
         # Lists of two tiles are joined.
         entry_bytes += INT32_BYTES + 2 * MASK_BYTES
-    listed_bytes = entry_bytes * p.num_slots + 2 * INT32_BYTES
+    listed_bytes = entry_bytes * p.num_slots + (LIST_INTS + 1) * INT32_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
     held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
-    list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + 2 * INT32_BYTES
-    fixed_bytes = INT32_BYTES * ((COUNTER_INTS + 3) * num_segments(p) + 2)
+    list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 1) * INT32_BYTES
+    fixed_bytes = INT32_BYTES * ((COUNTER_INTS + 3) * num_segments(p) + 2 + STEP_BINS)
     fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)
-    all_partials = p.num_q_tokens * tile_heads * p.num_slots * pair_bytes
     all_held = p.num_q_tokens * index_heads * held_bytes
+    # Two equal chunks have up to a token more than there are.
+    all_partials = (p.num_q_tokens + 1) * tile_heads * p.num_slots * pair_bytes
     is_one_chunk = p.num_q_tokens <= MAX_CHUNK_TOKENS and all_held <= limit_bytes // 4
     if is_one_chunk and all_partials <= _partial_limit(limit_bytes):
+        if all_partials > MIN_BUFFER_BYTES:
+            all_partials = max(all_partials, 2 * MIN_BUFFER_BYTES)
+            fixed_bytes *= 2 * CHUNKS_AT_LEAST
         return all_partials + all_held + fixed_bytes
     least_tokens = min(MIN_CHUNK_TOKENS, p.num_q_tokens)
-    least_bytes = least_tokens * (p.num_slots * pair_bytes + held_bytes) + fixed_bytes
-    # A chunk has 9/16 of the limit for partials and a quarter for what is held; items are few beside them.
-    return max(limit_bytes, limit_bytes * 7 // 8 + least_bytes)
+    least_bytes = least_tokens * (2 * p.num_slots * pair_bytes + held_bytes) + fixed_bytes
+    # Chunks have up to 11/16 of the limit for partials, a quarter for what is held; items are few beside.
+    return max(limit_bytes, limit_bytes * 15 // 16 + least_bytes)
 
 
 def _has_partials(path: str) -> bool:

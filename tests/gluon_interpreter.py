@@ -2,10 +2,10 @@
 
 A program's partitions are threads, so that they wait for one another as on the GPU, and what may be late
 there is as late as it can be here: an asynchronous copy fills its place when the barrier that announces it is
-reached, and a product reads shared memory when it is waited for. Until then a place holds NaN or numbers that
-point nowhere. So a wait that is missing, a place that is given away too early and a mask that hides too
-little give wrong answers; a wait that nobody ends is an error after a minute, and an address outside a tensor
-at once.
+reached, or its group is waited for, and a product reads shared memory when it is waited for. Until then a
+place holds NaN or numbers that point nowhere. So a wait that is missing, a place that is given away too early
+and a mask that hides too little give wrong answers; a wait that nobody ends is an error after a minute, and
+an address outside a tensor at once.
 
 A product of what no fence has made visible to the matrix units since it was written is an error as well.
 
@@ -212,6 +212,7 @@ class _Partition(threading.local):
     fenced: int = 0
     polls: int = 0
     copies: list[Callable[[], None]] = field(default_factory=list)
+    groups: list[list[Callable[[], None]]] = field(default_factory=list)
     products: list[_Product] = field(default_factory=list)
 
 
@@ -315,6 +316,17 @@ def _arrive_with_copies(barrier: _Barrier, increment_count: bool) -> None:
     barrier.arrive(_partition.threads)
 
 
+def _commit_group() -> None:
+    _partition.groups.append(_partition.copies)
+    _partition.copies = []
+
+
+def _wait_group(num_outstanding: int = 0) -> None:
+    while len(_partition.groups) > num_outstanding:
+        for copy in _partition.groups.pop(0):
+            copy()
+
+
 def _begin_product(
     left: Any, right: _Shared, total: Any, use_acc: bool = True, is_async: bool = False
 ) -> Any:
@@ -397,7 +409,7 @@ _LANGUAGE = SimpleNamespace(
     cast=lambda x, dtype: _tensor(x).to(dtype),
     fma=lambda a, b, c: a * b + c,
     max=lambda x, axis: _tensor(x.amax(axis), _Layout(x.given_layout)),
-    sum=lambda x, axis: _tensor(x.sum(axis), _Layout(x.given_layout)),
+    sum=lambda x, axis: _tensor(x.sum(axis, dtype=x.dtype), _Layout(x.given_layout)),
     exp2=torch.exp2,
     log2=torch.log2,
     convert_layout=lambda x, layout, **_: _tensor(x.as_subclass(torch.Tensor), layout),
@@ -412,7 +424,10 @@ _REPLACED: dict[str, Any] = {
     "tl": _LANGUAGE,
     "range": _range,
     "async_copy": SimpleNamespace(
-        async_copy_global_to_shared=_begin_copy, mbarrier_arrive=_arrive_with_copies
+        async_copy_global_to_shared=_begin_copy,
+        mbarrier_arrive=_arrive_with_copies,
+        commit_group=_commit_group,
+        wait_group=_wait_group,
     ),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=lambda: _BARRIERS,
@@ -500,6 +515,6 @@ def interpreted() -> Iterator[set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BoundKernel, "launch", interpret)
         patch.setattr(hopper, "runs_on", lambda _device: True)
-        patch.setattr(hopper, "MIN_FORWARD_CHUNKS", 1)
-        patch.setattr(hopper, "MIN_GRADIENT_CHUNKS", 1)
+        patch.setattr(hopper, "MIN_FORWARD_BYTES", 0)
+        patch.setattr(hopper, "MIN_GRADIENT_BYTES", 0)
         yield launched

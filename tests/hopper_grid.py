@@ -176,15 +176,15 @@ def caught() -> Iterator[Launches]:
     """What is launched inside is compiled instead."""
     launches, run = Launches(), JITFunction.run
     runs_on, multiprocessors = hopper.runs_on, decode.multiprocessors
-    min_chunks = hopper.MIN_FORWARD_CHUNKS, hopper.MIN_GRADIENT_CHUNKS
-    hopper.MIN_FORWARD_CHUNKS = hopper.MIN_GRADIENT_CHUNKS = 1
+    min_bytes = hopper.MIN_FORWARD_BYTES, hopper.MIN_GRADIENT_BYTES
+    hopper.MIN_FORWARD_BYTES = hopper.MIN_GRADIENT_BYTES = 0
     JITFunction.run = lambda kernel, *args, **rest: launches.catch(kernel, *args, **rest)
     try:
         yield launches
     finally:
         JITFunction.run = run
         hopper.runs_on, decode.multiprocessors = runs_on, multiprocessors
-        hopper.MIN_FORWARD_CHUNKS, hopper.MIN_GRADIENT_CHUNKS = min_chunks
+        hopper.MIN_FORWARD_BYTES, hopper.MIN_GRADIENT_BYTES = min_bytes
 
 
 def compile_shape(

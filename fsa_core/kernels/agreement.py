@@ -15,7 +15,17 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.launch import BoundKernel, kernel, sorting_warps
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
-from fsa_core.plan import FEW_LEFT, MAX_REGISTERS, ForwardPlan, Group, QueryTile, power_of_two, search_steps
+from fsa_core.plan import (
+    FEW_LEFT,
+    MAX_REGISTERS,
+    ORDERED_TILES,
+    STEP_BINS,
+    ForwardPlan,
+    Group,
+    QueryTile,
+    power_of_two,
+    search_steps,
+)
 from fsa_core.problem import Problem
 
 # Of a thread where a warp sorts a tile: more, and too few tiles are on a multiprocessor at once.
@@ -31,6 +41,7 @@ class Agreement:
     [index heads, tiles, 2]: how many of them are seen whole, and how many there are.
     leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
     joined: for what ``tile_pairs.join_lists`` makes of them, where tiles are taken two by two.
+    order: for that of ``tile_order.ordered_lists``, and where in it each class of tiles begins.
     """
 
     blocks: torch.Tensor
@@ -38,6 +49,7 @@ class Agreement:
     counts: torch.Tensor
     leftover: torch.Tensor
     joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    order: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @triton.jit
@@ -203,12 +215,21 @@ def new_agreement(
             memory.new_empty(heads, num_pairs, 2, most, dtype=torch.int64),
             memory.new_empty(heads, num_pairs, 2, dtype=torch.int32),
         )
+    order = None
+    if hopper.runs_on(memory.device):
+        num_tiles = heads * plan.group_tiles
+        programs = -(-num_tiles // ORDERED_TILES)
+        order = (
+            memory.new_empty(num_tiles, dtype=torch.int32),
+            memory.new_empty(programs, STEP_BINS, dtype=torch.int32),
+        )
     return Agreement(
         blocks=memory.new_empty(*lists, dtype=torch.int32),
         masks=memory.new_empty(*lists, dtype=torch.int64),
         counts=memory.new_empty(*lists[:2], 2, dtype=torch.int32),
         leftover=memory.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
         joined=joined,
+        order=order,
     )
 
 

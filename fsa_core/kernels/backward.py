@@ -17,6 +17,7 @@ the call; those of k and v do not where all tokens ride in one chunk, with items
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ import triton.language as tl
 from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, KeyPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands
+from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.launch import Kernel, kernel
+from fsa_core.kernels.pair_query_gradients import MOST_KEYS
 from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_segment
 from fsa_core.kernels.query_gradients import query_gradients
 from fsa_core.kernels.replay import Memory, Replayed, clear
@@ -323,14 +326,15 @@ def selected_attention_backward(
     their shapes and dtypes.
     """
     p, query_rows = problem, query_tile_rows(problem, q.device)
-    plan = plan_backward(p, workspace_limit_bytes, path, tuning, query_rows)
+    buffers = chunk_buffers(p, q.device, MOST_KEYS, hopper.MIN_GRADIENT_BYTES)
+    plan = plan_backward(p, workspace_limit_bytes, path, tuning, query_rows, buffers)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
     of_delta = (*tensors, out) if grad_lse is None else (*tensors, out, grad_lse)
     for kv_heads in _parts(range(p.num_kv_heads), plan.delta_heads):
-        # Two calls: what the first took is free again before the second takes as much.
+        # Two calls, if not of few bytes: what the first took is free again before the second takes as much.
         deltas = _replayed_keys(of_delta, p, plan, kv_heads, grad_lse is not None)
-        if plan.queries is not None:
+        if deltas:
             _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
         del deltas
     return grads
@@ -338,8 +342,11 @@ def selected_attention_backward(
 
 def query_tile_rows(problem: Problem, device: torch.device) -> int:
     """Of the query tiles of 16 bits that grad_q is made in: as many as the device's kernel takes."""
-    if not hopper.runs_on(device):
-        return QUERY_ROWS
+    return _query_tile_rows_on_hopper(problem) if hopper.runs_on(device) else QUERY_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _query_tile_rows_on_hopper(problem: Problem) -> int:
     from fsa_core.kernels import hopper_tile_query_gradients
     from fsa_core.kernels.hopper_tiles import ROWS
 
@@ -382,11 +389,11 @@ def _key_gradients(
 ) -> None:
     """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta.
 
-    After the tensors of the call come out and, ``with_grad_lse``, that.
+    That delta is the one answer. After the tensors of the call come out and, ``with_grad_lse``, that.
     """
     *others, out = tensors[:-1] if with_grad_lse else tensors
     grad_lse = tensors[-1] if with_grad_lse else None
-    new = memory.new_empty if plan.queries is None else memory.answer
+    new = memory.new_empty if plan.queries is None or plan.at_once else memory.answer
     delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
     call = _Call.of(problem, plan, kv_heads, tuple(others), delta)
     write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
@@ -394,6 +401,8 @@ def _key_gradients(
     for indexed_heads in _parts(kv_heads, keys.kv_heads):
         for start in range(0, plan.segments, keys.range_segments):
             _walk(call, workspace, indexed_heads, start)
+    if plan.at_once:
+        _query_gradients(memory, (*others, delta), problem, plan, kv_heads)
 
 
 def _query_gradients(

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from fsa_core.kernels import hopper
 from fsa_core.kernels.agreement import agree, new_agreement
+from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, invert, load_item, new_inversion
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
@@ -43,6 +44,8 @@ from fsa_core.problem import Problem
 # Measured: one warp with eight rows reads the partials fastest.
 MERGE_ROWS = 8
 MERGE_WARPS = 1
+# Of a block whose partials the kernel for Hopper alone makes.
+MOST_KEYS = 128
 
 
 @triton.jit
@@ -263,16 +266,6 @@ def _load_partial(
     return lse, out
 
 
-@triton.jit
-def _add_partial(row_max, row_sum, acc, lse, out):
-    """Online softmax over slots, in log2 units."""
-    new_max = tl.maximum(row_max, lse)
-    shift = finite(new_max)
-    shrink = tl.exp2(row_max - shift)
-    weight = tl.exp2(lse - shift)
-    return new_max, row_sum * shrink + weight, acc * shrink[:, None] + weight[:, None] * out.to(tl.float32)
-
-
 @kernel
 def _merge(
     partial_out_ptr,
@@ -328,8 +321,7 @@ def _merge(
     q_heads = (first_head + chunk_head) * HEADS_PER_PAIR + heads
     places = (first_token + tokens).to(tl.int64) * NUM_Q_HEADS + q_heads
     answer_ptrs = out_ptr + places[:, None] * VALUE_DIM + value_dims[None, :]
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
+    shared_lse = tl.full((ROWS,), float("-inf"), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
     bits = tl.arange(0, 32)
     if WITH_SHARED:
@@ -341,9 +333,20 @@ def _merge(
         if tl.max(any_used, 0) == 0:
             return
         row_mask &= any_used != 0
-        row_max = tl.load(lse_ptr + places, mask=row_mask, other=float("-inf")) / LN_2
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        shared_lse = tl.load(lse_ptr + places, mask=row_mask, other=float("-inf")) / LN_2
         acc = tl.load(answer_ptrs, mask=row_mask[:, None] & value_mask[None, :], other=0.0).to(tl.float32)
+    # Not one maximum after another: Triton 3.6 cannot compile a loop of them.
+    most_lse = tl.full((ROWS, 32), float("-inf"), tl.float32)
+    for first_slot in range(0, num_slots, 32):
+        exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
+        marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
+        slots_lse_ptrs = lse_ptrs[:, None] + (first_slot + bits)[None, :] * HEADS_PER_PAIR
+        slots_lse = tl.load(slots_lse_ptrs, mask=marks >= 0, other=float("-inf"))
+        most_lse = tl.maximum(most_lse, slots_lse)
+    row_max = tl.maximum(shared_lse, tl.max(most_lse, 1))
+    shift = finite(row_max)
+    row_sum = tl.exp2(shared_lse - shift)
+    acc *= row_sum[:, None]
     for first_slot in range(0, num_slots, 32):
         exists = row_mask[:, None] & (first_slot + bits < num_slots)[None, :]
         marks = tl.load(used_ptrs[:, None] + first_slot + bits[None, :], mask=exists, other=-1)
@@ -359,8 +362,11 @@ def _merge(
             lse_b, out_b = _load_partial(
                 lse_ptrs, out_ptrs, slot + 1, has_b, value_mask, HEADS_PER_PAIR, VALUE_DIM
             )
-            row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_a, out_a)
-            row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, lse_b, out_b)
+            weight_a, weight_b = tl.exp2(lse_a - shift), tl.exp2(lse_b - shift)
+            row_sum += weight_a
+            acc += weight_a[:, None] * out_a.to(tl.float32)
+            row_sum += weight_b
+            acc += weight_b[:, None] * out_b.to(tl.float32)
     acc *= reciprocal(row_sum)[:, None]
     tl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :])
     tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
@@ -405,7 +411,8 @@ def _forward(
     lse = memory.answer(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     if p.num_q_tokens == 0:
         return
-    plan = plan_forward(p, workspace_limit_bytes, path, tuning)
+    buffers = chunk_buffers(p, q.device, MOST_KEYS, hopper.MIN_FORWARD_BYTES)
+    plan = plan_forward(p, workspace_limit_bytes, path, tuning, buffers)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     tile = plan.query_tile
     agreement = None if tile is None else new_agreement(p, plan, tile, memory)
@@ -452,8 +459,7 @@ def _attend_group(
     attend, merge = _kernels(p, plan, MERGE_ROWS)
     group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
     is_mixed, scale = plan.query_tile is not None, p.softmax_scale * LOG2_E.value
-    is_long = plan.chunks_at_once >= hopper.MIN_FORWARD_CHUNKS
-    on_hopper = _attending_on_hopper(p, plan) if is_long and hopper.runs_on(q.device) else None
+    on_hopper = _attending_on_hopper(p, plan) if plan.is_buffered else None
     if on_hopper is not None:
         on_hopper[(min(multiprocessors(q.device), plan.max_items),)](
             q, k, v, partial_out, partial_lse, inversion.counts, used, inversion.pairs,
@@ -484,7 +490,7 @@ def _attending_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | N
     from fsa_core.kernels import hopper_items, hopper_partials
     from fsa_core.kernels.hopper_tiles import exact_dims
 
-    if not hopper_items.takes(problem, plan.tile, most_keys=128):
+    if not hopper_items.takes(problem, plan.tile, MOST_KEYS):
         return None
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_partials.attend_pairs.bind(
@@ -512,8 +518,8 @@ def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[Boun
 def _workspace(
     problem: Problem, plan: ForwardPlan, memory: Memory
 ) -> tuple[Inversion, torch.Tensor, torch.Tensor]:
-    """Index buffers of one group and partials of one chunk; every group and every chunk reuses them."""
-    pairs = (plan.chunk_heads, plan.chunk_tokens, problem.num_slots, plan.heads_per_pair)
+    """Index buffers of one group and partials of a chunk or two; every group and every chunk reuses them."""
+    pairs = (plan.buffers, plan.chunk_heads, plan.chunk_tokens, problem.num_slots, plan.heads_per_pair)
     inversion = new_inversion(plan, problem.num_slots, memory)
     partial_out = memory.new_empty(*pairs, problem.value_dim)
     return inversion, partial_out, memory.new_empty(*pairs, dtype=torch.float32)

@@ -17,10 +17,8 @@ from triton import knobs
 # Those whose Gluon these kernels are written in; before 3.6 it was another language.
 KNOWN_VERSIONS = ("3.6", "3.7")
 CAPABILITY = (9, 0)
-# Chunks from which on one launch takes them all, forward and for grad_q. Measured on an H200, random
-# indices: with 16 and more the forward pass takes 1.01 to 0.94 of the time, with up to 8 1.04 to 1.24: a
-# kernel that does nothing but merge keeps more loads under way. Gradients are faster from 4 on.
-MIN_FORWARD_CHUNKS, MIN_GRADIENT_CHUNKS = 16, 4
+# Partials of a call from which on one launch for all chunks is faster, forward and for grad_q.
+MIN_FORWARD_BYTES, MIN_GRADIENT_BYTES = 512 * 2**20, 256 * 2**20
 
 
 def runs_on(device: torch.device) -> bool:

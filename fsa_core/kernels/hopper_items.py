@@ -152,21 +152,27 @@ def copy_items(
         lists, pairs_ptr, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
         kv_head = (first_head + head) // TILE_HEADS_PER_KV_HEAD
         head_row = head * HEADS_PER_PAIR
+        step = gl.num_programs(0)
         if gl.program_id(0) < num_items:
+            # What lies in memory is asked for an item ahead, and its place in memory two, so that nothing
+            # waits for it: first pairs, then the tiles of an item that come later, two at a time.
             loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
-            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-                first_pair, num_pairs, block_start, k_start, k_length, _shift = item_of(
-                    loaded, item, BLOCK_SIZE, PAIRS_PER_ITEM
-                )
-                item_pairs_ptr = pairs_ptr + first_pair
-                pair, flat_pair = rows // HEADS_PER_PAIR, flat_rows // HEADS_PER_PAIR
-                mask, flat_mask = (
-                    (pair < PAIRS) & (pair < num_pairs),
-                    (flat_pair < PAIRS) & (flat_pair < num_pairs),
-                )
-                pairs = gl.load(item_pairs_ptr + pair, mask=mask, other=0)
-                flat_pairs = gl.load(item_pairs_ptr + flat_pair, mask=flat_mask, other=0)
-                loaded = load_item(lists, sequences, item + gl.num_programs(0), num_items, BLOCK_SIZE)
+            later = load_item(lists, sequences, gl.program_id(0) + step, num_items, BLOCK_SIZE)
+            this = item_of(loaded, gl.program_id(0), BLOCK_SIZE, PAIRS_PER_ITEM)
+            pairs, next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
+            flat_pairs, next_flat_pairs = pairs, next_pairs
+            if WITH_GRADIENTS:
+                flat_pairs, next_flat_pairs = first_pairs(pairs_ptr, this, flat_rows, HEADS_PER_PAIR)
+            for item in range(gl.program_id(0), num_items, step):
+                first_pair, num_pairs, block_start, k_start, k_length, _shift = this
+                this = item_of(later, item + step, BLOCK_SIZE, PAIRS_PER_ITEM)
+                later = load_item(lists, sequences, item + 2 * step, num_items, BLOCK_SIZE)
+                item_pairs, item_next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
+                item_flat_pairs, item_next_flat_pairs = item_pairs, item_next_pairs
+                if WITH_GRADIENTS:
+                    item_flat_pairs, item_next_flat_pairs = first_pairs(
+                        pairs_ptr, this, flat_rows, HEADS_PER_PAIR
+                    )
                 key_row = (k_start + block_start).to(gl.int64) * NUM_KV_HEADS + kv_head
                 keys, place = block_keys < k_length - block_start, block % 2
                 mbarrier.wait(keys_free.index(place), ((block // 2) & 1) ^ 1)
@@ -179,36 +185,63 @@ def copy_items(
                 block += 1
                 for tile in range((num_pairs + PAIRS - 1) // PAIRS):
                     stage = n % STAGES
-                    row_mask, flat_row_mask = mask, flat_mask
+                    first = tile * PAIRS
+                    mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
+                    flat_mask = in_tile(first, num_pairs, flat_rows, HEADS_PER_PAIR)
                     q_rows = (pairs >> SLOT_BITS) * NUM_Q_HEADS + (head_row + rows % HEADS_PER_PAIR)
                     flat_tokens = flat_pairs >> SLOT_BITS
-                    pair_ptrs = item_pairs_ptr + (tile * PAIRS + flat_pair)
-                    # The next tile's pairs are on their way while this one's rows are.
-                    start = (tile + 1) * PAIRS
-                    mask = (pair < PAIRS) & (start + pair < num_pairs)
-                    pairs = gl.load(item_pairs_ptr + (start + pair), mask=mask, other=0)
-                    flat_mask = (flat_pair < PAIRS) & (start + flat_pair < num_pairs)
+                    pair_ptrs = pairs_ptr + (first_pair + first + flat_rows // HEADS_PER_PAIR)
+                    pairs = next_pairs
+                    next_pairs = tile_pairs(
+                        pairs_ptr, first_pair, first + 2 * PAIRS, num_pairs, rows, HEADS_PER_PAIR
+                    )
                     if WITH_GRADIENTS:
-                        flat_pairs = gl.load(item_pairs_ptr + (start + flat_pair), mask=flat_mask, other=0)
+                        flat_pairs = next_flat_pairs
+                        next_flat_pairs = tile_pairs(
+                            pairs_ptr, first_pair, first + 2 * PAIRS, num_pairs, flat_rows, HEADS_PER_PAIR
+                        )
                     mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
-                    copy_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, row_mask, HEAD_DIM, ROWS_LAYOUT)
-                    async_copy.async_copy_global_to_shared(pair_tiles.index(stage), pair_ptrs, flat_row_mask)
+                    copy_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, mask, HEAD_DIM, ROWS_LAYOUT)
+                    async_copy.async_copy_global_to_shared(pair_tiles.index(stage), pair_ptrs, flat_mask)
                     if WITH_GRADIENTS:
                         out_tiles, lse_tiles, delta_tiles = beside
                         out_tile, out_rows = out_tiles.index(stage), q_rows * VALUE_DIM
-                        copy_rows(grad_out_ptr, out_tile, out_rows, row_mask, VALUE_DIM, ROWS_LAYOUT)
+                        copy_rows(grad_out_ptr, out_tile, out_rows, mask, VALUE_DIM, ROWS_LAYOUT)
                         head_in_chunk = head_row + flat_rows % HEADS_PER_PAIR
                         lse_ptrs = lse_ptr + (flat_tokens * NUM_Q_HEADS + head_in_chunk)
                         delta_ptrs = delta_ptr + (flat_tokens * num_delta_heads + head_in_chunk)
+                        async_copy.async_copy_global_to_shared(lse_tiles.index(stage), lse_ptrs, flat_mask)
                         async_copy.async_copy_global_to_shared(
-                            lse_tiles.index(stage), lse_ptrs, flat_row_mask
-                        )
-                        async_copy.async_copy_global_to_shared(
-                            delta_tiles.index(stage), delta_ptrs, flat_row_mask
+                            delta_tiles.index(stage), delta_ptrs, flat_mask
                         )
                     async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
                     n += 1
+                pairs, next_pairs = item_pairs, item_next_pairs
+                flat_pairs, next_flat_pairs = item_flat_pairs, item_next_flat_pairs
     return n, block
+
+
+@gluon.jit
+def in_tile(first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
+    """Which rows of a tile, whose first pair is the item's ``first``, there are."""
+    pair = rows // HEADS_PER_PAIR
+    return (pair < SIDE // HEADS_PER_PAIR) & (first + pair < num_pairs)
+
+
+@gluon.jit
+def tile_pairs(pairs_ptr, first_pair, first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
+    """The pair of each row of the item's tile whose first pair is ``first``."""
+    mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
+    return gl.load(pairs_ptr + (first_pair + first + rows // HEADS_PER_PAIR), mask=mask, other=0)
+
+
+@gluon.jit
+def first_pairs(pairs_ptr, item, rows, HEADS_PER_PAIR: gl.constexpr):
+    """Those of an item's first two tiles."""
+    first_pair, num_pairs = item[0], item[1]
+    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    a = tile_pairs(pairs_ptr, first_pair, 0, num_pairs, rows, HEADS_PER_PAIR)
+    return a, tile_pairs(pairs_ptr, first_pair, PAIRS, num_pairs, rows, HEADS_PER_PAIR)
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -18,13 +19,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_chunks import (
+    BUFFERS,
+    MARK_ROWS,
     MERGED_ROWS,
+    MERGED_TILES,
+    MERGING_WARPS,
+    QUAD,
+    SLOTS,
     any_items,
+    buffer_rows,
     chunk_of,
     chunks_of,
+    copy_quad,
+    look_through,
     meet,
+    merged_rows,
     merged_tiles,
+    new_bits,
     new_meeting,
+    new_ring,
     used_slots,
 )
 from fsa_core.kernels.hopper_items import (
@@ -45,9 +58,10 @@ from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE
 from fsa_core.kernels.launch import kernel
 from fsa_core.plan import TileShape
 
-STAGES = 3
-# Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
-REGISTERS, COPYING_REGISTERS = 208, 88
+STAGES, QUADS = 3, 3
+# Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
+# 512.
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 168, 96, 80
 
 
 @gluon.jit
@@ -61,7 +75,6 @@ def _share_items(
     blocks,
     tiles,
     beside,
-    share_tiles,
     scale,
     n,
     block,
@@ -126,7 +139,6 @@ def _share_items(
                         seen = visible(pairs, block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
                         weights = gl.where(seen, weights, 0.0)
                     grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
-                    mbarrier.arrive(free.index(stage), count=1)
                     grad_scores = weights * (grad_weights - delta[:, None])
                     left = gl.convert_layout(grad_scores.to(dtype), left_layout)
                     share = warpgroup_mma(left, k, no_share, use_acc=False, is_async=True)
@@ -134,9 +146,9 @@ def _share_items(
                     # Scaled here: a share that was not might overflow float16.
                     share = warpgroup_mma_wait(0, deps=[share]) * scale
                     num_left = num_pairs - tile * PAIRS
-                    store_places(
-                        shares_ptr, share, share_tiles.index(GROUP), places, num_left, HEADS_PER_PAIR
-                    )
+                    # By way of the rows of q, which are read.
+                    store_places(shares_ptr, share, q_tiles.index(stage), places, num_left, HEADS_PER_PAIR)
+                    mbarrier.arrive(free.index(stage), count=1)
                 mbarrier.arrive(keys_free.index(block % 2), count=1)
                 n += num_tiles
                 block += 1
@@ -144,82 +156,121 @@ def _share_items(
 
 
 @gluon.jit
-def _sum_rows(
+def _sum_tile(
+    tile,
+    number,
+    tiles_of_head,
     shares_ptr,
     grad_q_ptr,
     used_ptr,
     chunk,
     tokens,
-    heads,
+    ring,
+    bits_tile,
     NUM_Q_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
-    """Every so many-th tile of a chunk's rows: what ``share_sums._sum_shares`` makes of it.
-
-    ``grad_q_ptr`` is to the chunk's first token and head.
-    """
-    first_index_head, _chunks, number, _segments, group_pairs, chunk_pairs, _items = chunk
+    """A tile of a chunk's rows, the so many-th that was looked through: what ``_sum_shares`` makes of it."""
     _first, num_tokens, num_slots = tokens
-    _head, num_heads = heads
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    DIM: gl.constexpr = ring[0].shape[1]
+    QUADS: gl.constexpr = len(ring) // QUAD
+    STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
-    slot_stride: gl.constexpr = HEADS_PER_PAIR * HEAD_DIM
-    tiles_of_head, num_tiles = merged_tiles(num_tokens, num_heads, HEADS_PER_PAIR)
-    for tile in range(gl.program_id(0) * 2 + GROUP, num_tiles, gl.num_programs(0) * 2):
-        head = tile // tiles_of_head
-        rows = tile % tiles_of_head * MERGED_ROWS + gl.arange(0, MERGED_ROWS, row_layout)
-        token = rows // HEADS_PER_PAIR
-        exists = token < num_tokens
-        head_in_pair = rows % HEADS_PER_PAIR
-        index_head = first_index_head + head if INDEX_PER_HEAD else 0
-        chunk_used_ptr = used_ptr + (index_head * group_pairs.to(gl.int64) + number * chunk_pairs)
-        first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + head_in_pair
-        share_ptrs = shares_ptr + ((first_place * HEAD_DIM)[:, None] + dims[None, :])
-        place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + head_in_pair)
-        grad_q_ptrs = grad_q_ptr + ((place * HEAD_DIM)[:, None] + dims[None, :])
-        used = used_slots(chunk_used_ptr, token, exists, 0, num_slots, row_layout)
-        acc = gl.zeros([MERGED_ROWS, HEAD_DIM], gl.float32, layout)
-        if WITH_SHARED:
-            any_used = used
-            for first_slot in range(32, num_slots, 32):
-                any_used |= used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
-            exists &= any_used != 0
-            acc = gl.load(grad_q_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
-        for first_slot in range(0, num_slots, 32):
-            if first_slot > 0:
-                used = used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
-            # Four slots at a time: what limits this is how many loads are under way.
-            for step in range(0, gl.minimum(num_slots - first_slot, 32), 4):
-                bits = used >> step
-                ptrs = share_ptrs + (first_slot + step) * slot_stride
-                a = _load_share(ptrs, (bits & 1) != 0)
-                b = _load_share(ptrs + slot_stride, (bits & 2) != 0)
-                c = _load_share(ptrs + 2 * slot_stride, (bits & 4) != 0)
-                d = _load_share(ptrs + 3 * slot_stride, (bits & 8) != 0)
-                acc += a.to(gl.float32)
-                acc += b.to(gl.float32)
-                acc += c.to(gl.float32)
-                acc += d.to(gl.float32)
-        gl.store(grad_q_ptrs, acc.to(grad_q_ptr.dtype.element_ty), mask=exists[:, None])
+    row = gl.arange(0, MERGED_ROWS, row_layout)
+    exists, head, token, in_pair, _marks = merged_rows(
+        tile, row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
+    )
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + in_pair
+    slot_ptrs = shares_ptr + ((first_place * DIM)[:, None] + dims[None, :])
+    bits = bits_tile.index(number).load(row_layout)
+    any_bits = bits
+    for quad in gl.static_range(QUADS):
+        copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
+    place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + in_pair)
+    grad_q_ptrs = grad_q_ptr + ((place * DIM)[:, None] + dims[None, :])
+    acc = gl.zeros([MERGED_ROWS, DIM], gl.float32, layout)
+    if WITH_SHARED:
+        acc = gl.load(grad_q_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
+    for first_slot in range(0, num_slots, SLOTS):
+        if first_slot > 0:
+            slot_ptrs += SLOTS * STRIDE
+            mark_row = gl.arange(0, MERGED_ROWS, MARK_ROWS)
+            mark_exists, _head, _token, _in_pair, marks = merged_rows(
+                tile, mark_row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
+            )
+            mark_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
+            bits = gl.convert_layout(mark_bits, row_layout)
+            any_bits |= bits
+            for quad in gl.static_range(QUADS):
+                copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
+        for quad in gl.static_range(SLOTS // QUAD):
+            if quad * QUAD < num_slots - first_slot:
+                async_copy.wait_group(QUADS - 1)
+                for i in gl.static_range(QUAD):
+                    acc += ring[(quad * QUAD + i) % len(ring)].load(layout).to(gl.float32)
+                copy_quad(ring, slot_ptrs, bits, quad + QUADS, STRIDE)
+        async_copy.wait_group(0)
+    if WITH_SHARED:
+        # The others stay as they are.
+        exists &= any_bits != 0
+    gl.store(grad_q_ptrs, acc.to(grad_q_ptr.dtype.element_ty), mask=exists[:, None])
 
 
 @gluon.jit
-def _load_share(ptrs, used):
-    # What lay here before the programs met must not be found again.
-    return gl.load(ptrs, mask=used[:, None], other=0.0, cache_modifier=".cg")
+def _sum_chunks(
+    shares_ptr,
+    grad_q_ptr,
+    used_ptr,
+    counter_ptr,
+    index,
+    schedule,
+    meeting,
+    ring,
+    bits_tile,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+):
+    """A chunk after the other: when all programs have its shares, every so many-th tile of its rows."""
+    written, free, _gathered, _released = meeting
+    DIM: gl.constexpr = ring[0].shape[1]
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
+    met = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, heads = chunk_of(schedule, c)
+        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
+            buffer = met % BUFFERS
+            of_buffer = shares_ptr + buffer * rows_of_buffer * DIM
+            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + heads[0] * HEADS_PER_PAIR
+            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
+            meet(meeting, counter_ptr, 2 * met)
+            tiles_of_head, num_tiles = merged_tiles(tokens, heads, HEADS_PER_PAIR)
+            for first_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0) * MERGED_TILES):
+                wanted = look_through(
+                    first_tile, used_ptr, bits_tile, chunk, tokens, tiles_of_head, num_tiles, HEADS_PER_PAIR,
+                    INDEX_PER_HEAD,
+                )  # fmt: skip
+                for number in range(MERGED_TILES):
+                    tile = first_tile + number * gl.num_programs(0)
+                    if (tile < num_tiles) & (not WITH_SHARED or ((wanted >> number) & 1) != 0):
+                        _sum_tile(
+                            tile, number, tiles_of_head, of_buffer, grad_q_ptr + row * DIM, used_ptr, chunk,
+                            tokens, ring, bits_tile, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD,
+                            WITH_SHARED,
+                        )  # fmt: skip
+            meet(meeting, counter_ptr, 2 * met + 1)
+            mbarrier.arrive(free.index(buffer), count=1)
+            met += 1
 
 
 @gluon.jit
 def _share_chunks(
     shares_ptr,
-    grad_q_ptr,
-    used_ptr,
-    counter_ptr,
     index,
     sequences,
     schedule,
@@ -227,9 +278,7 @@ def _share_chunks(
     blocks,
     tiles,
     beside,
-    share_tiles,
     scale,
-    NUM_Q_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -239,32 +288,26 @@ def _share_chunks(
     WITH_SHARED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """A chunk after the other: every second tile of its items, and when all programs have done theirs, every
-    second tile of rows whose shares are added.
-    """
-    # Tiles, items and meetings before.
+    """Every second tile of each chunk's items, as soon as there is a buffer for what comes of them."""
+    written, free, _gathered, _released = meeting
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
+    # Tiles, items and chunks before.
     n = 0
     block = 0
     met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
-        first_token, _num_tokens, _slots = tokens
-        first_head, num_heads = heads
-        has_items = most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0
-        if has_items or not WITH_SHARED:
+        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
+            buffer = met % BUFFERS
+            of_buffer = shares_ptr + buffer * rows_of_buffer * HEAD_DIM
+            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
             n, block = _share_items(
-                shares_ptr, index, sequences, chunk, tokens, num_heads, blocks, tiles, beside, share_tiles,
-                scale, n, block, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM,
+                of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, beside, scale,
+                n, block, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM,
                 GROUP,
             )  # fmt: skip
-            meet(meeting, counter_ptr, met, GROUP)
-            row = first_token.to(gl.int64) * NUM_Q_HEADS + first_head * HEADS_PER_PAIR
-            _sum_rows(
-                shares_ptr, grad_q_ptr + row * HEAD_DIM, used_ptr, chunk, tokens, heads, NUM_Q_HEADS,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, WITH_SHARED, GROUP,
-            )  # fmt: skip
-            meet(meeting, counter_ptr, met + 1, GROUP)
-            met += 2
+            mbarrier.arrive(written.index(buffer), count=1)
+            met += 1
 
 
 @gluon.jit
@@ -287,7 +330,7 @@ def _copy_chunks(
     BLOCK_SIZE: gl.constexpr,
     PAIRS_PER_ITEM: gl.constexpr,
 ):
-    """What the items of every chunk need, also while shares of those before are being added."""
+    """What the items of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     first_head, num_delta_heads = heads
     n = 0
@@ -356,8 +399,10 @@ def of_pairs(
     PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     STAGES: gl.constexpr,
+    QUADS: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
+    MERGING_REGISTERS: gl.constexpr,
 ):
     """All chunks of a group: tokens and heads from the first on. Arguments as of ``_of_pairs`` and
     ``_sum_shares``.
@@ -367,7 +412,7 @@ def of_pairs(
     """
     counter_ptr = counts_ptr + 1
     index = (pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr)
-    # Before what a program of three groups takes to begin.
+    # Before what a program of four groups takes to begin.
     if WITH_SHARED:  # noqa: SIM102 - the first condition is known when the kernel is compiled
         if not any_items(item_offsets_ptr, num_chunks * (num_heads if INDEX_PER_HEAD else 1), num_segments):
             return
@@ -375,12 +420,10 @@ def of_pairs(
     blocks, tiles = new_items(dtype, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, STAGES)
     meeting = new_meeting()
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
-    share_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     out_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, VALUE_DIM], out_layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, SIDE], flat)
-    share_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], share_layout)
     first_row = first_head * HEADS_PER_PAIR
     pointers = (
         q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + first_row * VALUE_DIM, lse_ptr + first_row,
@@ -393,32 +436,38 @@ def of_pairs(
     )  # fmt: skip
     beside = (out_tiles, lse_tiles, delta_tiles)
     grad_q_ptr += first_row * HEAD_DIM
+    ring = new_ring(dtype, HEAD_DIM, QUADS)
     gl.warp_specialize(
         [
             (_share_chunks, (
-                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks,
-                tiles, beside, share_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM,
-                BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(0),
+                shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                gl.constexpr(0),
             )),
             (_share_chunks, (
-                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks,
-                tiles, beside, share_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM,
-                BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(1),
+                shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                gl.constexpr(1),
             )),
             (_copy_chunks, (
                 pointers, index, sequences, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
                 VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM,
             )),
+            (_sum_chunks, (
+                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, schedule, meeting, ring, new_bits(),
+                NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+            )),
         ],
-        [4, COPYING_WARPS],
-        [REGISTERS, COPYING_REGISTERS],
+        [4, COPYING_WARPS, MERGING_WARPS],
+        [REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS],
     )  # fmt: skip
 
 
 def constants(tile: TileShape) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_of_pairs``."""
     return {
-        "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES, "REGISTERS": REGISTERS,
-        "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4, "launch_cooperative_grid": True,
+        "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES, "QUADS": QUADS, "REGISTERS": REGISTERS,
+        "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
+        "launch_cooperative_grid": True,
     }  # fmt: skip

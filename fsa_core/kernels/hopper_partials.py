@@ -1,7 +1,7 @@
 """Partials of selected attention and their merge, for Hopper: ``forward._partial`` and ``_merge`` in Gluon.
 
-One launch for all chunks of a group: its programs attend a chunk's items, meet, merge the chunk's rows, and
-meet again before the next chunk's partials go where these were. Where query tiles left nothing, it ends.
+One launch for all chunks of a group, whose rows are merged while the next chunk's items are attended
+(``hopper_chunks``). Where query tiles left nothing, it ends.
 
 A row's numbers depend on nothing but the row, and slots are added in their order: the bits are the twins'.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -19,13 +20,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fsa_core.kernels.hopper_chunks import (
+    BUFFERS,
+    MARK_ROWS,
+    MARKS_LAYOUT,
     MERGED_ROWS,
+    MERGED_TILES,
+    MERGING_WARPS,
+    QUAD,
+    SLOTS,
     any_items,
+    buffer_rows,
     chunk_of,
     chunks_of,
+    copy_quad,
+    look_through,
     meet,
+    merged_rows,
     merged_tiles,
+    new_bits,
     new_meeting,
+    new_ring,
     used_slots,
 )
 from fsa_core.kernels.hopper_items import (
@@ -46,11 +60,14 @@ from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2
 from fsa_core.plan import TileShape
 
-# Tiles of q in shared memory, by the keys of a block: as many as there is room for beside two blocks.
-STAGES = {128: 4}
-MOST_STAGES = 6
-# Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
-REGISTERS, COPYING_REGISTERS = 208, 88
+# Tiles of q and quads of slots in shared memory, by the keys of a block: as many as there is room for.
+STAGES = {128: 3}
+MOST_STAGES = 4
+QUADS = {128: 1}
+MOST_QUADS = 3
+# Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
+# 512.
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
 
 
 @gluon.jit
@@ -142,105 +159,161 @@ def _attend_items(
 
 
 @gluon.jit
-def _load_partial(lse_ptrs, out_ptrs, slot, used, HEADS_PER_PAIR: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """The partial of one slot of every row: its log-sum-exp (-inf in an unused slot) and its output."""
+def _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR: gl.constexpr):
+    """Log-sum-exps of a tile's rows in SLOTS slots, -inf in one that is not used."""
+    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, MARKS_LAYOUT))
+    ptrs = partial_lse_ptr + (lse_place[:, None] + ((first_slot + slots) * HEADS_PER_PAIR)[None, :])
+    mask = ((bits[:, None] >> slots[None, :]) & 1) != 0
     # What lay here before the programs met must not be found again.
-    lse = gl.load(lse_ptrs + slot * HEADS_PER_PAIR, mask=used, other=float("-inf"), cache_modifier=".cg")
-    slot_ptrs = out_ptrs + slot * (HEADS_PER_PAIR * VALUE_DIM)
-    return lse, gl.load(slot_ptrs, mask=used[:, None], other=0.0, cache_modifier=".cg")
+    return gl.load(ptrs, mask=mask, other=float("-inf"), cache_modifier=".cg")
 
 
 @gluon.jit
-def _add_partial(row_max, row_sum, acc, partial):
-    """Online softmax over slots, in log2 units."""
-    lse, out = partial
-    new_max = gl.maximum(row_max, lse)
-    shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-    shrink = gl.exp2(row_max - shift)
-    weight = gl.exp2(lse - shift)
-    return new_max, row_sum * shrink + weight, acc * shrink[:, None] + weight[:, None] * out.to(gl.float32)
-
-
-@gluon.jit
-def _merge_rows(
+def _merge_tile(
+    tile,
+    number,
+    tiles_of_head,
     partials,
     answers,
     used_ptr,
     chunk,
     tokens,
-    heads,
+    ring,
+    beside,
     NUM_Q_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
-    """Every so many-th tile of a chunk's rows: what ``forward._merge`` makes of it.
-
-    Pointers to the answers are to those of the chunk's first token and head.
-    """
+    """A tile of a chunk's rows, the so many-th looked through: what ``forward._merge`` makes of it."""
     partial_out_ptr, partial_lse_ptr = partials
     out_ptr, lse_ptr = answers
-    first_index_head, _chunks, number, _segments, group_pairs, chunk_pairs, _items = chunk
     _first, num_tokens, num_slots = tokens
-    _head, num_heads = heads
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    bits_tile, weight_tile = beside
+    DIM: gl.constexpr = ring[0].shape[1]
+    QUADS: gl.constexpr = len(ring) // QUAD
+    STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    dims = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, layout))
-    tiles_of_head, num_tiles = merged_tiles(num_tokens, num_heads, HEADS_PER_PAIR)
-    for tile in range(gl.program_id(0) * 2 + GROUP, num_tiles, gl.num_programs(0) * 2):
-        head = tile // tiles_of_head
-        rows = tile % tiles_of_head * MERGED_ROWS + gl.arange(0, MERGED_ROWS, row_layout)
-        token = rows // HEADS_PER_PAIR
-        exists = token < num_tokens
-        head_in_pair = rows % HEADS_PER_PAIR
-        index_head = first_index_head + head if INDEX_PER_HEAD else 0
-        chunk_used_ptr = used_ptr + (index_head * group_pairs.to(gl.int64) + number * chunk_pairs)
-        first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + head_in_pair
-        lse_ptrs = partial_lse_ptr + first_place
-        out_ptrs = partial_out_ptr + ((first_place * VALUE_DIM)[:, None] + dims[None, :])
-        place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + head_in_pair)
-        answer_ptrs = out_ptr + ((place * VALUE_DIM)[:, None] + dims[None, :])
-        used = used_slots(chunk_used_ptr, token, exists, 0, num_slots, row_layout)
-        if WITH_SHARED:
-            any_used = used
-            for first_slot in range(32, num_slots, 32):
-                any_used |= used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
-            exists &= any_used != 0
-            row_max = gl.load(lse_ptr + place, mask=exists, other=float("-inf")) / LN_2
-            row_sum = gl.where(row_max == float("-inf"), 0.0, 1.0)
-            acc = gl.load(answer_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
-        else:
-            row_max = gl.full([MERGED_ROWS], float("-inf"), gl.float32, row_layout)
-            row_sum = gl.zeros([MERGED_ROWS], gl.float32, row_layout)
-            acc = gl.zeros([MERGED_ROWS, VALUE_DIM], gl.float32, layout)
-        for first_slot in range(0, num_slots, 32):
-            if first_slot > 0:
-                used = used_slots(chunk_used_ptr, token, exists, first_slot, num_slots, row_layout)
-            # Four slots at a time: what limits this is how many loads are under way.
-            for step in range(0, gl.minimum(num_slots - first_slot, 32), 4):
-                bits = used >> step
-                slot = first_slot + step
-                a = _load_partial(lse_ptrs, out_ptrs, slot, (bits & 1) != 0, HEADS_PER_PAIR, VALUE_DIM)
-                b = _load_partial(lse_ptrs, out_ptrs, slot + 1, (bits & 2) != 0, HEADS_PER_PAIR, VALUE_DIM)
-                c = _load_partial(lse_ptrs, out_ptrs, slot + 2, (bits & 4) != 0, HEADS_PER_PAIR, VALUE_DIM)
-                d = _load_partial(lse_ptrs, out_ptrs, slot + 3, (bits & 8) != 0, HEADS_PER_PAIR, VALUE_DIM)
-                row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, a)
-                row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, b)
-                row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, c)
-                row_max, row_sum, acc = _add_partial(row_max, row_sum, acc, d)
-        acc *= share_of(row_sum)[:, None]
-        gl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None])
-        gl.store(lse_ptr + place, (row_max + gl.log2(row_sum)) * LN_2, mask=exists)
+    row = gl.arange(0, MERGED_ROWS, row_layout)
+    exists, head, token, in_pair, _marks = merged_rows(
+        tile, row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
+    )
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + in_pair
+    slot_ptrs = partial_out_ptr + ((first_place * DIM)[:, None] + dims[None, :])
+    bits = bits_tile.index(number).load(row_layout)
+    any_bits = bits
+    for quad in gl.static_range(QUADS):
+        copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
+    mark_row = gl.arange(0, MERGED_ROWS, MARK_ROWS)
+    mark_exists, _head, mark_token, mark_in_pair, marks = merged_rows(
+        tile, mark_row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
+    )
+    mark_bits = bits_tile.index(number).load(MARK_ROWS)
+    lse_place = (head * num_tokens + mark_token) * num_slots * HEADS_PER_PAIR + mark_in_pair
+    lse = _load_lse(partial_lse_ptr, lse_place, mark_bits, 0, HEADS_PER_PAIR)
+    place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + in_pair)
+    answer_ptrs = out_ptr + ((place * DIM)[:, None] + dims[None, :])
+    shared_lse = gl.full([MERGED_ROWS], float("-inf"), gl.float32, MARK_ROWS)
+    acc = gl.zeros([MERGED_ROWS, DIM], gl.float32, layout)
+    if WITH_SHARED:
+        mark_place = mark_token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + mark_in_pair)
+        shared_lse = gl.load(lse_ptr + mark_place, mask=mark_exists, other=float("-inf")) / LN_2
+        acc = gl.load(answer_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
+    row_max = gl.maximum(shared_lse, gl.max(lse, 1))
+    for first_slot in range(SLOTS, num_slots, SLOTS):
+        more_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
+        more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
+        row_max = gl.maximum(row_max, gl.max(more_lse, 1))
+    shift = gl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = gl.convert_layout(gl.exp2(shared_lse - shift), row_layout)
+    acc *= row_sum[:, None]
+    by_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    weight_rows = weight_tile._reinterpret(gl.float32, [SLOTS, MERGED_ROWS], by_rows).permute([1, 0])
+    for first_slot in range(0, num_slots, SLOTS):
+        if first_slot > 0:
+            slot_ptrs += SLOTS * STRIDE
+            mark_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
+            bits = gl.convert_layout(mark_bits, row_layout)
+            any_bits |= bits
+            for quad in gl.static_range(QUADS):
+                copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
+            lse = _load_lse(partial_lse_ptr, lse_place, mark_bits, first_slot, HEADS_PER_PAIR)
+        weight_rows.store(gl.exp2(lse - shift[:, None]))
+        for quad in gl.static_range(SLOTS // QUAD):
+            if quad * QUAD < num_slots - first_slot:
+                async_copy.wait_group(QUADS - 1)
+                for i in gl.static_range(QUAD):
+                    out = ring[(quad * QUAD + i) % len(ring)].load(layout)
+                    weight = weight_tile.index(quad * QUAD + i).load(row_layout)
+                    row_sum += weight
+                    acc += weight[:, None] * out.to(gl.float32)
+                copy_quad(ring, slot_ptrs, bits, quad + QUADS, STRIDE)
+        async_copy.wait_group(0)
+    if WITH_SHARED:
+        # The others stay as they are.
+        exists &= any_bits != 0
+    acc *= share_of(row_sum)[:, None]
+    gl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+    lse_sum = gl.convert_layout(row_max, row_layout) + gl.log2(row_sum)
+    gl.store(lse_ptr + place, lse_sum * LN_2, mask=exists)
+
+
+@gluon.jit
+def _merge_chunks(
+    partials,
+    answers,
+    used_ptr,
+    counter_ptr,
+    index,
+    schedule,
+    meeting,
+    ring,
+    beside,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+):
+    """A chunk after the other: when all programs have its partials, every so many-th tile of its rows."""
+    partial_out_ptr, partial_lse_ptr = partials
+    out_ptr, lse_ptr = answers
+    written, free, _gathered, _released = meeting
+    DIM: gl.constexpr = ring[0].shape[1]
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
+    met = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, heads = chunk_of(schedule, c)
+        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
+            buffer = met % BUFFERS
+            first_row = buffer * rows_of_buffer
+            of_buffer = (partial_out_ptr + first_row * DIM, partial_lse_ptr + first_row)
+            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + heads[0] * HEADS_PER_PAIR
+            of_chunk = (out_ptr + row * DIM, lse_ptr + row)
+            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
+            meet(meeting, counter_ptr, 2 * met)
+            tiles_of_head, num_tiles = merged_tiles(tokens, heads, HEADS_PER_PAIR)
+            for first_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0) * MERGED_TILES):
+                wanted = look_through(
+                    first_tile, used_ptr, beside[0], chunk, tokens, tiles_of_head, num_tiles, HEADS_PER_PAIR,
+                    INDEX_PER_HEAD,
+                )  # fmt: skip
+                for number in range(MERGED_TILES):
+                    tile = first_tile + number * gl.num_programs(0)
+                    if (tile < num_tiles) & (not WITH_SHARED or ((wanted >> number) & 1) != 0):
+                        _merge_tile(
+                            tile, number, tiles_of_head, of_buffer, of_chunk, used_ptr, chunk, tokens, ring,
+                            beside, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+                        )  # fmt: skip
+            meet(meeting, counter_ptr, 2 * met + 1)
+            mbarrier.arrive(free.index(buffer), count=1)
+            met += 1
 
 
 @gluon.jit
 def _attend_chunks(
     partials,
-    answers,
-    used_ptr,
-    counter_ptr,
     index,
     sequences,
     schedule,
@@ -249,7 +322,6 @@ def _attend_chunks(
     tiles,
     out_tiles,
     scale,
-    NUM_Q_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     VALUE_DIM: gl.constexpr,
@@ -259,33 +331,27 @@ def _attend_chunks(
     WITH_SHARED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """A chunk after the other: every second tile of its items, and when all programs have attended theirs,
-    every second tile of rows that are merged.
-    """
-    out_ptr, lse_ptr = answers
-    # Tiles, items and meetings before.
+    """Every second tile of each chunk's items, as soon as there is a buffer for what comes of them."""
+    out_ptr, lse_ptr = partials
+    written, free, _gathered, _released = meeting
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
+    # Tiles, items and chunks before.
     n = 0
     block = 0
     met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
-        first_token, _num_tokens, _slots = tokens
-        first_head, num_heads = heads
-        has_items = most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0
-        if has_items or not WITH_SHARED:
+        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
+            buffer = met % BUFFERS
+            first_row = buffer * rows_of_buffer
+            of_buffer = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
+            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
             n, block = _attend_items(
-                partials, index, sequences, chunk, tokens, num_heads, blocks, tiles, out_tiles, scale, n,
+                of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, out_tiles, scale, n,
                 block, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, GROUP,
             )  # fmt: skip
-            meet(meeting, counter_ptr, met, GROUP)
-            row = first_token.to(gl.int64) * NUM_Q_HEADS + first_head * HEADS_PER_PAIR
-            of_chunk = (out_ptr + row * VALUE_DIM, lse_ptr + row)
-            _merge_rows(
-                partials, of_chunk, used_ptr, chunk, tokens, heads, NUM_Q_HEADS, HEADS_PER_PAIR,
-                INDEX_PER_HEAD, VALUE_DIM, WITH_SHARED, GROUP,
-            )  # fmt: skip
-            meet(meeting, counter_ptr, met + 1, GROUP)
-            met += 2
+            mbarrier.arrive(written.index(buffer), count=1)
+            met += 1
 
 
 @gluon.jit
@@ -307,7 +373,7 @@ def _copy_chunks(
     BLOCK_SIZE: gl.constexpr,
     PAIRS_PER_ITEM: gl.constexpr,
 ):
-    """What the items of every chunk need, also while those before are being merged."""
+    """What the items of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr = pointers
     n = 0
     block = 0
@@ -367,8 +433,10 @@ def attend_pairs(
     PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     STAGES: gl.constexpr,
+    QUADS: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
+    MERGING_REGISTERS: gl.constexpr,
 ):
     """All chunks of a group: tokens and heads from the first on. Arguments as of ``_partial`` and ``_merge``.
 
@@ -377,7 +445,7 @@ def attend_pairs(
     """
     counter_ptr = counts_ptr + 1
     index = (pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr)
-    # Before what a program of three groups takes to begin.
+    # Before what a program of four groups takes to begin.
     if WITH_SHARED:  # noqa: SIM102 - the first condition is known when the kernel is compiled
         if not any_items(item_offsets_ptr, num_chunks * (num_heads if INDEX_PER_HEAD else 1), num_segments):
             return
@@ -386,6 +454,10 @@ def attend_pairs(
     meeting = new_meeting()
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
     out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], out_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    weight_tile = gl.allocate_shared_memory(gl.float32, [SLOTS, MERGED_ROWS], flat)
+    ring = new_ring(dtype, VALUE_DIM, QUADS)
+    beside = (new_bits(), weight_tile)
     first_row = first_head * HEADS_PER_PAIR
     sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
     schedule = (
@@ -398,23 +470,27 @@ def attend_pairs(
     gl.warp_specialize(
         [
             (_attend_chunks, (
-                partials, answers, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks, tiles,
-                out_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL,
-                PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(0),
+                partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                gl.constexpr(0),
             )),
             (_attend_chunks, (
-                partials, answers, used_ptr, counter_ptr, index, sequences, schedule, meeting, blocks, tiles,
-                out_tiles, scale, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL,
-                PAIRS_PER_ITEM, WITH_SHARED, gl.constexpr(1),
+                partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                gl.constexpr(1),
             )),
             (_copy_chunks, (
                 pointers, index, sequences, schedule, first_head, blocks, tiles, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
                 PAIRS_PER_ITEM,
             )),
+            (_merge_chunks, (
+                partials, answers, used_ptr, counter_ptr, index, schedule, meeting, ring, beside,
+                NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+            )),
         ],
-        [4, COPYING_WARPS],
-        [REGISTERS, COPYING_REGISTERS],
+        [4, COPYING_WARPS, MERGING_WARPS],
+        [REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS],
     )  # fmt: skip
 
 
@@ -422,6 +498,7 @@ def constants(tile: TileShape) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_partial`` and ``_merge``."""
     return {
         "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES.get(tile.keys, MOST_STAGES),
-        "REGISTERS": REGISTERS, "COPYING_REGISTERS": COPYING_REGISTERS, "num_warps": 4,
+        "QUADS": QUADS.get(tile.keys, MOST_QUADS), "REGISTERS": REGISTERS,
+        "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
         "launch_cooperative_grid": True,
     }  # fmt: skip

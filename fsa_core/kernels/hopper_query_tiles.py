@@ -19,6 +19,8 @@ from fsa_core.kernels.hopper_tiles import (
     copy_steps,
     multiplies,
     new_shared,
+    nth_work,
+    num_turns,
     share_of,
     store_out,
 )
@@ -30,7 +32,8 @@ from fsa_core.problem import Problem
 
 @gluon.jit
 def find_tile(
-    work,
+    turn,
+    num_work,
     lists,
     where,
     TILE_HEADS_PER_KV_HEAD: gl.constexpr,
@@ -40,15 +43,24 @@ def find_tile(
     TOKENS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
 ):
-    """Of tile number ``work``: its head, its first token and the end of those that are asked for; what turns
-    a packed token into a position, how many keys its sequence has, its first row of keys; where its list is,
-    how many steps of that are whole and how many there are; whether any token is asked for at all.
+    """Of this program's ``turn``-th tile: its head, its first token and the end of those that are asked for;
+    what turns a packed token into a position, how many keys its sequence has, its first row of keys; where
+    its list is, how many steps of that are whole and how many there are; whether any token is asked for at
+    all.
     """
-    _blocks_ptr, _masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = lists
-    tokens, first_tile, num_asked, num_tiles, first_head = where
+    _blocks_ptr, _masks_ptr, counts_ptr, order_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = lists
+    tokens, first_tile, num_asked, num_tiles, first_head, is_ordered = where
     first_token, num_tokens, num_sequences, search_steps = tokens
     PARTS: gl.constexpr = BLOCK_SIZE // SIDE
-    # A head's tiles come one after the other: its keys and values are then in the L2 cache.
+    work = nth_work(turn, is_ordered)
+    exists = work < num_work
+    work = gl.minimum(work, num_work - 1)
+    # A head's tiles come one after the other, if not ordered: its keys and values are then in the L2 cache.
+    if is_ordered != 0:
+        if INDEX_PER_HEAD:
+            work = gl.load(order_ptr + work)
+        else:
+            work = work // num_asked * num_asked + gl.load(order_ptr + work % num_asked)
     group_head = work // num_asked
     place = work % num_asked
     tile = first_tile + place
@@ -64,7 +76,7 @@ def find_tile(
     list_place = place.to(gl.int64)
     if INDEX_PER_HEAD:
         list_place += group_head.to(gl.int64) * num_tiles
-    is_asked = (first < end) & (first + TOKENS > first_token)
+    is_asked = exists & (first < end) & (first + TOKENS > first_token)
     num_whole = gl.load(counts_ptr + list_place * 2) * PARTS
     num_steps = gl.load(counts_ptr + list_place * 2 + 1) * PARTS
     entry = list_place * MAX_SHARED
@@ -109,10 +121,10 @@ def _copy_tiles(
     q_ptr, k_ptr, v_ptr = pointers
     n = 0
     q_phase = 1
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = find_tile(
-            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
-            MAX_SHARED,
+            turn, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
+            TOKENS, MAX_SHARED,
         )  # fmt: skip
         if is_asked:
             first_q_row = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
@@ -161,15 +173,15 @@ def _attend_tiles(
     n = 0
     q_phase = 0
     found = find_tile(
-        gl.program_id(0), lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
-        TOKENS, MAX_SHARED,
+        0, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
+        MAX_SHARED,
     )  # fmt: skip
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = found
         # What the next tile is comes from memory while this one is attended.
         found = find_tile(
-            gl.minimum(work + gl.num_programs(0), num_work - 1), lists, where, TILE_HEADS_PER_KV_HEAD,
-            NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS, MAX_SHARED,
+            turn + 1, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD,
+            BLOCK_SIZE, TOKENS, MAX_SHARED,
         )  # fmt: skip
         if is_asked:
             if CAUSAL:
@@ -204,6 +216,7 @@ def attend(
     blocks_ptr,
     masks_ptr,
     counts_ptr,
+    order_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     scale,
@@ -216,6 +229,7 @@ def attend(
     first_head,
     num_asked,
     num_heads,
+    is_ordered,
     NUM_Q_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
@@ -229,15 +243,16 @@ def attend(
     MAX_SHARED: gl.constexpr,
     IS_PAIR: gl.constexpr,
 ):
-    """Arguments as of ``_attend``, and how many tiles to take under how many heads.
+    """Arguments as of ``_attend``, the order of tiles, how many to take under how many heads, and whether in
+    order.
 
-    IS_PAIR: tiles are two of the plan's, and their lists are those of ``tile_pairs.join_lists``.
+    Lists and order as of ``tile_order.tiles_to_walk``. IS_PAIR: tiles are two of the plan's.
     """
     shared, out_tiles = new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
     pointers, answers = (q_ptr, k_ptr, v_ptr), (out_ptr, lse_ptr)
-    lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
+    lists = (blocks_ptr, masks_ptr, counts_ptr, order_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
     tokens = (first_token, num_tokens, num_sequences, search_steps)
-    where = (tokens, first_tile, num_asked, num_tiles, first_head)
+    where = (tokens, first_tile, num_asked, num_tiles, first_head, is_ordered)
     num_work = num_asked * num_heads
     gl.warp_specialize(
         [

@@ -32,6 +32,7 @@ from fsa_core.kernels.hopper_tiles import (
     copy_rows,
     copy_steps,
     multiplies,
+    num_turns,
     store_rows,
     takes_step,
 )
@@ -139,10 +140,10 @@ def _copy_tiles(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     n = 0
     taken = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = find_tile(
-            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
-            MAX_SHARED,
+            turn, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
+            TOKENS, MAX_SHARED,
         )  # fmt: skip
         if is_asked:
             first_head = head * HEADS_PER_PAIR
@@ -286,10 +287,10 @@ def _add_tiles(
     first_token = where[0][0]
     n = 0
     taken = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = find_tile(
-            work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE, TOKENS,
-            MAX_SHARED,
+            turn, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
+            TOKENS, MAX_SHARED,
         )  # fmt: skip
         if is_asked:
             # Keys past the end of the sequence come after every token.
@@ -328,6 +329,7 @@ def of_tiles(
     blocks_ptr,
     masks_ptr,
     counts_ptr,
+    order_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     scale,
@@ -342,6 +344,7 @@ def of_tiles(
     num_delta_heads,
     num_asked,
     num_heads,
+    is_ordered,
     NUM_Q_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
@@ -358,12 +361,12 @@ def of_tiles(
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
 ):
-    """Arguments as of ``_of_tiles``, and how many tiles to take under how many heads; IS_PAIR as forward."""
+    """Arguments as of ``_of_tiles``, and what else ``hopper_query_tiles.attend`` has."""
     shared, beside = _new_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES)
     pointers = (q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr)
-    lists = (blocks_ptr, masks_ptr, counts_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
+    lists = (blocks_ptr, masks_ptr, counts_ptr, order_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
     tokens = (first_token, num_tokens, num_sequences, search_steps)
-    where = (tokens, first_tile, num_asked, num_tiles, first_head)
+    where = (tokens, first_tile, num_asked, num_tiles, first_head, is_ordered)
     num_work = num_asked * num_heads
     gl.warp_specialize(
         [

@@ -70,6 +70,23 @@ def new_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.conste
 
 
 @gluon.jit
+def nth_work(turn, gets_shorter):
+    """Which piece of work a program takes as its ``turn``-th. Where pieces get shorter, it has those of turns
+    forth and back: no program has the longest every time.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    goes_back = (turn % 2 == 1) & (gets_shorter != 0)
+    return turn * programs + gl.where(goes_back, programs - 1 - place, place)
+
+
+@gluon.jit
+def num_turns(num_work):
+    """How many pieces of work a program takes at most; the last one may not be there."""
+    return (num_work + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
 def copy_rows(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
     """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros."""
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))

@@ -17,6 +17,8 @@ from fsa_core.kernels.hopper_tiles import (
     copy_steps,
     multiplies,
     new_shared,
+    nth_work,
+    num_turns,
     share_of,
     store_out,
 )
@@ -29,7 +31,8 @@ from fsa_core.problem import Problem
 
 @gluon.jit
 def _find_tile(
-    work,
+    turn,
+    num_work,
     starts,
     where,
     NUM_KV_HEADS: gl.constexpr,
@@ -37,12 +40,15 @@ def _find_tile(
     STRIDE: gl.constexpr,
     TOKENS: gl.constexpr,
 ):
-    """Of tile number ``work``: its KV head, its first token and the end of its sequence's, what turns a token
-    into a position; its sequence's first row of windows and how many there are; how many steps every token of
-    it sees whole, and how many any sees; whether there is such a tile.
+    """Of this program's ``turn``-th tile: its KV head, its first token and the end of its sequence's, what
+    turns a token into a position; its sequence's first row of windows and how many there are; how many steps
+    every token of it sees whole, and how many any sees; whether there is such a tile.
     """
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr = starts
     num_tiles, num_sequences, search_steps = where
+    work = nth_work(turn, 1)
+    exists = work < num_work
+    work = gl.minimum(work, num_work - 1)
     # The last tiles see most: begun last, they would be what all others wait for.
     tile = num_tiles - 1 - work // NUM_KV_HEADS
     kv_head = work % NUM_KV_HEADS
@@ -54,7 +60,8 @@ def _find_tile(
     last = gl.minimum(first + TOKENS, q_end) - 1
     num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // SIDE
     num_steps = (visible_windows(last + q_shift, KERNEL_SIZE, STRIDE) + SIDE - 1) // SIDE
-    return kv_head, first, q_end, q_shift, first_row, num_windows, num_whole, num_steps, first < q_end
+    exists &= first < q_end
+    return kv_head, first, q_end, q_shift, first_row, num_windows, num_whole, num_steps, exists
 
 
 @gluon.jit
@@ -76,9 +83,9 @@ def _copy_tiles(
     q_ptr, k_ptr, v_ptr = pointers
     n = 0
     q_phase = 1
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         kv_head, first, q_end, _shift, first_row, num_windows, _whole, num_steps, exists = _find_tile(
-            work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
         )
         if exists:
             first_q_row = first.to(gl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
@@ -123,9 +130,9 @@ def _attend_tiles(
     group_head = tile_rows % GROUP_SIZE
     n = 0
     q_phase = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         kv_head, first, q_end, q_shift, _row, _windows, num_whole, num_steps, exists = _find_tile(
-            work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
         )
         if exists:
             last_window = visible_windows(first + tile_token + q_shift, KERNEL_SIZE, STRIDE) - 1

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK, Inversion, load_item
@@ -22,6 +21,8 @@ from fsa_core.plan import ForwardPlan, Group, chunks, search_steps
 from fsa_core.problem import Problem
 
 PAIR_STAGES = 1
+# Of a block that the kernel for Hopper alone takes: with more, a thread has more numbers than registers.
+MOST_KEYS = 64
 
 
 @triton.jit
@@ -232,8 +233,7 @@ def gradients_of_pairs(
     p, is_mixed = problem, plan.query_tile is not None
     of_pairs, steps = _pair_kernel(p, plan, PAIR_STAGES), search_steps(p.num_sequences)
     group_pairs = inversion.pairs.shape[1]
-    is_long = plan.chunks_at_once >= hopper.MIN_GRADIENT_CHUNKS
-    on_hopper = _pairs_on_hopper(p, plan) if is_long and hopper.runs_on(given.q.device) else None
+    on_hopper = _pairs_on_hopper(p, plan) if plan.is_buffered else None
     if on_hopper is not None:
         on_hopper[(min(multiprocessors(given.q.device), plan.max_items),)](
             *given.tensors, shares, inversion.counts, used, inversion.pairs, inversion.offsets,
@@ -274,8 +274,7 @@ def _pairs_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | None:
     from fsa_core.kernels import hopper_items, hopper_pair_query_gradients
     from fsa_core.kernels.hopper_tiles import exact_dims
 
-    # More keys, and a thread has more numbers than registers.
-    if not hopper_items.takes(problem, plan.tile, most_keys=64):
+    if not hopper_items.takes(problem, plan.tile, MOST_KEYS):
         return None
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_pair_query_gradients.of_pairs.bind(

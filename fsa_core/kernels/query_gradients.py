@@ -48,7 +48,7 @@ def query_gradients(
     p, tile = problem, plan.query_tile
     agreement = None if tile is None else new_agreement(p, plan, tile, memory)
     inversion = new_inversion(plan, p.num_slots, memory) if plan.has_partials else None
-    num_shares = plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
+    num_shares = plan.buffers * plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
     shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
     for group in _groups_of(p, plan, heads):
         ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0

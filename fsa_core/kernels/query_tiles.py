@@ -20,7 +20,8 @@ from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
-from fsa_core.kernels.tile_tokens import tile_tokens, tiles_of
+from fsa_core.kernels.tile_order import tiles_to_walk
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
 from fsa_core.problem import Problem
 
@@ -199,23 +200,20 @@ def attend_shared(
     Tensors as in ``selected_attention_forward``.
     """
     p, steps = problem, search_steps(problem.num_sequences)
-    first_tile, num_tiles = tiles_of(p, tile.tokens, group)
-    lists = (agreement.blocks, agreement.masks, agreement.counts)
     attend = _attending_on_hopper(p, plan, tile) if hopper.runs_on(q.device) else None
-    if attend is not None and agreement.joined is not None:
-        from fsa_core.kernels.tile_pairs import join_lists
-
-        lists, first_tile, num_tiles = join_lists(agreement, p, tile, group, cu_seqlens_q, cu_seqlens_k)
+    tiles = tiles_to_walk(
+        agreement, p, tile, group, cu_seqlens_q, cu_seqlens_k, are_resident=attend is not None
+    )
     arguments = (
-        q, k, v, out, lse, *lists, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value,
-        group.first_token, group.num_tokens, p.num_sequences, steps, first_tile, lists[2].shape[1],
+        q, k, v, out, lse, *tiles.lists, cu_seqlens_q, cu_seqlens_k, p.softmax_scale * LOG2_E.value,
+        group.first_token, group.num_tokens, p.num_sequences, steps, tiles.first, tiles.of_head,
         group.first_head,
     )  # fmt: skip
     if attend is None:
-        _attending(p, plan, tile)[num_tiles, group.num_heads](*arguments)
+        _attending(p, plan, tile)[tiles.number, group.num_heads](*arguments)
     else:
-        programs = min(multiprocessors(q.device), num_tiles * group.num_heads)
-        attend[(programs,)](*arguments, num_tiles, group.num_heads)
+        programs = min(multiprocessors(q.device), tiles.number * group.num_heads)
+        attend[(programs,)](*arguments, tiles.number, group.num_heads, int(tiles.is_ordered))
 
 
 @lru_cache(maxsize=1024)

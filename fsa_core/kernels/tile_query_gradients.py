@@ -11,7 +11,8 @@ from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.query_tiles import load_block, load_shared
-from fsa_core.kernels.tile_tokens import tile_tokens, tiles_of
+from fsa_core.kernels.tile_order import tiles_to_walk
+from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.plan import ForwardPlan, Group, QueryTile, search_steps
 from fsa_core.problem import Problem
 
@@ -141,25 +142,19 @@ def gradients_of_tiles(
 ) -> None:
     """Writes grad_q of a group's tokens over the blocks they share, as ``agreement`` has them."""
     p = problem
-    first_tile, num_tiles = tiles_of(p, tile.tokens, group)
-    lists = (agreement.blocks, agreement.masks, agreement.counts)
     of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
-    if of_tiles is not None and agreement.joined is not None:
-        from fsa_core.kernels.tile_pairs import join_lists
-
-        lists, first_tile, num_tiles = join_lists(
-            agreement, p, tile, group, given.cu_seqlens_q, given.cu_seqlens_k
-        )
+    starts = given.cu_seqlens_q, given.cu_seqlens_k
+    tiles = tiles_to_walk(agreement, p, tile, group, *starts, are_resident=of_tiles is not None)
     arguments = (
-        *given.tensors, grad_q, *lists, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale,
-        group.first_token, group.num_tokens, p.num_sequences, search_steps(p.num_sequences), first_tile,
-        lists[2].shape[1], group.first_head, given.first_delta_head, given.delta.shape[1],
+        *given.tensors, grad_q, *tiles.lists, *starts, p.softmax_scale, group.first_token, group.num_tokens,
+        p.num_sequences, search_steps(p.num_sequences), tiles.first, tiles.of_head, group.first_head,
+        given.first_delta_head, given.delta.shape[1],
     )  # fmt: skip
     if of_tiles is not None:
-        programs = min(multiprocessors(grad_q.device), num_tiles * group.num_heads)
-        of_tiles[(programs,)](*arguments, num_tiles, group.num_heads)
+        programs = min(multiprocessors(grad_q.device), tiles.number * group.num_heads)
+        of_tiles[(programs,)](*arguments, tiles.number, group.num_heads, int(tiles.is_ordered))
         return
-    _of_tiles[num_tiles, group.num_heads](
+    _of_tiles[tiles.number, group.num_heads](
         *arguments, **attention_constants(p, plan), TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
         MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
         maxnreg=tile.max_registers,

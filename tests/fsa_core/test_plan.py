@@ -64,9 +64,14 @@ TUNINGS = st.builds(
 )
 
 
-@given(problems(), st.sampled_from(PATHS))
-def test_a_million_tokens_stay_within_the_default_workspace(problem: Problem, path: str) -> None:
-    assert 0 < plan_forward(problem, path=path).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
+BUFFERS = st.sampled_from((1, 2))
+
+
+@given(problems(), st.sampled_from(PATHS), BUFFERS)
+def test_a_million_tokens_stay_within_the_default_workspace(
+    problem: Problem, path: str, buffers: int
+) -> None:
+    assert 0 < plan_forward(problem, path=path, buffers=buffers).workspace_bytes <= DEFAULT_WORKSPACE_BYTES
 
 
 @given(
@@ -75,13 +80,14 @@ def test_a_million_tokens_stay_within_the_default_workspace(problem: Problem, pa
     TUNINGS,
     st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)),
     st.booleans(),
+    BUFFERS,
 )
 def test_what_is_admitted_covers_every_path_however_tuned(
-    problem: Problem, path: str, tuning: Tuning, limit_bytes: int, is_short: bool
+    problem: Problem, path: str, tuning: Tuning, limit_bytes: int, is_short: bool, buffers: int
 ) -> None:
     if is_short:
         problem = replace(problem, num_q_tokens=min(problem.num_q_tokens, 2000), num_k_tokens=4000)
-    plan = plan_forward(problem, limit_bytes, path, tuning)
+    plan = plan_forward(problem, limit_bytes, path, tuning, buffers)
     assert plan.workspace_bytes <= workspace_bytes(problem, limit_bytes)
 
 
@@ -106,10 +112,12 @@ def test_a_path_that_cannot_take_a_problem_says_which_can(path: str, num_slots: 
     plan_forward(replace(problem, num_k_tokens=16 * (blocks - 2)), path=path)
 
 
-@given(problems(), st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)), st.sampled_from(PATHS))
-def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int, path: str) -> None:
+@given(problems(), st.sampled_from((0, 2**20, DEFAULT_WORKSPACE_BYTES)), st.sampled_from(PATHS), BUFFERS)
+def test_every_token_meets_every_head_once(
+    problem: Problem, limit_bytes: int, path: str, buffers: int
+) -> None:
     problem = replace(problem, num_q_tokens=min(problem.num_q_tokens, 300))
-    plan = plan_forward(problem, limit_bytes, path)
+    plan = plan_forward(problem, limit_bytes, path, buffers=buffers)
     assert plan.chunk_tokens <= MAX_CHUNK_TOKENS
     met = torch.zeros(plan.tile_heads, problem.num_q_tokens, dtype=torch.int32)
     for group in groups(problem, plan):
@@ -120,9 +128,9 @@ def test_every_token_meets_every_head_once(problem: Problem, limit_bytes: int, p
     assert bool((met == 1).all())
 
 
-@given(problems())
-def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem) -> None:
-    plan = plan_forward(problem)
+@given(problems(), BUFFERS)
+def test_the_work_items_of_any_choice_of_blocks_fit_the_launch(problem: Problem, buffers: int) -> None:
+    plan = plan_forward(problem, buffers=buffers)
     pairs = plan.chunk_tokens * problem.num_slots
     # The two extremes: one block has all pairs, or as many segments as can be have one pair more than fills.
     assert -(-pairs // plan.tile.pairs_per_item) <= plan.max_items

@@ -36,11 +36,16 @@ def large_problems(draw: st.DrawFn, slots: tuple[int, ...] = (1, 16, 100, 1024))
 
 
 @settings(max_examples=500)
-@given(large_problems((1, 16, 100, MAX_SLOTS)), st.sampled_from(WORKSPACES), st.sampled_from(PATHS))
-def test_forward(problem: Problem, limit_bytes: int, path: str) -> None:
+@given(
+    large_problems((1, 16, 100, MAX_SLOTS)),
+    st.sampled_from(WORKSPACES),
+    st.sampled_from(PATHS),
+    st.sampled_from((1, 2)),
+)
+def test_forward(problem: Problem, limit_bytes: int, path: str, buffers: int) -> None:
     p = problem
     assume(takes(p, path))
-    plan = plan_forward(p, limit_bytes, path)
+    plan = plan_forward(p, limit_bytes, path, buffers=buffers)
     index_heads = plan.group_heads if plan.index_per_head else 1
     rows = index_heads * plan.group_chunks
     numbers = {

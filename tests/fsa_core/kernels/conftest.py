@@ -119,12 +119,12 @@ def by_twins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.fixture
-def few_chunks_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for Hopper take all chunks in one launch however few there are."""
+def small_calls_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for Hopper take all chunks in one launch however little there is."""
     from fsa_core.kernels import hopper
 
-    monkeypatch.setattr(hopper, "MIN_FORWARD_CHUNKS", 1)
-    monkeypatch.setattr(hopper, "MIN_GRADIENT_CHUNKS", 1)
+    monkeypatch.setattr(hopper, "MIN_FORWARD_BYTES", 0)
+    monkeypatch.setattr(hopper, "MIN_GRADIENT_BYTES", 0)
     _forget_calls(monkeypatch)
 
 

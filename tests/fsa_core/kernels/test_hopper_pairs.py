@@ -20,7 +20,7 @@ FEW_BYTES = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _on_hopper(device: torch.device, few_chunks_on_hopper: None) -> None:
+def _on_hopper(device: torch.device, small_calls_on_hopper: None) -> None:
     if not hopper.runs_on(device):
         pytest.skip("Gluon's kernels for Hopper run on nothing else")
 

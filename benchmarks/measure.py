@@ -3,12 +3,14 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from random import Random
 
 import torch
 
 from fsa_core.timing import Timer, host_timer, timer_for
 
-# Contenders take turns so often, so that a clock that drifts drifts for all of them.
+# Contenders take turns so often, so that a clock that drifts drifts for all of them; in another order each
+# time, so that nobody always follows the one that heats the device most.
 ROUNDS = 4
 MOST_RUNS_A_TURN = 50
 # A call slower than this is timed once: its noise is small beside what turns would cost.
@@ -47,9 +49,11 @@ def take_turns(
             seconds[name].append(estimate)
         else:
             turns[name] = min(max(int(seconds_each / ROUNDS / estimate), 1), MOST_RUNS_A_TURN)
+    order, draw = list(turns), Random(0)
     for _ in range(ROUNDS):
-        for name, count in turns.items():
-            seconds[name] += timer(runs[name], count)
+        draw.shuffle(order)
+        for name in order:
+            seconds[name] += timer(runs[name], turns[name])
     return {name: _times(values) for name, values in seconds.items()}
 
 

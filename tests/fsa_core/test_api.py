@@ -121,9 +121,9 @@ def test_a_named_path_is_the_one_that_runs(make_case, monkeypatch):
 
     planned = []
 
-    def plan(problem, limit_bytes, path, tuning):
+    def plan(problem, limit_bytes, path, tuning, buffers):
         planned.append(path)
-        return plan_forward(problem, limit_bytes, path, tuning)
+        return plan_forward(problem, limit_bytes, path, tuning, buffers)
 
     monkeypatch.setattr(forward, "plan_forward", plan)
     # Of another length each: a call of known sizes is replayed, and "auto" is kv_major here.

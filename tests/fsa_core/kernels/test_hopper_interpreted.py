@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fsa_core import backward_plan
-from fsa_core.kernels import forward, hopper_partials, pair_query_gradients
+from fsa_core.kernels import forward, hopper_partials, pair_query_gradients, query_tiles, tile_order
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, SharedTuning, default_tuning
@@ -57,6 +57,22 @@ def test_query_tiles(
     answer = forward.selected_attention_forward(case.problem, *case.tensors, path=path, tuning=tuning)
     assert launched == {"agree", "attend"} | ({"attend_pairs"} if path == MIXED else set())
     assert_close_to_oracle(*answer, case)
+
+
+def test_in_which_order_programs_take_tiles_changes_no_bits(
+    make_case: Callable, assert_close_to_oracle: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_tiles, "multiprocessors", lambda _device: 3)
+    case = make_case(**SIZES | {"group_size": 8, "num_kv_heads": 2})
+    tuning = replace(default_tuning(case.problem), shared=TILES)
+    answers = []
+    for most_ordered in (tile_order.MOST_ORDERED, 0):
+        monkeypatch.setattr(tile_order, "MOST_ORDERED", most_ordered)
+        answers.append(
+            forward.selected_attention_forward(case.problem, *case.tensors, path=QUERY_TILE, tuning=tuning)
+        )
+    assert_close_to_oracle(*answers[0], case)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("workspace_limit_bytes", [DEFAULT_WORKSPACE_BYTES, 1 << 15])

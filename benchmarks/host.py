@@ -15,8 +15,9 @@ AUTOGRAD = "autograd"
 def controls(x: Inputs, stage: Stage, ours: Run) -> dict[str, Run]:
     """Calls to time beside ``ours``, which prepared them: what they leave out is what the difference costs.
 
-    "python" is the same call with launches that do nothing: Python, torch's allocations and autograd are
-    left. "autograd", of gradients, is autograd's way to a function that computes nothing.
+    "python" is the same call with launches, of kernels or graphs of them, that do nothing: Python, torch's
+    allocations and autograd are left. "autograd", of gradients, is autograd's way to a function that computes
+    nothing.
     """
     found = {PYTHON: _launching_nothing(ours)}
     if stage == "backward":
@@ -32,12 +33,12 @@ def _launching_nothing(run: Run) -> Run:
     launcher = driver.active.launcher_cls
 
     def timed() -> Answer:
-        launch = launcher.__call__
-        launcher.__call__ = _nothing
+        launch, replay = launcher.__call__, torch.cuda.CUDAGraph.replay
+        launcher.__call__ = torch.cuda.CUDAGraph.replay = _nothing
         try:
             return run()
         finally:
-            launcher.__call__ = launch
+            launcher.__call__, torch.cuda.CUDAGraph.replay = launch, replay
 
     return timed
 

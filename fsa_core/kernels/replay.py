@@ -3,7 +3,8 @@
 Once kernels are remembered (launch.py), what a call costs the host is all that leads to its launches: plans,
 grids, arguments, a buffer at a time (3 microseconds each). None of it depends on anything but sizes and
 options. So a function that is ``Replayed`` notes its launches, and a call of sizes that it knows takes its
-memory at once, fills in the addresses and launches. On an H200's host that is a third of the time.
+memory at once, fills in the addresses and launches. On an H200's host that is a third of the time. Addresses
+that come back are launched as one graph (call_graphs.py).
 
 Noted are only launches that launch.py remembers, of addresses that are those of the call's own tensors. So
 nothing is replayed in Triton's interpreter, while somebody debugs or watches launches, and from misaligned
@@ -12,6 +13,7 @@ addresses.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import triton.language as tl
 from triton.runtime import driver
 
+from fsa_core.kernels.call_graphs import FEWEST_LAUNCHES, call_graphs
 from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, kernel, noted_launches
 
 Tensors = tuple[torch.Tensor, ...]
@@ -128,18 +131,21 @@ class _Step:
     rest: tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
+# Programs are told apart by what they are, not by what is in them.
+@dataclass(frozen=True, slots=True, eq=False)
 class _Program:
     """Launches on addresses: none, the tensors, the answers and the buffers.
 
-    ``begins``: where in one piece of memory the buffers begin, and how large it is.
+    ``begins``: where in one piece of memory the buffers begin, and how large it is. ``is_graph``: they are
+    launched as one if the addresses come back.
     """
 
     steps: tuple[_Step, ...]
     device: torch.device
-    answers: tuple[tuple[torch.Size, torch.dtype], ...]
+    answers: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     begins: tuple[int, ...]
     num_bytes: int
+    is_graph: bool
     # The hooks of each kernel, empty lists but when somebody watches.
     hooks: tuple[list[Any], ...]
 
@@ -151,17 +157,29 @@ class _Program:
 
     def run(self, addresses: list[int]) -> Tensors:
         device = self.device
-        answers = tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.answers])
+        # With strides, since that is read in half the time.
+        answers = tuple(
+            [
+                torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                for shape, strides, dtype in self.answers
+            ]
+        )
         addresses += [x.data_ptr() for x in answers]
         # Named until all is launched: what is freed may be given to the next who asks.
         buffers = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
         base = buffers.data_ptr()
-        addresses += [base + begin for begin in self.begins]
-        stream = driver.active.get_current_stream(device.index)
-        for step in self.steps:
-            step.run(*step.grid, stream, *step.compiled, *step.pick(addresses), *step.rest)
+        key = (self, *addresses, base) if self.is_graph else None
+        if key is None or not call_graphs.launch(key):
+            addresses += [base + begin for begin in self.begins]
+            self.launch(addresses, driver.active.get_current_stream(device.index))
+            if key is not None:
+                call_graphs.note(key, partial(self.launch, addresses), device)
         del buffers
         return answers
+
+    def launch(self, addresses: list[int], stream: int) -> None:
+        for step in self.steps:
+            step.run(*step.grid, stream, *step.compiled, *step.pick(addresses), *step.rest)
 
 
 def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
@@ -185,9 +203,10 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,
-        answers=tuple((x.shape, x.dtype) for x in memory.answers),
+        answers=tuple((x.shape, x.stride(), x.dtype) for x in memory.answers),
         begins=tuple(begins),
         num_bytes=num_bytes,
+        is_graph=memory.like.device.type == "cuda" and len(steps) >= FEWEST_LAUNCHES,
         hooks=tuple(launched.hooks for launched in launches),
     )
 

@@ -8,6 +8,7 @@ alone, and passes over what is the other's, so that its bits are those of the ti
 from functools import lru_cache
 
 import torch
+import triton
 import triton.language as tl
 
 from fsa_core.kernels.agreement import Agreement
@@ -18,6 +19,58 @@ from fsa_core.plan import Group, QueryTile, search_steps
 from fsa_core.problem import Problem
 
 NO_BLOCK = tl.constexpr(2147483647)
+# Of a list at a time, each held against as many of the other.
+ENTRIES = tl.constexpr(32)
+
+
+@triton.jit
+def _write_joined(
+    blocks_ptr,
+    masks_ptr,
+    num_blocks,
+    others_ptr,
+    other_masks_ptr,
+    num_others,
+    joined_blocks_ptr,
+    joined_masks_ptr,
+    joined_other_masks_ptr,
+    num_seen,
+    BLOCK_SIZE: tl.constexpr,
+    WITH_BOTH: tl.constexpr,
+):
+    """Writes a list's entries to their places in the joint list; WITH_BOTH: those too that both lists have.
+
+    Returns how many are in both, and how many of those written are of a block that is seen whole.
+    """
+    entry = tl.arange(0, ENTRIES)
+    num_both, num_whole = 0, 0
+    for first in range(0, num_blocks, ENTRIES):
+        exists = first + entry < num_blocks
+        blocks = tl.load(blocks_ptr + first + entry, mask=exists, other=NO_BLOCK)
+        before = tl.zeros((ENTRIES,), tl.int32)
+        twin = tl.full((ENTRIES,), -1, tl.int32)
+        for first_other in range(0, num_others, ENTRIES):
+            is_other = first_other + entry < num_others
+            others = tl.load(others_ptr + first_other + entry, mask=is_other, other=NO_BLOCK)
+            before += tl.sum((others[None, :] < blocks[:, None]).to(tl.int32), 1)
+            is_same = (others[None, :] == blocks[:, None]) & is_other[None, :]
+            twin = tl.maximum(twin, tl.max(tl.where(is_same, (first_other + entry)[None, :], -1), 1))
+        is_both = exists & (twin >= 0)
+        both = tl.cumsum(is_both.to(tl.int32), 0)
+        # Those in both lists count once.
+        place = first + entry + before - (num_both + both - is_both.to(tl.int32))
+        is_written = exists if WITH_BOTH else exists & (twin < 0)
+        tl.store(joined_blocks_ptr + place, blocks, mask=is_written)
+        tl.store(
+            joined_masks_ptr + place,
+            tl.load(masks_ptr + first + entry, mask=exists, other=0),
+            mask=is_written,
+        )
+        other_masks = tl.load(other_masks_ptr + twin, mask=is_both, other=0)
+        tl.store(joined_other_masks_ptr + place, other_masks, mask=is_written)
+        num_whole += tl.sum((is_written & ((blocks + 1) * BLOCK_SIZE <= num_seen)).to(tl.int32), 0)
+        num_both += tl.sum(is_both.to(tl.int32), 0)
+    return num_both, num_whole
 
 
 @kernel
@@ -66,26 +119,20 @@ def _join_lists(
     a_ptr, b_ptr = list_place * MAX_SHARED, (list_place + 1) * MAX_SHARED
     joined_blocks_ptr += place * (2 * MAX_SHARED)
     joined_masks_ptr += place * (4 * MAX_SHARED)
-    at_a, at_b, num_joined, num_whole = 0, 0, 0, 0
-    block_a = tl.load(blocks_ptr + a_ptr, mask=num_a > 0, other=NO_BLOCK)
-    block_b = tl.load(blocks_ptr + b_ptr, mask=num_b > 0, other=NO_BLOCK)
-    while (at_a < num_a) | (at_b < num_b):
-        block = tl.minimum(block_a, block_b)
-        of_a, of_b = block_a == block, block_b == block
-        mask_a = tl.load(masks_ptr + a_ptr + at_a, mask=of_a, other=0)
-        mask_b = tl.load(masks_ptr + b_ptr + at_b, mask=of_b, other=0)
-        tl.store(joined_blocks_ptr + num_joined, block)
-        tl.store(joined_masks_ptr + num_joined, mask_a)
-        tl.store(joined_masks_ptr + 2 * MAX_SHARED + num_joined, mask_b)
-        # Whole for the first token of all, and so for every one.
-        num_whole += ((block + 1) * BLOCK_SIZE <= num_seen).to(tl.int32)
-        num_joined += 1
-        at_a += of_a.to(tl.int32)
-        at_b += of_b.to(tl.int32)
-        block_a = tl.load(blocks_ptr + a_ptr + at_a, mask=at_a < num_a, other=NO_BLOCK)
-        block_b = tl.load(blocks_ptr + b_ptr + at_b, mask=at_b < num_b, other=NO_BLOCK)
-    tl.store(joined_counts_ptr, num_whole)
-    tl.store(joined_counts_ptr + 1, num_joined)
+    blocks_a_ptr, blocks_b_ptr = blocks_ptr + a_ptr, blocks_ptr + b_ptr
+    masks_a_ptr, masks_b_ptr = masks_ptr + a_ptr, masks_ptr + b_ptr
+    second_masks_ptr = joined_masks_ptr + 2 * MAX_SHARED
+    # What is in both is written with the first list. A block whole for the first token of all is so for all.
+    num_both, whole_a = _write_joined(
+        blocks_a_ptr, masks_a_ptr, num_a, blocks_b_ptr, masks_b_ptr, num_b, joined_blocks_ptr,
+        joined_masks_ptr, second_masks_ptr, num_seen, BLOCK_SIZE, True,
+    )  # fmt: skip
+    _num_both, whole_b = _write_joined(
+        blocks_b_ptr, masks_b_ptr, num_b, blocks_a_ptr, masks_a_ptr, num_a, joined_blocks_ptr,
+        second_masks_ptr, joined_masks_ptr, num_seen, BLOCK_SIZE, False,
+    )  # fmt: skip
+    tl.store(joined_counts_ptr, whole_a + whole_b)
+    tl.store(joined_counts_ptr + 1, num_a + num_b - num_both)
 
 
 def join_lists(

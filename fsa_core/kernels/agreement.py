@@ -255,7 +255,7 @@ def agree(
         return
     num_warps = sorting_warps(block_indices.device, num_tiles * group.num_index_heads)
     on_hopper = hopper.runs_on(block_indices.device)
-    agreeing = _agreeing_on_hopper(p, tile, plan.has_leftover) if on_hopper else None
+    agreeing = _agreeing_on_hopper(p, tile, plan.has_leftover, num_warps > 1) if on_hopper else None
     agreeing = agreeing or _agreeing(p, tile, plan.has_leftover, num_warps)
     agreeing[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
@@ -275,14 +275,19 @@ def _listing(problem: Problem, tile: QueryTile) -> BoundKernel:
 
 
 @lru_cache(maxsize=1024)
-def _agreeing_on_hopper(problem: Problem, tile: QueryTile, with_leftover: bool) -> BoundKernel | None:
-    """The kernel for Hopper alone, if it takes the tile: a warp a tile, however many there are."""
+def _agreeing_on_hopper(
+    problem: Problem, tile: QueryTile, with_leftover: bool, is_alone: bool
+) -> BoundKernel | None:
+    """The kernel for Hopper alone, if it takes the tile."""
     from fsa_core.kernels import hopper_agreement
 
-    if not hopper_agreement.takes(problem, tile):
+    num_warps = hopper_agreement.num_warps(problem, tile, is_alone)
+    if not num_warps:
         return None
     constants = _agreeing_constants(problem, tile, with_leftover)
-    return hopper_agreement.agree.bind(**constants, num_warps=1, maxnreg=MAX_SORTING_REGISTERS)
+    return hopper_agreement.agree.bind(
+        **constants, WARPS=num_warps, num_warps=num_warps, maxnreg=MAX_SORTING_REGISTERS
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""What a query tile's tokens share, by a warp a tile: ``agreement._agree`` in Gluon, for its layouts."""
+"""What a query tile's tokens share: ``agreement._agree`` in Gluon, for its layouts."""
 
 from functools import partial
 
@@ -11,6 +11,8 @@ from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens
 from fsa_core.plan import QueryTile, power_of_two
 from fsa_core.problem import Problem
 
+# Two warps sort a tile of more in four fifths of the time of one, if they are alone; in company in as much.
+MANY = 512
 # What selects nothing comes last.
 NOTHING = gl.constexpr(2147483647)
 
@@ -61,8 +63,9 @@ def agree(
     FEW_LEFT: gl.constexpr,
     MAX_SHARED: gl.constexpr,
     WITH_LEFTOVER: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """Arguments as of ``_agree``."""
+    """Arguments as of ``_agree``, and how many warps a tile has."""
     tile = first_tile + gl.program_id(0)
     head = gl.program_id(1).to(gl.int64)
     sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
@@ -75,8 +78,8 @@ def agree(
     LOG_SIZE: gl.constexpr = LOG_TOKENS + LOG_SLOTS
     SIZE: gl.constexpr = 1 << LOG_SIZE
     # Loads and stores of the tile's rows are of neighbours by neighbouring threads; all else is not.
-    rows_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    layout: gl.constexpr = gl.BlockedLayout([SIZE // 32], [32], [1], [0])
+    rows_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    layout: gl.constexpr = gl.BlockedLayout([SIZE // (32 * WARPS)], [32], [WARPS], [0])
     place = gl.arange(0, SIZE, rows_layout)
     token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
     inside = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
@@ -88,7 +91,7 @@ def agree(
     # Ids that name no block of the sequence select nothing.
     valid = inside & (ids >= 0) & (ids < num_blocks)
     keys = gl.where(valid, (ids << LOG_SIZE) | place, NOTHING)
-    key = sort(to_neighbours(keys, LOG_SIZE), LOG_SIZE)
+    key = sort(to_neighbours(keys, LOG_SIZE, WARPS), LOG_SIZE)
     exists = key != NOTHING
     block, place_of = key >> LOG_SIZE, key & (SIZE - 1)
     token_of, slot_of = place_of >> LOG_SLOTS, place_of & ((1 << LOG_SLOTS) - 1)
@@ -124,6 +127,9 @@ def agree(
             gl.store(leftover_ptr + (token_of * num_slots + slot_of), left, mask=mine)
 
 
-def takes(problem: Problem, tile: QueryTile) -> bool:
-    """Whether a tile has a number for each thread of a warp."""
-    return power_of_two(tile.tokens) * power_of_two(problem.num_slots) >= 32
+def num_warps(problem: Problem, tile: QueryTile, is_alone: bool) -> int:
+    """Of a program; 0 if a thread would have no number. ``is_alone``: few tiles are on a multiprocessor."""
+    size = power_of_two(tile.tokens) * power_of_two(problem.num_slots)
+    if size < 32:
+        return 0
+    return 2 if is_alone and size > MANY else 1

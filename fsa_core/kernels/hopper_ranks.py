@@ -98,7 +98,7 @@ def rank(
         )
         # What selects nothing comes last.
         keys = (gl.where(chosen >= 0, chosen, num_segments) << LOG_PAIRS) | row
-        keys = sort(to_neighbours(keys, LOG_PAIRS), LOG_PAIRS)
+        keys = sort(to_neighbours(keys, LOG_PAIRS, 1), LOG_PAIRS)
         segments = keys >> LOG_PAIRS
         places = tile * SIZE + (keys & (SIZE - 1))
         _segments, first_line = gl.associative_scan((segments, line), 0, _first_of_run)

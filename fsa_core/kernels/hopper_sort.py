@@ -9,13 +9,14 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def to_neighbours(x, LOG_SIZE: gl.constexpr):
-    """What a warp's threads have of x, which neighbours have of neighbours, as if each had neighbours.
+def to_neighbours(x, LOG_SIZE: gl.constexpr, WARPS: gl.constexpr):
+    """What the threads have of x, which neighbours have of neighbours, as if each had neighbours.
 
     No number moves: they are in another order.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1 << LOG_SIZE - 5], [32], [1], [0])
-    moved = x.reshape([1 << LOG_SIZE - 5, 32]).permute([1, 0]).reshape([1 << LOG_SIZE])
+    BY_THREAD: gl.constexpr = (1 << LOG_SIZE) // (32 * WARPS)
+    layout: gl.constexpr = gl.BlockedLayout([BY_THREAD], [32], [WARPS], [0])
+    moved = x.reshape([BY_THREAD, WARPS, 32]).permute([1, 2, 0]).reshape([1 << LOG_SIZE])
     return gl.convert_layout(moved, layout, assert_trivial=True)
 
 

@@ -1,6 +1,7 @@
 """Calls launched again, against the calls they stand for. What compiles is run by test_launch.py."""
 
 from collections.abc import Callable
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -117,13 +118,13 @@ def test_buffers_lie_apart_and_those_that_are_to_be_are_cleared(
 ) -> None:
     replayed, tensors = Replayed(Work(ours)), operands()
     made: list[torch.Tensor] = []
-    make = torch.empty
 
-    def kept(*args: Any, **options: Any) -> torch.Tensor:
+    def kept(make: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         made.append(make(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(replay.torch, "empty", kept)
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(replay.torch, name, partial(kept, getattr(torch, name)))
     for _ in range(3):
         made.clear()
         replayed(tensors, 40)

@@ -43,7 +43,8 @@ def single_sequence(num_tokens: int, device: torch.device) -> torch.Tensor:
         return _new_single_sequence(num_tokens, device)
     # By stream, so that what fills it comes before whoever reads it.
     # Its number is asked for as Triton does: to make a torch.cuda.Stream takes the host ten times as long.
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
     return _kept_single_sequence(num_tokens, device, stream)
 
 

@@ -25,7 +25,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         return torch.zeros(shape, dtype=torch.int32, device=x.q.device)
 
     inversion = Inversion(
-        counts=int32(rows, forward.segments, 1 << plan.log_counter_ints(forward.segments)),
+        counts=int32(rows, forward.segments, plan.counter_ints(forward.segments)),
         ranks=int32(heads, tokens, slots),
         pairs=int32(heads, tokens * slots),
         offsets=int32(rows, forward.segments + 1),

@@ -24,7 +24,7 @@ FLOAT32_BYTES = 4
 MASK_BYTES = 8
 # Atomics on one line of the L2 cache wait for each other. A counter of the index has a line to itself or,
 # where these would take much of the workspace, a sector of 32 bytes.
-LOG_LINE_INTS, LOG_SECTOR_INTS = 5, 3
+LINE_INTS, SECTOR_INTS = 32, 8
 MAX_LINES = 4096
 # A (token of a chunk, slot) pair is packed into one int32.
 SLOT_BITS = (MAX_SLOTS - 1).bit_length()
@@ -252,7 +252,7 @@ def plan_forward(
     max_items = _max_items(p, chunk_tokens, tile)
     index_ints = chunk_tokens * held_ints
     if _has_partials(path):
-        index_ints += ((1 << log_counter_ints(num_segments(p))) + 2) * num_segments(p) + 2 + max_items
+        index_ints += (counter_ints(num_segments(p)) + 2) * num_segments(p) + 2 + max_items
     # Sequences start tiles of their own, and a group's borders cut two more.
     extra_tiles = p.num_sequences + 2
     extra_bytes = 0 if query_tile is None else extra_tiles * list_bytes + STEP_BINS * INT32_BYTES
@@ -355,9 +355,8 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
     held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
     list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 1) * INT32_BYTES
-    fixed_bytes = INT32_BYTES * (
-        ((1 << log_counter_ints(num_segments(p))) + 3) * num_segments(p) + 2 + STEP_BINS
-    )
+    fixed_ints = (counter_ints(num_segments(p)) + 3) * num_segments(p) + 2 + STEP_BINS
+    fixed_bytes = INT32_BYTES * fixed_ints
     fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)
     all_held = p.num_q_tokens * index_heads * held_bytes
     # Two equal chunks have up to a token more than there are.
@@ -513,9 +512,9 @@ def num_segments(problem: Problem) -> int:
     return problem.num_k_tokens // problem.block_size + problem.num_sequences
 
 
-def log_counter_ints(segments: int) -> int:
-    """How many int32 a counter of the index has to itself: their binary logarithm."""
-    return LOG_LINE_INTS if segments <= MAX_LINES else LOG_SECTOR_INTS
+def counter_ints(segments: int) -> int:
+    """How many int32 a counter of the index has to itself."""
+    return LINE_INTS if segments <= MAX_LINES else SECTOR_INTS
 
 
 def _max_items(problem: Problem, tokens: int, tile: TileShape) -> int:

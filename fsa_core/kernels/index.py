@@ -38,7 +38,7 @@ class Inversion:
 
     A row of the lists below is one chunk under one index head: row = head * chunks + chunk.
 
-    counts [heads * chunks, segments, 1 << log_counter_ints]: the first of each counts, zero between uses.
+    counts [heads * chunks, segments, plan.counter_ints]: of each segment the first counts; zero between uses.
     ranks [heads, tokens, slots]: the pair's place in its segment, -1 for a slot that selects nothing.
     pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
     offsets, item_offsets [heads * chunks, segments + 1]: where segments begin in the chunk's pairs and items.
@@ -62,9 +62,7 @@ def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor 
     index_heads = sizes.group_heads if sizes.index_per_head else 1
     rows = index_heads * sizes.group_chunks
     return Inversion(
-        counts=memory.new_zeros(
-            rows, sizes.segments, 1 << plan.log_counter_ints(sizes.segments), dtype=torch.int32
-        ),
+        counts=memory.new_zeros(rows, sizes.segments, plan.counter_ints(sizes.segments), dtype=torch.int32),
         ranks=int32(index_heads, sizes.group_tokens, num_slots),
         pairs=int32(index_heads, sizes.group_tokens * num_slots),
         offsets=int32(rows, sizes.segments + 1),
@@ -118,7 +116,7 @@ def _count(
     num_chunks,
     first_head,
     group_pairs,
-    log_counter_ints,
+    counter_ints,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -141,7 +139,7 @@ def _count(
     is_tail = (line == TOKENS - 1) | (counters != tl.gather(counters, tl.minimum(line + 1, TOKENS - 1), 0))
     head_line = tl.associative_scan(tl.where(is_head, line, 0), 0, larger)
     tail_line = tl.associative_scan(tl.where(is_tail, line, TOKENS), 0, _smaller, reverse=True)
-    counts = counts_ptr + (counters << log_counter_ints)
+    counts = counts_ptr + counters * counter_ints
     base = tl.atomic_add(counts, tail_line - line + 1, mask=is_head & (counters >= 0), sem="relaxed")
     rank = tl.gather(base, head_line, 0) + line - head_line
     ranks = ranks_ptr + tl.program_id(2).to(tl.int64) * group_pairs + places
@@ -157,12 +155,12 @@ def _scan(
     offsets_ptr,
     item_offsets_ptr,
     num_segments,
-    log_counter_ints,
+    counter_ints,
     PAIRS_PER_ITEM: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    counts_ptr += (row * num_segments) << log_counter_ints
+    counts_ptr += row * num_segments * counter_ints
     offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
     offset = 0
@@ -170,8 +168,8 @@ def _scan(
     for start in range(0, num_segments, SEGMENTS):
         segments = start + tl.arange(0, SEGMENTS)
         inside = segments < num_segments
-        counts = tl.load(counts_ptr + (segments << log_counter_ints), mask=inside, other=0)
-        tl.store(counts_ptr + (segments << log_counter_ints), tl.zeros_like(counts), mask=inside)
+        counts = tl.load(counts_ptr + segments * counter_ints, mask=inside, other=0)
+        tl.store(counts_ptr + segments * counter_ints, tl.zeros_like(counts), mask=inside)
         items = (counts + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
         offset = store_offsets(offsets_ptr, segments, inside, offset, counts)
         item_offset = store_offsets(item_offsets_ptr, segments, inside, item_offset, items)
@@ -259,8 +257,7 @@ def invert(
     """
     num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
-    num_segments = inversion.counts.shape[1]
-    log_counter_ints = plan.log_counter_ints(num_segments)
+    num_segments, counter_ints = inversion.counts.shape[1:]
     num_sequences = cu_seqlens_q.numel() - 1
     # Plain arithmetic here and in the other launchers: triton.cdiv costs the host 4 microseconds a call.
     slots = min(1 << (num_slots - 1).bit_length(), MAX_SLOTS_IN_TILE)
@@ -273,10 +270,10 @@ def invert(
     )  # fmt: skip
     count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused)
     count[grid](
-        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, log_counter_ints
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, counter_ints
     )  # fmt: skip
     scan[(num_heads * num_chunks,)](
-        inversion.counts, inversion.offsets, inversion.item_offsets, num_segments, log_counter_ints
+        inversion.counts, inversion.offsets, inversion.item_offsets, num_segments, counter_ints
     )  # fmt: skip
     scatter[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,

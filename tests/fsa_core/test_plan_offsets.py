@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fsa_core.backward_plan import plan_backward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, log_counter_ints, plan_forward, takes
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, counter_ints, plan_forward, takes
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS, Problem
 
 MILLION = 1 << 20
@@ -54,7 +54,7 @@ def test_forward(problem: Problem, limit_bytes: int, path: str, buffers: int) ->
     if plan.has_partials:
         partials = plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
         numbers |= {
-            "counters": rows * plan.segments << log_counter_ints(plan.segments),
+            "counters": rows * plan.segments * counter_ints(plan.segments),
             "offsets": rows * (plan.segments + 1),
             "pairs of a group": plan.group_tokens * p.num_slots,
             "pairs of a block, as whole items": plan.chunk_tokens * p.num_slots + plan.tile.pairs_per_item,

@@ -80,10 +80,7 @@ def validate_selected(
             softmax_scale=scale,
             query_block_size=query_block_size,
         )
-        if key is not None:
-            if len(_accepted) >= MOST_ACCEPTED:
-                _accepted.clear()
-            _accepted[key] = problem
+        _accept(key, problem)
     if check_values:
         starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
         sizes: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
@@ -114,6 +111,13 @@ def _description(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[An
     return (*facts, *options, *types)
 
 
+def _accept(description: tuple[Any, ...] | None, problem: Problem) -> None:
+    if description is not None:
+        if len(_accepted) >= MOST_ACCEPTED:
+            _accepted.clear()
+        _accepted[description] = problem
+
+
 def validate_dense(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -126,25 +130,29 @@ def validate_dense(
     check_values: bool = True,
 ) -> Problem:
     """The sizes of a call of dense attention, or InputError; arguments as in validate_selected."""
-    check_operands(q, k, v)
-    scale = checked_scale(softmax_scale, q.shape[2])
-    num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
+    key = _description((q, k, v, cu_seqlens_q, cu_seqlens_k), (softmax_scale, causal))
+    problem = None if key is None else _accepted.get(key)
+    if problem is None:
+        check_operands(q, k, v)
+        scale = checked_scale(softmax_scale, q.shape[2])
+        problem = _problem(
+            q,
+            k,
+            v,
+            num_sequences=_checked_sequences(q, cu_seqlens_q, cu_seqlens_k),
+            block_size=0,
+            index_heads=0,
+            num_slots=0,
+            causal=causal,
+            softmax_scale=scale,
+        )
+        _accept(key, problem)
     if check_values:
         if cu_seqlens_q is not None:
             refuse_bad_starts("cu_seqlens_q", cu_seqlens_q.tolist(), q.shape[0])
         if cu_seqlens_k is not None:
             refuse_bad_starts("cu_seqlens_k", cu_seqlens_k.tolist(), k.shape[0])
-    return _problem(
-        q,
-        k,
-        v,
-        num_sequences=num_sequences,
-        block_size=0,
-        index_heads=0,
-        num_slots=0,
-        causal=causal,
-        softmax_scale=scale,
-    )
+    return problem
 
 
 def validate_compact(

@@ -74,6 +74,9 @@ class _Tensor(torch.Tensor):
             made.given_layout = next((x.given_layout for x in alike if x.given_layout is not None), None)
         return made
 
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "_Tensor":  # type: ignore[override]
+        return self.view(dtype) if bitcast else super().to(dtype)
+
 
 # A kernel's numbers are values: who else has one keeps it, the next program among them.
 for _name in ("add", "sub", "mul", "and", "or", "xor"):
@@ -83,7 +86,9 @@ for _name in ("add", "sub", "mul", "and", "or", "xor"):
 def _tensor(x: Any, layout: Any = None) -> _Tensor:
     if isinstance(x, _Tensor) and layout is None:
         return x
-    dtype = torch.int32 if type(x) is int else torch.float32 if type(x) is float else None
+    dtype = torch.float32 if type(x) is float else None
+    if type(x) is int:
+        dtype = torch.int32 if -(1 << 31) <= x < 1 << 31 else torch.int64
     made = torch.as_tensor(x, dtype=dtype).as_subclass(_Tensor)
     made.given_layout = layout
     return made
@@ -165,6 +170,9 @@ class _Shared:
     def index(self, place: Any) -> Any:
         found = self.data[int(place)]
         return found if isinstance(found, _Barrier) else _Shared(found)
+
+    def slice(self, start: Any, length: int, dim: int = 0) -> "_Shared":
+        return _Shared(self.data.narrow(dim, int(start), length))
 
     def permute(self, order: Sequence[int]) -> "_Shared":
         return _Shared(self.data.permute(order))
@@ -410,6 +418,10 @@ _LANGUAGE = SimpleNamespace(
     fma=lambda a, b, c: a * b + c,
     max=lambda x, axis: _tensor(x.amax(axis), _Layout(x.given_layout)),
     sum=lambda x, axis: _tensor(x.sum(axis, dtype=x.dtype), _Layout(x.given_layout)),
+    reshape=lambda x, shape: x.reshape(tuple(shape)),
+    trans=lambda x, order: x.permute(*order),
+    split=lambda x: x.unbind(-1),
+    join=lambda a, b: torch.stack((a, b), -1),
     exp2=torch.exp2,
     log2=torch.log2,
     convert_layout=lambda x, layout, **_: _tensor(x.as_subclass(torch.Tensor), layout),

@@ -228,8 +228,12 @@ def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
         hopper.runs_on = lambda _device: False
         out, lse, shares = compressed_attention_forward(*sizes, *over_windows)
         row_shares(*sizes, call.q, call.k_cmp)
-        select_blocks_forward(*sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget)
-        window_attention_forward(*key_sizes, *over_keys)
+        for is_hopper in (False, True):
+            hopper.runs_on = lambda _device, is_hopper=is_hopper: is_hopper
+            select_blocks_forward(
+                *sizes, blocks, call.q, call.k_cmp, shares, with_importance=config.has_budget
+            )
+            window_attention_forward(*key_sizes, *over_keys)
         for is_hopper, walked in product((False, True), ((*sizes, *over_windows), (*key_sizes, *over_keys))):
             hopper.runs_on = lambda _device, is_hopper=is_hopper: is_hopper
             interval_attention_backward(

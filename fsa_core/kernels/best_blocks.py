@@ -33,18 +33,18 @@ def block_of_column(column, BLOCKS: tl.constexpr):
 def _of_quad(x):
     """[tokens, columns] as a tuple of [tokens, 4]: the first of each thread's blocks, the second, ..."""
     by_thread = tl.trans(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2)), (0, 2, 1, 3))
-    return _unjoined(tl.reshape(by_thread, (x.shape[0], 4, x.shape[1] // 4)))
+    return unjoined(tl.reshape(by_thread, (x.shape[0], 4, x.shape[1] // 4)))
 
 
 @triton.jit
-def _unjoined(x):
-    """[tokens, 4, n] as a tuple of n."""
+def unjoined(x):
+    """[tokens, threads, n] as a tuple of n [tokens, threads]."""
     if x.shape[2] == 1:
-        return (tl.reshape(x, (x.shape[0], 4)),)
+        return (tl.reshape(x, (x.shape[0], x.shape[1])),)
     else:
-        halves = tl.reshape(x, (x.shape[0], 4, 2, x.shape[2] // 2))
+        halves = tl.reshape(x, (x.shape[0], x.shape[1], 2, x.shape[2] // 2))
         left, right = tl.split(tl.trans(halves, (0, 1, 3, 2)))
-        return _unjoined(left) + _unjoined(right)
+        return unjoined(left) + unjoined(right)
 
 
 @triton.jit
@@ -168,6 +168,22 @@ def in_order(items):
 
 
 @triton.jit
+def _bitonic_in_order(items):
+    """The best first, of items that fall and then rise or the reverse, a power of two of them (Batcher)."""
+    if len(items) == 1:
+        return items
+    else:
+        half: tl.constexpr = len(items) // 2
+        better = ()
+        worse = ()
+        for i in tl.static_range(half):
+            pair = _in_order(items[i], items[half + i])
+            better = better + (pair[0],)
+            worse = worse + (pair[1],)
+        return _bitonic_in_order(better) + _bitonic_in_order(worse)
+
+
+@triton.jit
 def keep_best(best, candidates):
     """Of each thread's blocks alone, those that could be among the best of a row.
 
@@ -175,10 +191,11 @@ def keep_best(best, candidates):
     """
     slots: tl.constexpr = len(best)
     new = in_order(candidates)[:slots]
-    for _ in tl.static_range(slots - len(new)):
-        # Made of what is there, so that it lies where that does.
-        new = new + (new[0] * 0 + NONE,)
-    return _merged(best, new)[:slots]
+    # Of the two, one's last against the other's first, the best: they fall and then rise, or the reverse.
+    kept = best[: slots - len(new)]
+    for i in tl.static_range(len(new)):
+        kept = kept + (tl.maximum(best[slots - len(new) + i], new[len(new) - 1 - i]),)
+    return _bitonic_in_order(kept)
 
 
 @triton.jit

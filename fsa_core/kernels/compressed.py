@@ -16,6 +16,7 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.launch import kernel, multiprocessors
 from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
 from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.windows import (
     RowShares,
     Tile,
@@ -37,13 +38,57 @@ FEW_ROWS = 64
 def _add_step(row_max, row_sum, acc, scores, v, scale, CUT: tl.constexpr, WITH_VALUES: tl.constexpr):
     """Online softmax: some more keys. CUT: some scores are -inf."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    shift = (finite(new_max) if CUT else new_max) * scale
-    weights = tl.exp2(scores * scale - shift[:, None])
-    shrink = tl.exp2(row_max * scale - shift)
+    shift = finite(new_max) if CUT else new_max
+    weights = tl.exp2(scores * scale - (shift * scale)[:, None])
+    # Exactly 1 where nothing is larger: a step that a row sees nothing of changes no bit of it.
+    shrink = tl.exp2((row_max - shift) * scale)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if WITH_VALUES:
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
     return new_max, row_sum, acc
+
+
+@triton.jit
+def _add_cut_steps(
+    row_max,
+    row_sum,
+    acc,
+    q,
+    k_ptrs,
+    v_ptrs,
+    begin,
+    end,
+    step_rows,
+    key,
+    num_windows,
+    visible,
+    scale,
+    dim_mask,
+    value_mask,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    REACH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
+):
+    """Steps of windows that some tokens do not see, or that do not exist."""
+    # Not with one stage: ptxas 12.8 loses where v lies in shared memory when a loop has one place for it, and
+    # v is narrower than k.
+    for step in tl.range(begin, end, num_stages=STAGES):
+        first_key = step * step_rows
+        windows = step * key.shape[0] + key
+        exists = windows < num_windows
+        k = load_block(k_ptrs + first_key * HEAD_DIM, exists[None, :], dim_mask[:, None], True, True)
+        scores = tl.dot(q, k, input_precision="tf32x3")
+        v = k
+        seen = windows[None, :] < visible[:, None]
+        if REACH:
+            seen &= windows[None, :] >= visible[:, None] - REACH
+        scores = tl.where(seen, scores, float("-inf"))
+        if WITH_VALUES:
+            v = load_block(v_ptrs + first_key * VALUE_DIM, exists[:, None], value_mask[None, :], True, True)
+        row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, True, WITH_VALUES)
+    return row_max, row_sum, acc
 
 
 @kernel
@@ -124,6 +169,12 @@ def _attend_windows(
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    if REACH:
+        row_max, row_sum, acc = _add_cut_steps(
+            row_max, row_sum, acc, q, k_ptr + k_offsets, v_ptr + v_offsets, first_step,
+            tl.minimum(first_whole, end_step), step_rows, key, num_windows, visible, scale, dim_mask,
+            value_mask, HEAD_DIM, VALUE_DIM, REACH, STAGES, WITH_VALUES,
+        )  # fmt: skip
     for step in tl.range(first_whole, end_whole, num_stages=STAGES):
         first_key = step * step_rows
         k = load_block(k_ptr + first_key * HEAD_DIM + k_offsets, True, dim_mask[:, None], False, mask_dims)
@@ -133,27 +184,10 @@ def _attend_windows(
             v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
             v = load_block(v_ptrs, True, value_mask[None, :], False, mask_values)
         row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, False, WITH_VALUES)
-    # The windows at both ends, which some tokens do not see, or which do not exist. Not with one stage: ptxas
-    # 12.8 loses where v lies in shared memory when a loop has one place for it, and v is narrower than k.
-    for i in tl.range(end_whole, end_step + (first_whole - first_step), num_stages=STAGES):
-        step = i
-        if REACH:
-            step = tl.where(i < end_step, i, i - end_step + first_step)
-        first_key = step * step_rows
-        windows = step * KEYS + key
-        exists = windows < num_windows
-        k_ptrs = k_ptr + first_key * HEAD_DIM + k_offsets
-        k = load_block(k_ptrs, exists[None, :], dim_mask[:, None], True, mask_dims)
-        scores = tl.dot(q, k, input_precision="tf32x3")
-        v = k
-        seen = windows[None, :] < visible[:, None]
-        if REACH:
-            seen &= windows[None, :] >= visible[:, None] - REACH
-        scores = tl.where(seen, scores, float("-inf"))
-        if WITH_VALUES:
-            v_ptrs = v_ptr + first_key * VALUE_DIM + v_offsets
-            v = load_block(v_ptrs, exists[:, None], value_mask[None, :], True, mask_values)
-        row_max, row_sum, acc = _add_step(row_max, row_sum, acc, scores, v, scale, True, WITH_VALUES)
+    row_max, row_sum, acc = _add_cut_steps(
+        row_max, row_sum, acc, q, k_ptr + k_offsets, v_ptr + v_offsets, end_whole, end_step, step_rows, key,
+        num_windows, visible, scale, dim_mask, value_mask, HEAD_DIM, VALUE_DIM, REACH, STAGES, WITH_VALUES,
+    )  # fmt: skip
     if WITH_VALUES:
         acc *= reciprocal(row_sum)[:, None]
         tl.store(
@@ -179,65 +213,56 @@ def compressed_attention_forward(
     Returns out [num_q_tokens, num_q_heads, value_dim] in q's dtype and lse float32 [num_q_tokens,
     num_q_heads], natural log; 0 and -inf where nothing is seen.
     """
-    out = q.new_empty(*q.shape[:2], v_cmp.shape[2])
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    shares = _new_shares(q)
-    _launch(problem, windows, q, k_cmp, v_cmp, out, lse, shares, with_values=True)
-    return out, lse, shares
+    tensors = (q, k_cmp, v_cmp, *windows.starts)
+    out, lse, row_max, row_share = _replayed(tensors, problem, windows.sizes, True, True)
+    return out, lse, RowShares(row_max, row_share)
 
 
 def row_shares(problem: Problem, windows: Windows, q: torch.Tensor, k_cmp: torch.Tensor) -> RowShares:
     """The shares of ``compressed_attention_forward`` alone, without values."""
-    shares = _new_shares(q)
-    _launch(problem, windows, q, k_cmp, k_cmp, q, shares.max, shares, with_values=False)
-    return shares
+    return RowShares(*_replayed((q, k_cmp, k_cmp, *windows.starts), problem, windows.sizes, False, True))
 
 
 def window_attention_forward(
     problem: Problem, windows: Windows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse as ``compressed_attention_forward``, of windows with a ``reach``."""
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _launch(problem, windows, q, k, v, out, lse, None, with_values=True)
+    out, lse = _replayed((q, k, v, *windows.starts), problem, windows.sizes, True, False)
     return out, lse
 
 
-def _new_shares(q: torch.Tensor) -> RowShares:
-    size = (q.shape[1], q.shape[0])
-    return RowShares(*(torch.empty(size, dtype=torch.float32, device=q.device) for _ in range(2)))
-
-
-def _launch(
+def _forward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
     problem: Problem,
-    windows: Windows,
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    shares: RowShares | None,
-    *,
+    sizes: tuple[int, int, int],
     with_values: bool,
+    with_shares: bool,
 ) -> None:
-    p = problem
-    row_max, row_share = (lse, lse) if shares is None else (shares.max, shares.share)
+    """Of q, k, v and the starts of windows of ``sizes``: out and lse, then what selection needs of rows."""
+    p, (q, k, v, *starts) = problem, tensors
+    windows = Windows.of(sizes, starts)
+    of_rows: list[torch.Tensor] = []
+    if with_values:
+        of_rows = [memory.answer(*q.shape[:2], p.value_dim), memory.answer(*q.shape[:2], dtype=torch.float32)]
+    shares = [memory.answer(q.shape[1], q.shape[0], dtype=torch.float32) for _ in range(2 * with_shares)]
+    # What is not asked for is not written.
+    answers = ((of_rows or shares), (shares or of_rows))
     arguments = (
-        q, k_cmp, v_cmp, out, lse, row_max, row_share, *windows.starts,
-        p.softmax_scale * LOG2_E.value, p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences),
+        q, k, v, *answers[0], *answers[1], *windows.starts, p.softmax_scale * LOG2_E.value, p.num_q_tokens,
+        p.num_sequences, search_steps(p.num_sequences),
     )  # fmt: skip
-    if (
-        with_values
-        and hopper.runs_on(q.device)
-        and _launch_on_hopper(p, windows, arguments, shares is not None)
-    ):
+    if with_values and hopper.runs_on(q.device) and _launch_on_hopper(p, windows, arguments, with_shares):
         return
     tile = _tile(p, windows)
     num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
     _attend_windows[num_tiles, p.num_kv_heads * tile.parts](
-        *arguments, **walk_constants(p, windows, tile), WITH_VALUES=with_values,
-        WITH_SHARES=shares is not None, num_warps=tile.num_warps,
+        *arguments, **walk_constants(p, windows, tile), WITH_VALUES=with_values, WITH_SHARES=with_shares,
+        num_warps=tile.num_warps,
     )  # fmt: skip
+
+
+_replayed = Replayed(_forward)
 
 
 def _launch_on_hopper(
@@ -248,7 +273,7 @@ def _launch_on_hopper(
     from fsa_core.kernels.hopper_tiles import ROWS
 
     p = problem
-    if not hopper_windows.takes(p, windows):
+    if not hopper_windows.takes(p):
         return False
     tokens = ROWS // p.group_size
     num_tiles = p.num_q_tokens // tokens + p.num_sequences
@@ -256,7 +281,7 @@ def _launch_on_hopper(
     hopper_windows.attend_windows[(programs,)](
         *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
         GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
-        STRIDE=windows.stride, TOKENS=tokens, WITH_SHARES=with_shares, num_warps=4,
+        STRIDE=windows.stride, REACH=windows.reach, TOKENS=tokens, WITH_SHARES=with_shares, num_warps=4,
     )  # fmt: skip
     return True
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import padded_dim
 
 # Of a program: what four warps load in two turns.
@@ -97,10 +98,24 @@ def gated_sum_forward(branches: Branches, gates: torch.Tensor) -> torch.Tensor:
 
     gates: [num_q_tokens, num_q_heads, 3]. All contiguous, at least one row.
     """
-    out = torch.empty_like(branches[0])
-    grid, constants = _sizes(out)
-    _gated_sum[grid](*branches, gates, out, out.numel() // out.shape[-1], **constants)
+    dtypes = (*(x.dtype for x in branches), gates.dtype)
+    (out,) = _replayed((*branches, gates), tuple(branches[0].shape), dtypes)
     return out
+
+
+def _forward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    shape: tuple[int, ...],
+    _dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Of three branches of that shape, and gates; what is launched depends on their dtypes."""
+    out = memory.answer(*shape)
+    grid, constants = _sizes(out)
+    _gated_sum[grid](*tensors, out, out.numel() // shape[-1], **constants)
+
+
+_replayed = Replayed(_forward)
 
 
 def gated_sum_backward(

@@ -192,7 +192,7 @@ def _attend_tiles(
             q_phase ^= 1
             row_max, row_sum, acc = attend_steps(
                 lists[0] + entry, masks_of_half(lists[1], entry, MAX_SHARED, IS_PAIR, HALF), shared, n,
-                num_steps, num_whole, last_key, tile_bit, half_bits, scale, VALUE_DIM, BLOCK_SIZE, HALF,
+                num_steps, 0, num_whole, last_key, tile_bit, half_bits, scale, VALUE_DIM, BLOCK_SIZE, 0, HALF,
             )  # fmt: skip
             n += num_steps
             first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR

@@ -171,20 +171,34 @@ def _weigh(scores, row_max, row_sum, chose, scale, SELECTS: gl.constexpr):
     shift = finite * scale
     if SELECTS:
         # A row that did not choose the block subtracts infinity: its weights are 0.
-        weights = gl.exp2(scores * scale - gl.where(chose, shift, float("inf"))[:, None])
-        shrink = gl.exp2((row_max - finite) * scale)
-    else:
-        weights = gl.exp2(scores * scale - shift[:, None])
-        shrink = gl.exp2(row_max * scale - shift)
+        shift = gl.where(chose, shift, float("inf"))
+    weights = gl.exp2(scores * scale - shift[:, None])
+    # Exactly 1 where nothing is larger: a step that a row sees nothing of changes no bit of it.
+    shrink = gl.exp2((row_max - finite) * scale)
     return new_max, row_sum * shrink + gl.sum(weights, 1), weights, shrink
 
 
 @gluon.jit
-def _first_key(blocks_ptr, step, BLOCK_SIZE: gl.constexpr, PARTS: gl.constexpr):
+def first_key_of(blocks_ptr, step, BLOCK_SIZE: gl.constexpr):
+    """The first key of a step, which ``blocks_ptr`` lists, or of all keys if BLOCK_SIZE is 0."""
+    PARTS: gl.constexpr = BLOCK_SIZE // SIDE
     if BLOCK_SIZE:
         return gl.load(blocks_ptr + step // PARTS) * BLOCK_SIZE + step % PARTS * SIDE
     else:
         return step * SIDE
+
+
+@gluon.jit
+def seen_keys(first_key, last_key, REACH: gl.constexpr):
+    """[SIDE rows, SIDE keys]: whether a row sees a key, from ``first_key`` on, up to its ``last_key``.
+
+    That is the last REACH keys of those, or all of them if REACH is 0.
+    """
+    keys = first_key + gl.arange(0, SIDE, gl.SliceLayout(0, last_key.type.layout.parent))
+    seen = keys[None, :] <= last_key[:, None]
+    if REACH:
+        seen = seen & (keys[None, :] > last_key[:, None] - REACH)
+    return seen
 
 
 @gluon.jit
@@ -204,6 +218,7 @@ def attend_steps(
     shared,
     n,
     num_steps,
+    first_whole,
     num_whole,
     last_key,
     tile_bit,
@@ -211,11 +226,13 @@ def attend_steps(
     scale,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    REACH: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Half of a tile's rows, from row HALF * SIDE on, over its steps: their maximum, sum and weighted values.
 
-    ``last_key`` is the last that a row sees: of steps from ``num_whole`` on some rows do not see all keys.
+    ``last_key`` is the last that a row sees: of steps from ``num_whole`` on some rows do not see all keys. It
+    sees REACH keys up to that, of steps before ``first_whole`` some do not see all; or all, if REACH is 0.
     Where steps are of listed blocks, bit ``tile_bit`` of a block's mask says whether a row chose it, and
     ``half_bits`` are those of all these rows.
     """
@@ -228,7 +245,6 @@ def attend_steps(
     PARTS: gl.constexpr = BLOCK_SIZE // SIDE
     SELECTS: gl.constexpr = BLOCK_SIZE > 0
     zeros = gl.zeros([SIDE, SIDE], gl.float32, scores_layout)
-    key = gl.arange(0, SIDE, gl.SliceLayout(0, scores_layout))
     row_max = gl.full([SIDE], float("-inf"), gl.float32, row_layout)
     row_sum = gl.zeros([SIDE], gl.float32, row_layout)
     acc = gl.zeros([SIDE, VALUE_DIM], gl.float32, out_layout)
@@ -245,9 +261,9 @@ def attend_steps(
         mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
         fence_async_shared()
         scores = warpgroup_mma(q, k_tiles.index(stage).permute([1, 0]), zeros, use_acc=False)
-        if num_whole <= 0:
-            keys = _first_key(blocks_ptr, 0, BLOCK_SIZE, PARTS) + key
-            scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+        if (num_whole <= 0) | (first_whole > 0):
+            seen = seen_keys(first_key_of(blocks_ptr, 0, BLOCK_SIZE), last_key, REACH)
+            scores = gl.where(seen, scores, float("-inf"))
         row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
         left = gl.convert_layout(weights.to(dtype), weights_layout)
         skipped = 0
@@ -268,9 +284,9 @@ def attend_steps(
                     # Loaded here, beside products: the fence waits for whatever was begun before it.
                     mask = gl.load(masks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
                 scores = warpgroup_mma_wait(1, deps=[scores])
-                if step >= num_whole:
-                    keys = _first_key(blocks_ptr, step, BLOCK_SIZE, PARTS) + key
-                    scores = gl.where(keys[None, :] <= last_key[:, None], scores, float("-inf"))
+                if (step >= num_whole) | (step < first_whole):
+                    seen = seen_keys(first_key_of(blocks_ptr, step, BLOCK_SIZE), last_key, REACH)
+                    scores = gl.where(seen, scores, float("-inf"))
                 row_max, row_sum, weights, shrink = _weigh(scores, row_max, row_sum, chose, scale, SELECTS)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(stage), count=1)

@@ -1,4 +1,4 @@
-"""Attention over compressed keys for Hopper: what ``compressed._attend_windows`` computes, in Gluon."""
+"""Attention over compressed keys, or the last of all, for Hopper: ``compressed._attend_windows`` in Gluon."""
 
 from functools import partial
 
@@ -25,12 +25,12 @@ from fsa_core.kernels.hopper_tiles import (
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import natural_lse
 from fsa_core.kernels.tile_tokens import tile_tokens
-from fsa_core.kernels.windows import Windows, visible_windows
+from fsa_core.kernels.windows import visible_windows
 from fsa_core.problem import Problem
 
 
 @gluon.jit
-def _find_tile(
+def find_window_tile(
     turn,
     num_work,
     starts,
@@ -38,11 +38,13 @@ def _find_tile(
     NUM_KV_HEADS: gl.constexpr,
     KERNEL_SIZE: gl.constexpr,
     STRIDE: gl.constexpr,
+    REACH: gl.constexpr,
     TOKENS: gl.constexpr,
 ):
     """Of this program's ``turn``-th tile: its KV head, its first token and the end of its sequence's, what
-    turns a token into a position; its sequence's first row of windows and how many there are; how many steps
-    every token of it sees whole, and how many any sees; whether there is such a tile.
+    turns a token into a position; the first window that any token of it sees, its row and how many there are
+    from it on in the sequence; of the steps from there on, from which to which every token sees them whole,
+    and how many any sees; whether there is such a tile.
     """
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, cu_seqlens_cmp_ptr = starts
     num_tiles, num_sequences, search_steps = where
@@ -58,10 +60,17 @@ def _find_tile(
     first_row = gl.load(cu_seqlens_cmp_ptr + sequence).to(gl.int64) * NUM_KV_HEADS + kv_head
     num_windows = visible_windows(k_length - 1, KERNEL_SIZE, STRIDE)
     last = gl.minimum(first + TOKENS, q_end) - 1
-    num_whole = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE) // SIDE
-    num_steps = (visible_windows(last + q_shift, KERNEL_SIZE, STRIDE) + SIDE - 1) // SIDE
+    first_visible = visible_windows(first + q_shift, KERNEL_SIZE, STRIDE)
+    num_visible = visible_windows(last + q_shift, KERNEL_SIZE, STRIDE)
+    first_step, first_whole = first * 0, first * 0
+    if REACH:
+        first_step = gl.maximum(first_visible - REACH, 0) // SIDE
+        first_whole = (gl.maximum(num_visible - REACH, 0) + SIDE - 1) // SIDE - first_step
+    first_window = first_step * SIDE
+    first_row += first_window.to(gl.int64) * NUM_KV_HEADS
+    steps = (first_whole, first_visible // SIDE - first_step, (num_visible + SIDE - 1) // SIDE - first_step)
     exists &= first < q_end
-    return kv_head, first, q_end, q_shift, first_row, num_windows, num_whole, num_steps, exists
+    return kv_head, first, q_end, q_shift, first_window, first_row, num_windows - first_window, steps, exists
 
 
 @gluon.jit
@@ -78,16 +87,18 @@ def _copy_tiles(
     VALUE_DIM: gl.constexpr,
     KERNEL_SIZE: gl.constexpr,
     STRIDE: gl.constexpr,
+    REACH: gl.constexpr,
     TOKENS: gl.constexpr,
 ):
     q_ptr, k_ptr, v_ptr = pointers
     n = 0
     q_phase = 1
     for turn in range(0, num_turns(num_work)):
-        kv_head, first, q_end, _shift, first_row, num_windows, _whole, num_steps, exists = _find_tile(
-            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+        kv_head, first, q_end, _shift, _window, first_row, num_windows, steps, exists = find_window_tile(
+            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, REACH, TOKENS
         )
         if exists:
+            num_steps = steps[2]
             first_q_row = first.to(gl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
             copy_queries(
                 q_ptr + first_q_row * HEAD_DIM, shared, q_end - first, q_phase, NUM_Q_HEADS, GROUP_SIZE,
@@ -118,6 +129,7 @@ def _attend_tiles(
     VALUE_DIM: gl.constexpr,
     KERNEL_SIZE: gl.constexpr,
     STRIDE: gl.constexpr,
+    REACH: gl.constexpr,
     TOKENS: gl.constexpr,
     WITH_SHARES: gl.constexpr,
     HALF: gl.constexpr,
@@ -131,16 +143,18 @@ def _attend_tiles(
     n = 0
     q_phase = 0
     for turn in range(0, num_turns(num_work)):
-        kv_head, first, q_end, q_shift, _row, _windows, num_whole, num_steps, exists = _find_tile(
-            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, TOKENS
+        kv_head, first, q_end, q_shift, first_window, _row, _windows, steps, exists = find_window_tile(
+            turn, num_work, starts, where, NUM_KV_HEADS, KERNEL_SIZE, STRIDE, REACH, TOKENS
         )
         if exists:
+            first_whole, num_whole, num_steps = steps
             last_window = visible_windows(first + tile_token + q_shift, KERNEL_SIZE, STRIDE) - 1
+            last_window -= first_window
             mbarrier.wait(shared[3], q_phase)
             q_phase ^= 1
             row_max, row_sum, acc = attend_steps(
-                starts[0], starts[0], shared, n, num_steps, num_whole, last_window, tile_token, 0, scale,
-                VALUE_DIM, 0, HALF,
+                starts[0], starts[0], shared, n, num_steps, first_whole, num_whole, last_window, tile_token,
+                0, scale, VALUE_DIM, 0, REACH, HALF,
             )  # fmt: skip
             n += num_steps
             share = share_of(row_sum)
@@ -184,6 +198,7 @@ def attend_windows(
     VALUE_DIM: gl.constexpr,
     KERNEL_SIZE: gl.constexpr,
     STRIDE: gl.constexpr,
+    REACH: gl.constexpr,
     TOKENS: gl.constexpr,
     WITH_SHARES: gl.constexpr,
 ):
@@ -197,17 +212,17 @@ def attend_windows(
         [
             (_attend_tiles, (
                 answers, starts, where, shared, out_tiles, num_work, num_q_tokens, scale, NUM_Q_HEADS,
-                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES,
+                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, REACH, TOKENS, WITH_SHARES,
                 gl.constexpr(0),
             )),
             (_attend_tiles, (
                 answers, starts, where, shared, out_tiles, num_work, num_q_tokens, scale, NUM_Q_HEADS,
-                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS, WITH_SHARES,
+                NUM_KV_HEADS, GROUP_SIZE, VALUE_DIM, KERNEL_SIZE, STRIDE, REACH, TOKENS, WITH_SHARES,
                 gl.constexpr(1),
             )),
             (_copy_tiles, (
                 pointers, starts, where, shared, num_work, NUM_Q_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM,
-                VALUE_DIM, KERNEL_SIZE, STRIDE, TOKENS,
+                VALUE_DIM, KERNEL_SIZE, STRIDE, REACH, TOKENS,
             )),
         ],
         [4, COPYING_WARPS],
@@ -215,11 +230,8 @@ def attend_windows(
     )  # fmt: skip
 
 
-def takes(problem: Problem, windows: Windows) -> bool:
-    """Whether the heads are of a width that is multiplied, in one tile, and there is enough for full tiles.
-
-    A sliding window is short: fewer rows see fewer keys in vain.
-    """
+def takes(problem: Problem) -> bool:
+    """Whether heads are of a width that is multiplied, in one tile, and there is enough for full tiles."""
     p = problem
     has_many = p.num_q_tokens * p.group_size > ROWS * p.num_sequences
-    return multiplies(p) and not windows.reach and p.group_size <= ROWS and has_many
+    return multiplies(p) and p.group_size <= ROWS and has_many

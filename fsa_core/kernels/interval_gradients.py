@@ -13,13 +13,17 @@ No atomics, and tiles are cut from where their own sequence, or what sees them o
 same on every run, alone and in any company.
 """
 
+from typing import Any
+
 import torch
+import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import add_share, row_shift
 from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.interval_key_gradients import gradients_of_keys
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import kernel, multiprocessors
 from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.windows import (
     TileShape,
@@ -31,6 +35,44 @@ from fsa_core.kernels.windows import (
 )
 from fsa_core.plan import search_steps
 from fsa_core.problem import Problem
+
+
+@triton.jit
+def _add_cut_shares(
+    grad_q,
+    q,
+    grad_out,
+    k_ptrs,
+    v_ptrs,
+    shift,
+    delta,
+    begin,
+    end,
+    step_rows,
+    key,
+    num_windows,
+    visible,
+    scale,
+    dim_mask,
+    value_mask,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    REACH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Adds those of steps of windows that some tokens do not see, or that do not exist."""
+    # Not with one stage, which ptxas 12.8 gets wrong where v is narrower than k.
+    for step in tl.range(begin, end, num_stages=STAGES):
+        first_key = step * step_rows
+        windows = step * key.shape[0] + key
+        exists = (windows < num_windows)[:, None]
+        k = load_block(k_ptrs + first_key * HEAD_DIM, exists, dim_mask, True, True)
+        v = load_block(v_ptrs + first_key * VALUE_DIM, exists, value_mask, True, True)
+        seen = windows[None, :] < visible[:, None]
+        if REACH:
+            seen &= windows[None, :] >= visible[:, None] - REACH
+        grad_q = add_share(grad_q, q, grad_out, k, v, shift, delta, seen, scale, True)
+    return grad_q
 
 
 @kernel
@@ -110,25 +152,21 @@ def _of_queries(
     v_ptr += first_row * VALUE_DIM
     step_rows = tl.full((), KEYS * NUM_KV_HEADS, tl.int64)
     grad_q = tl.zeros((ROWS, HEAD_DIM_PADDED), tl.float32)
+    if REACH:
+        grad_q = _add_cut_shares(
+            grad_q, q, grad_out, k_ptr + k_offsets, v_ptr + v_offsets, shift, delta, first_step,
+            tl.minimum(first_whole, end_step), step_rows, key, num_windows, visible, scale, dim_mask,
+            value_mask, HEAD_DIM, VALUE_DIM, REACH, STAGES,
+        )  # fmt: skip
     for step in tl.range(first_whole, end_whole, num_stages=STAGES):
         first_key = step * step_rows
         k = load_block(k_ptr + first_key * HEAD_DIM + k_offsets, True, dim_mask, False, mask_dims)
         v = load_block(v_ptr + first_key * VALUE_DIM + v_offsets, True, value_mask, False, mask_values)
         grad_q = add_share(grad_q, q, grad_out, k, v, shift, delta, True, scale, False)
-    # Not with one stage, which ptxas 12.8 gets wrong where v is narrower than k.
-    for i in tl.range(end_whole, end_step + (first_whole - first_step), num_stages=STAGES):
-        step = i
-        if REACH:
-            step = tl.where(i < end_step, i, i - end_step + first_step)
-        first_key = step * step_rows
-        windows = step * KEYS + key
-        exists = (windows < num_windows)[:, None]
-        k = load_block(k_ptr + first_key * HEAD_DIM + k_offsets, exists, dim_mask, True, mask_dims)
-        v = load_block(v_ptr + first_key * VALUE_DIM + v_offsets, exists, value_mask, True, mask_values)
-        seen = windows[None, :] < visible[:, None]
-        if REACH:
-            seen &= windows[None, :] >= visible[:, None] - REACH
-        grad_q = add_share(grad_q, q, grad_out, k, v, shift, delta, seen, scale, True)
+    grad_q = _add_cut_shares(
+        grad_q, q, grad_out, k_ptr + k_offsets, v_ptr + v_offsets, shift, delta, end_whole, end_step,
+        step_rows, key, num_windows, visible, scale, dim_mask, value_mask, HEAD_DIM, VALUE_DIM, REACH, STAGES,
+    )  # fmt: skip
     grad_q *= scale
     tl.store(grad_q_ptr + q_places, grad_q.to(grad_q_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask)
 
@@ -162,14 +200,37 @@ def interval_attention_backward(
 def _gradient_of_queries(problem: Problem, windows: Windows, *given: torch.Tensor) -> torch.Tensor:
     """Of q, the first of what is given; all of it as ``_of_queries`` takes it."""
     p = problem
+    grad_q = torch.empty_like(given[0])
+    arguments = (
+        *given, grad_q, *windows.starts, p.softmax_scale, p.num_sequences, search_steps(p.num_sequences),
+    )  # fmt: skip
+    if hopper.runs_on(grad_q.device) and _launch_on_hopper(p, windows, arguments):
+        return grad_q
     # On an H200, 64K tokens, D = 128, g = 4: 3.16 ms, and 3.93 of 128 rows in 8 warps with 64 keys in two
     # stages; with 128 keys 3.36. In a sliding window of 512: 1.07 and 1.19.
     narrow = TileShape(64, 64, num_warps=4) if windows.reach else TileShape(256, 32, 16, num_stages=3)
     tile = gradient_tile(p, narrow, wide=TileShape(64, 32))
     num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
-    grad_q = torch.empty_like(given[0])
     _of_queries[num_tiles, p.num_kv_heads * tile.parts](
-        *given, grad_q, *windows.starts, p.softmax_scale, p.num_sequences, search_steps(p.num_sequences),
-        **walk_constants(p, windows, tile), num_warps=tile.num_warps,
-    )  # fmt: skip
+        *arguments, **walk_constants(p, windows, tile), num_warps=tile.num_warps
+    )
     return grad_q
+
+
+def _launch_on_hopper(problem: Problem, windows: Windows, arguments: tuple[Any, ...]) -> bool:
+    """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
+    from fsa_core.kernels import hopper_interval_query_gradients, hopper_windows
+    from fsa_core.kernels.hopper_tiles import ROWS
+
+    p = problem
+    if not hopper_windows.takes(p):
+        return False
+    tokens = ROWS // p.group_size
+    num_tiles = p.num_q_tokens // tokens + p.num_sequences
+    programs = min(multiprocessors(arguments[0].device), num_tiles * p.num_kv_heads)
+    hopper_interval_query_gradients.of_queries[(programs,)](
+        *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
+        GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
+        STRIDE=windows.stride, REACH=windows.reach, TOKENS=tokens, num_warps=4,
+    )  # fmt: skip
+    return True

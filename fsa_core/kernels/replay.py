@@ -165,9 +165,11 @@ class _Program:
             ]
         )
         addresses += [x.data_ptr() for x in answers]
-        # Named until all is launched: what is freed may be given to the next who asks.
-        buffers = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
-        base = buffers.data_ptr()
+        buffers, base = None, 0
+        if self.num_bytes:
+            # Named until all is launched: what is freed may be given to the next who asks.
+            buffers = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+            base = buffers.data_ptr()
         key = (self, *addresses, base) if self.is_graph else None
         if key is None or not call_graphs.launch(key):
             addresses += [base + begin for begin in self.begins]

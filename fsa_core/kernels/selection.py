@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.kernels import hopper
 from fsa_core.kernels.best_blocks import (
     MAX_ID,
     MOST_BY_THREAD,
@@ -33,9 +34,10 @@ from fsa_core.kernels.best_blocks import (
     joined,
     keep_best,
 )
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import kernel, multiprocessors
 from fsa_core.kernels.primitives import LOG2_E
 from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visible_windows
 from fsa_core.plan import padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
@@ -374,26 +376,75 @@ def select_blocks_forward(
     num_q_heads, head_dim], k_cmp: [num_windows, num_kv_heads, head_dim], contiguous; shares: of the rows of q
     over k_cmp, from ``fsa_core.kernels.compressed``.
     """
-    p, tile = problem, _tile(problem, windows, blocks)
-    is_float32 = p.dtype == torch.float32
+    tensors = (q, k_cmp, shares.max, shares.share, *windows.starts)
+    ids, *of_importance = _replayed(tensors, problem, windows.sizes, blocks, with_importance)
+    return Selection(ids, *(of_importance or (None, None)))
+
+
+def _forward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    sizes: tuple[int, int, int],
+    blocks: Blocks,
+    with_importance: bool,
+) -> None:
+    """The answers of ``select_blocks_forward``, of operands, shares and starts of windows of ``sizes``."""
+    p, (q, k_cmp, row_max, row_share, *starts) = problem, tensors
+    windows = Windows.of(sizes, starts)
     rows = (p.num_kv_heads, p.num_q_tokens)
-    ids = torch.empty(*rows, blocks.top_k, dtype=torch.int32, device=q.device)
-    importance, total = None, None
+    ids = memory.answer(*rows, blocks.top_k, dtype=torch.int32)
+    importance, total = row_max, row_max
     if with_importance:
-        importance = torch.empty(ids.shape, dtype=torch.float32, device=q.device)
-        total = torch.empty(rows, dtype=torch.float32, device=q.device)
+        importance = memory.answer(*ids.shape, dtype=torch.float32)
+        total = memory.answer(*rows, dtype=torch.float32)
+    elif hopper.runs_on(q.device) and _launch_on_hopper(p, windows, blocks, tensors, ids):
+        return
+    tile, is_float32 = _tile(p, windows, blocks), p.dtype == torch.float32
     _select[p.num_q_tokens // tile.tokens + p.num_sequences, p.num_kv_heads](
-        q, k_cmp, shares.max, shares.share, ids, shares.max if importance is None else importance,
-        shares.max if total is None else total, *windows.starts, p.softmax_scale * LOG2_E.value,
-        p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences), NUM_Q_HEADS=p.num_q_heads,
-        NUM_KV_HEADS=p.num_kv_heads, GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim,
-        HEAD_DIM_PADDED=padded_dim(p.head_dim), KERNEL_SIZE=windows.kernel_size, STRIDE=windows.stride,
-        BLOCK_SIZE=blocks.block_size, TOP_K=blocks.top_k, SLOTS=power_of_two(blocks.top_k),
-        NUM_FIRST=blocks.num_first_blocks, NUM_LOCAL=blocks.num_local_blocks, TOKENS=tile.tokens,
-        BLOCKS=tile.blocks, BY_THREAD=blocks.top_k <= MOST_BY_THREAD, STAGES=1 if is_float32 else 2,
-        KEEP_KEYS=not is_float32, WITH_IMPORTANCE=with_importance, num_warps=4,
+        q, k_cmp, row_max, row_share, ids, importance, total, *starts, p.softmax_scale * LOG2_E.value,
+        p.num_q_tokens, p.num_sequences, search_steps(p.num_sequences), **_constants(p, windows, blocks),
+        HEAD_DIM_PADDED=padded_dim(p.head_dim), TOKENS=tile.tokens, BLOCKS=tile.blocks,
+        BY_THREAD=blocks.top_k <= MOST_BY_THREAD, STAGES=1 if is_float32 else 2, KEEP_KEYS=not is_float32,
+        WITH_IMPORTANCE=with_importance, num_warps=4,
     )  # fmt: skip
-    return Selection(ids, importance, total)
+
+
+_replayed = Replayed(_forward)
+
+
+def _launch_on_hopper(
+    problem: Problem,
+    windows: Windows,
+    blocks: Blocks,
+    tensors: tuple[torch.Tensor, ...],
+    ids: torch.Tensor,
+) -> bool:
+    """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
+    from fsa_core.kernels import hopper_selection as kernels
+
+    p, (q, k_cmp, row_max, row_share, *starts) = problem, tensors
+    if not kernels.takes(p, windows, blocks.block_size, blocks.top_k):
+        return False
+    num_tiles = p.num_q_tokens // kernels.TOKENS.value + p.num_sequences
+    kernels.select[(min(multiprocessors(q.device), num_tiles * p.num_kv_heads),)](
+        q, k_cmp, row_max, row_share, ids, *starts, p.softmax_scale * LOG2_E.value, p.num_q_tokens,
+        p.num_sequences, search_steps(p.num_sequences), num_tiles, **_constants(p, windows, blocks),
+        NUM_GIVEN=kernels.num_given(windows, blocks.block_size),
+        STAGES=kernels.stages(p, windows, blocks.block_size), num_warps=4,
+    )  # fmt: skip
+    return True
+
+
+def _constants(problem: Problem, windows: Windows, blocks: Blocks) -> dict[str, int]:
+    """What both kernels have compiled into them."""
+    p = problem
+    return {
+        "NUM_Q_HEADS": p.num_q_heads, "NUM_KV_HEADS": p.num_kv_heads, "GROUP_SIZE": p.group_size,
+        "HEAD_DIM": p.head_dim, "KERNEL_SIZE": windows.kernel_size, "STRIDE": windows.stride,
+        "BLOCK_SIZE": blocks.block_size, "TOP_K": blocks.top_k, "SLOTS": power_of_two(blocks.top_k),
+        "NUM_FIRST": blocks.num_first_blocks, "NUM_LOCAL": blocks.num_local_blocks,
+    }  # fmt: skip
 
 
 def takes(problem: Problem, windows: Windows, blocks: Blocks) -> bool:

@@ -3,6 +3,7 @@
 Keys as they are, are windows of one key at stride 1: sliding-window attention has the same kernels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,17 @@ class Windows:
     @property
     def starts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.cu_seqlens_q, self.cu_seqlens_k, self.cu_seqlens_cmp
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What is the same for calls of other tensors."""
+        return self.kernel_size, self.stride, self.reach
+
+    @classmethod
+    def of(cls, sizes: tuple[int, int, int], starts: Sequence[torch.Tensor]) -> "Windows":
+        kernel_size, stride, reach = sizes
+        cu_seqlens_q, cu_seqlens_k, cu_seqlens_cmp = starts
+        return cls(kernel_size, stride, cu_seqlens_q, cu_seqlens_k, cu_seqlens_cmp, reach)
 
 
 @dataclass(frozen=True, slots=True)

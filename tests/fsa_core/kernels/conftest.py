@@ -115,6 +115,7 @@ def by_twins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
         _forget_calls(monkeypatch)
 
+    _forget_calls(monkeypatch)
     return switch
 
 
@@ -130,10 +131,11 @@ def small_calls_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernels a known call went to is remembered."""
-    from fsa_core.kernels import backward, forward
+    from fsa_core.kernels import backward, compressed, forward, selection
     from fsa_core.kernels.replay import Replayed
 
-    monkeypatch.setattr(forward, "_replayed", Replayed(forward._forward))
+    for module in (forward, compressed, selection):
+        monkeypatch.setattr(module, "_replayed", Replayed(module._forward))
     monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
     monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
 
@@ -155,6 +157,7 @@ def language(
         pytest.skip("kernels in Gluon run on Hopper")
     if request.param == "tl":
         monkeypatch.setattr(hopper, "runs_on", lambda _device: False)
+    _forget_calls(monkeypatch)
     yield request.param
 
 

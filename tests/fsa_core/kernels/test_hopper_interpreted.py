@@ -14,6 +14,8 @@ from fsa_core import backward_plan
 from fsa_core.kernels import forward, hopper_partials, pair_query_gradients, query_tiles, tile_order
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.functional import select_blocks
+from fsa_core.nsa.reference import select_blocks_reference
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, SharedTuning, default_tuning
 from fsa_core.reference import selected_attention_reference
 from tests import gluon_interpreter
@@ -186,17 +188,40 @@ def test_a_popular_block_is_many_items(
 
 
 @pytest.mark.parametrize(
-    ("branch", "group_size", "kernels"),
-    [("compressed", 4, {"attend_windows", "of_windows"}), ("window", 3, {"of_windows"})],
+    ("branch", "group_size", "window"),
+    [("compressed", 4, 70), ("window", 3, 70), ("window", 2, 1), ("window", 4, 129), ("window", 3, 1000)],
 )
-def test_windows(
-    device: torch.device, launched: set[str], branch: str, group_size: int, kernels: set[str]
-) -> None:
+def test_windows(device: torch.device, launched: set[str], branch: str, group_size: int, window: int) -> None:
     sizes = {"q_lens": (200, 0, 70), "head_dim": 64, "value_dim": 64, "dtype": torch.float16}
-    config = NSAConfig(window=70)
+    config = NSAConfig(window=window)
     call = make_call(device, **sizes, num_kv_heads=1, group_size=group_size, config=config)
     Branch(branch, call, backend="triton").check()
-    assert launched == kernels
+    assert launched == {"attend_windows", "of_windows", "of_queries"}
+
+
+@pytest.mark.parametrize(
+    ("group_size", "sizes", "options"),
+    [
+        (4, {"q_lens": (140,), "k_lens": (1200,)}, {"top_k": 16}),
+        (2, {"q_lens": (270, 3), "k_lens": (270, 1100)}, {"top_k": 5, "num_first_blocks": 0}),
+        (
+            3,
+            {"q_lens": (150, 0, 300), "k_lens": (40, 70, 300), "head_dim": 128},
+            {"top_k": 12, "kernel_size": 4},
+        ),
+    ],
+    ids=str,
+)
+def test_selection(launched: set[str], group_size: int, sizes: dict, options: dict) -> None:
+    config = NSAConfig(**{"kernel_size": 8, "stride": 4, "block_size": 16} | options)
+    sizes = {"head_dim": 64, "num_kv_heads": 2, "dtype": torch.float16} | sizes
+    call = make_call(torch.device("cpu"), group_size=group_size, config=config, **sizes)
+    starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    scale = {"config": config, "softmax_scale": call.softmax_scale}
+    found = select_blocks(call.q, call.k_cmp, **starts, **scale, backend="triton")
+    assert "select" in launched
+    wanted = select_blocks_reference(call.q, call.k_cmp, *starts.values(), *scale.values())
+    assert torch.equal(found, wanted)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 from fsa_core.kernels import compressed, forward, hopper
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.functional import compressed_attention
+from fsa_core.nsa.functional import compressed_attention, sliding_window_attention
 from fsa_core.plan import (
     DEFAULT_WORKSPACE_BYTES,
     MIXED,
@@ -124,21 +124,25 @@ def test_more_tiles_than_programs(make_case: Callable, check: Callable) -> None:
     check(make_case(**SIZES | {"q_lens": (3000, 700)}, group_size=16, num_kv_heads=2))
 
 
-@pytest.fixture
-def check_windows(by_twins: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], None]:
+@pytest.fixture(params=["compressed", "window"])
+def check_windows(
+    request: pytest.FixtureRequest, by_twins: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Call], None]:
     def run_and_check(call: Call) -> None:
         starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
         options = {"config": call.config, "softmax_scale": call.softmax_scale} | starts
-        operands, launched = (call.q, call.k_cmp, call.v_cmp), []
+        is_window = request.param == "window"
+        attend = sliding_window_attention if is_window else compressed_attention
+        operands, launched = (call.q, *((call.k, call.v) if is_window else (call.k_cmp, call.v_cmp))), []
         launch = compressed._launch_on_hopper
         with monkeypatch.context() as patches:
             patches.setattr(
                 compressed, "_launch_on_hopper", lambda *args: launched.append(launch(*args)) or launched[-1]
             )
-            answer = compressed_attention(*operands, **options)
+            answer = attend(*operands, **options)
         assert launched == [True]
         by_twins()
-        assert_same_bits(answer, compressed_attention(*operands, **options))
+        assert_same_bits(answer, attend(*operands, **options))
 
     return run_and_check
 
@@ -167,6 +171,14 @@ def test_windows_of_other_sequences_than_queries(
     device: torch.device, check_windows: Callable, q_lens: tuple[int, ...], k_lens: tuple[int, ...]
 ) -> None:
     check_windows(make_call(device, **WINDOWS | {"q_lens": q_lens, "k_lens": k_lens}, group_size=4))
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 200, 5000])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_windows_of_every_size(
+    device: torch.device, check_windows: Callable, group_size: int, window: int
+) -> None:
+    check_windows(make_call(device, **WINDOWS, group_size=group_size, config=NSAConfig(window=window)))
 
 
 def test_more_tiles_of_windows_than_programs(device: torch.device, check_windows: Callable) -> None:

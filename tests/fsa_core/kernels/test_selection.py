@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsa_core.kernels import selection
+from fsa_core.kernels.replay import Replayed
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import nsa_attention_from_compressed, select_blocks
 from fsa_core.nsa.reference import nsa_attention_reference, select_blocks_reference
@@ -38,6 +39,7 @@ SIZES = {
 def several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of the fewest blocks, so that sequences of a few hundred keys take several."""
     monkeypatch.setattr(selection, "MAX_BLOCKS", selection.MIN_BLOCKS)
+    monkeypatch.setattr(selection, "_replayed", Replayed(selection._forward))
 
 
 def select(call: Call, **options: object) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from fsa_core.plan import MIXED
 from tests import sanitizer_grid
+from tests.gluon_interpreter import interpreted
 
 
 def test_ids_that_nobody_validated_give_right_answers_and_gradients(
@@ -28,8 +29,27 @@ def test_the_stages_of_the_operator_are_right(
     monkeypatch.setattr(sanitizer_grid, "SHAPES", ())
     monkeypatch.setattr(sanitizer_grid, "OPERATOR_SHAPES", sanitizer_grid.OPERATOR_SHAPES[:1])
     checks = [check for name, check in sanitizer_grid.grid(device) if name.startswith(stage)]
-    assert len(checks) == 1
     checks[0]()
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("selected g=2 D=64 float16 random kv_major", {"attend_pairs", "of_pairs", "rank"}),
+        (
+            "selected g=16 D=128 float16 random mixed",
+            {"agree", "attend", "attend_pairs", "gradients", "of_tiles", "rank"},
+        ),
+        ("compressed g=16 D=128 float16", {"attend_windows", "of_queries", "of_windows"}),
+        ("selection g=3 D=128 float16, many tokens", {"select"}),
+    ],
+)
+def test_kernels_for_hopper_are_in_it(device: torch.device, name: str, kernels: set[str]) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU's own kernels run on it")
+    with interpreted() as launched:
+        dict(sanitizer_grid.grid(device))[name]()
+    assert launched == kernels
 
 
 def test_a_wrong_answer_gives_a_bad_exit_code(

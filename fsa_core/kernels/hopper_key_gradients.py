@@ -1,4 +1,4 @@
-"""The gradients of k and v for Hopper: what ``backward._gradients`` computes, item by item, in Gluon.
+"""The gradients of k and v for Hopper: what ``key_gradients._gradients`` computes, item by item, in Gluon.
 
 A program is three groups of four warps. One gathers the rows of q and grad_out that chose the block, a tile
 of 64 at a time, as many tiles ahead as shared memory has room for. Two multiply: one takes the even tiles

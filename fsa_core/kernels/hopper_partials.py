@@ -1,4 +1,4 @@
-"""Partials of selected attention and their merge, for Hopper: ``forward._partial`` and ``_merge`` in Gluon.
+"""Partials of selected attention and their merge, for Hopper: ``partials._partial`` and ``_merge`` in Gluon.
 
 One launch for all chunks of a group, whose rows are merged while the next chunk's items are attended
 (``hopper_chunks``). Where query tiles left nothing, it ends.
@@ -185,7 +185,7 @@ def _merge_tile(
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
 ):
-    """A tile of a chunk's rows, the so many-th looked through: what ``forward._merge`` makes of it."""
+    """A tile of a chunk's rows, the so many-th looked through: what ``partials._merge`` makes of it."""
     partial_out_ptr, partial_lse_ptr = partials
     out_ptr, lse_ptr = answers
     _first, num_tokens, num_slots = tokens

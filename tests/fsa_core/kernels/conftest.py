@@ -58,11 +58,11 @@ def check_gradients(make_case: Callable, assert_gradients_close_to_oracle: Calla
 def tiles_for_the_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each program and each element of a tile, not for what the GPU pays for."""
     if device.type == "cpu":
-        from fsa_core.kernels import backward, delta, forward, index, share_sums, sorted_index
+        from fsa_core.kernels import delta, index, key_gradients, partials, share_sums, sorted_index
 
-        monkeypatch.setattr(forward, "MERGE_ROWS", 64)
+        monkeypatch.setattr(partials, "MERGE_ROWS", 64)
         monkeypatch.setattr(delta, "DELTA_ROWS", 256)
-        monkeypatch.setattr(backward, "SUM_KEYS", 256)
+        monkeypatch.setattr(key_gradients, "SUM_KEYS", 256)
         monkeypatch.setattr(share_sums, "SUM_ROWS", 64)
         for module in (index, sorted_index):
             monkeypatch.setattr(module, "PAIRS_IN_TILE", 256)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fsa_core import backward_plan
-from fsa_core.kernels import forward, hopper_partials, pair_query_gradients, query_tiles, tile_order
+from fsa_core.kernels import forward, hopper_partials, pair_query_gradients, partials, query_tiles, tile_order
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import select_blocks
@@ -130,7 +130,7 @@ def test_pairs(
     workspace_limit_bytes: int,
 ) -> None:
     """Several programs, which wait for one another between chunks."""
-    for module in (forward, pair_query_gradients):
+    for module in (partials, pair_query_gradients):
         monkeypatch.setattr(module, "multiprocessors", lambda _device: 3)
     case = make_case(**SIZES | options)
     limit = {"workspace_limit_bytes": workspace_limit_bytes}
@@ -264,13 +264,13 @@ def test_a_wait_that_is_left_out_is_seen(
 def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Programs that should run at once do not."""
     constants = hopper_partials.constants
-    monkeypatch.setattr(forward, "multiprocessors", lambda _device: 3)
+    monkeypatch.setattr(partials, "multiprocessors", lambda _device: 3)
     monkeypatch.setattr(
         hopper_partials, "constants", lambda tile: constants(tile) | {"launch_cooperative_grid": False}
     )
-    forward._attending_on_hopper.cache_clear()
+    partials._attending_on_hopper.cache_clear()
     yield
-    forward._attending_on_hopper.cache_clear()
+    partials._attending_on_hopper.cache_clear()
 
 
 @pytest.mark.usefixtures("one_after_the_other")

@@ -39,7 +39,7 @@ from fsa_core.plan import FLOAT32_BYTES
 from fsa_core.problem import Problem
 
 TOKENS = gl.constexpr(2 * SIDE.value)
-# Of a thread that multiplies, selects, copies; those of the first multiplying group are what is left of 504.
+# Of a thread that multiplies, selects, copies; those of the first multiplying group are what is left of 512.
 REGISTERS, SELECTING_REGISTERS, COPYING_REGISTERS = gl.constexpr(176), gl.constexpr(112), gl.constexpr(40)
 # Blocks that a thread sorts at a time: of more its registers are too few.
 AT_ONCE = gl.constexpr(8)

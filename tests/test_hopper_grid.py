@@ -32,7 +32,7 @@ FOR_HOPPER_ALONE = {
         "rank",
         "_join_lists",
     ),
-    "windows": ("attend_windows", "of_windows"),
+    "windows": ("attend_windows", "of_windows", "of_queries", "select"),
     "decode": (),
 }
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels import hopper
-from fsa_core.kernels.launch import kernel, multiprocessors
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
 from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.replay import Memory, Replayed
@@ -270,19 +270,10 @@ def _launch_on_hopper(
 ) -> bool:
     """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
     from fsa_core.kernels import hopper_windows
-    from fsa_core.kernels.hopper_tiles import ROWS
 
-    p = problem
-    if not hopper_windows.takes(p):
+    if not hopper_windows.takes(problem):
         return False
-    tokens = ROWS // p.group_size
-    num_tiles = p.num_q_tokens // tokens + p.num_sequences
-    programs = min(multiprocessors(arguments[0].device), num_tiles * p.num_kv_heads)
-    hopper_windows.attend_windows[(programs,)](
-        *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
-        GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
-        STRIDE=windows.stride, REACH=windows.reach, TOKENS=tokens, WITH_SHARES=with_shares, num_warps=4,
-    )  # fmt: skip
+    hopper_windows.launch(hopper_windows.attend_windows, problem, windows, arguments, WITH_SHARES=with_shares)
     return True
 
 

@@ -1,6 +1,7 @@
 """Attention over compressed keys, or the last of all, for Hopper: ``compressed._attend_windows`` in Gluon."""
 
 from functools import partial
+from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,10 +23,10 @@ from fsa_core.kernels.hopper_tiles import (
     share_of,
     store_out,
 )
-from fsa_core.kernels.launch import kernel
+from fsa_core.kernels.launch import Kernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import natural_lse
 from fsa_core.kernels.tile_tokens import tile_tokens
-from fsa_core.kernels.windows import visible_windows
+from fsa_core.kernels.windows import Windows, visible_windows
 from fsa_core.problem import Problem
 
 
@@ -235,3 +236,17 @@ def takes(problem: Problem) -> bool:
     p = problem
     has_many = p.num_q_tokens * p.group_size > ROWS * p.num_sequences
     return multiplies(p) and p.group_size <= ROWS and has_many
+
+
+def launch(
+    walk: Kernel, problem: Problem, windows: Windows, arguments: tuple[Any, ...], **constants: bool
+) -> None:
+    """Launches a kernel whose programs take every so many-th tile, as many as run at once."""
+    p, tokens = problem, ROWS // problem.group_size
+    num_tiles = p.num_q_tokens // tokens + p.num_sequences
+    programs = min(multiprocessors(arguments[0].device), num_tiles * p.num_kv_heads)
+    walk[(programs,)](
+        *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
+        GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
+        STRIDE=windows.stride, REACH=windows.reach, TOKENS=tokens, **constants, num_warps=4,
+    )  # fmt: skip

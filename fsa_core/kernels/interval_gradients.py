@@ -23,7 +23,7 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.block_share import add_share, row_shift
 from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.interval_key_gradients import gradients_of_keys
-from fsa_core.kernels.launch import kernel, multiprocessors
+from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.windows import (
     TileShape,
@@ -220,17 +220,8 @@ def _gradient_of_queries(problem: Problem, windows: Windows, *given: torch.Tenso
 def _launch_on_hopper(problem: Problem, windows: Windows, arguments: tuple[Any, ...]) -> bool:
     """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
     from fsa_core.kernels import hopper_interval_query_gradients, hopper_windows
-    from fsa_core.kernels.hopper_tiles import ROWS
 
-    p = problem
-    if not hopper_windows.takes(p):
+    if not hopper_windows.takes(problem):
         return False
-    tokens = ROWS // p.group_size
-    num_tiles = p.num_q_tokens // tokens + p.num_sequences
-    programs = min(multiprocessors(arguments[0].device), num_tiles * p.num_kv_heads)
-    hopper_interval_query_gradients.of_queries[(programs,)](
-        *arguments, num_tiles, NUM_Q_HEADS=p.num_q_heads, NUM_KV_HEADS=p.num_kv_heads,
-        GROUP_SIZE=p.group_size, HEAD_DIM=p.head_dim, VALUE_DIM=p.value_dim, KERNEL_SIZE=windows.kernel_size,
-        STRIDE=windows.stride, REACH=windows.reach, TOKENS=tokens, num_warps=4,
-    )  # fmt: skip
+    hopper_windows.launch(hopper_interval_query_gradients.of_queries, problem, windows, arguments)
     return True

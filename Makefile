@@ -38,10 +38,11 @@ test-gpu: ## Run the test suite on the GPU, in a Python that has torch already; 
 	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest --device cuda $(PYTEST_ARGS)
 
 # Each tensor an allocation of its own: an access past its end would otherwise land in torch's cache.
-sanitize: ## Run the kernels on the GPU under compute-sanitizer, memcheck and racecheck; as test-gpu
-	for tool in memcheck racecheck; do \
+sanitize: ## Run the kernels on the GPU under compute-sanitizer: memcheck, synccheck, racecheck; as test-gpu
+	for checker in memcheck synccheck 'racecheck --twins'; do \
+	  set -- $$checker; \
 	  PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitizer_grid || exit 1; \
+	    compute-sanitizer --tool $$1 --error-exitcode 1 $(PYTHON) -m tests.sanitizer_grid $$2 || exit 1; \
 	done
 
 lint: $(INSTALLED) ## Check style, types, directions of imports, protos, Dockerfile and compose file

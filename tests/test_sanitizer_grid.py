@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from fsa_core.kernels import hopper
 from fsa_core.plan import MIXED
 from tests import sanitizer_grid
 from tests.gluon_interpreter import interpreted
@@ -52,6 +53,16 @@ def test_kernels_for_hopper_are_in_it(device: torch.device, name: str, kernels: 
     assert launched == kernels
 
 
+def test_twins_are_checked_without_them(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU's own kernels run on it")
+    name = "compressed g=16 D=128 float16"
+    monkeypatch.setattr(sys, "argv", ["sanitizer_grid", "--device", "cpu", "--twins", "--only", name])
+    with interpreted() as launched:
+        assert sanitizer_grid.main() == 0
+    assert not launched
+
+
 def test_a_wrong_answer_gives_a_bad_exit_code(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +72,9 @@ def test_a_wrong_answer_gives_a_bad_exit_code(
         )
         return out, out[..., 0].float()
 
+    # What the grid changes is put back when the test ends.
+    monkeypatch.setattr(hopper, "MIN_FORWARD_BYTES", 0)
+    monkeypatch.setattr(hopper, "MIN_GRADIENT_BYTES", 0)
     monkeypatch.setattr(sanitizer_grid, "attend", zeros)
     monkeypatch.setattr(sanitizer_grid, "SHAPES", sanitizer_grid.SHAPES[:1])
     monkeypatch.setattr(sanitizer_grid, "SELECTIONS", ("random",))

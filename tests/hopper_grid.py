@@ -36,6 +36,7 @@ from fsa_core.kernels.compressed import (
 from fsa_core.kernels.decode import paged_selected_attention_forward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.interval_gradients import interval_attention_backward
+from fsa_core.kernels.means import means, spread
 from fsa_core.kernels.row_expansion import expand_rows
 from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
 from fsa_core.nsa.config import NSAConfig
@@ -212,7 +213,7 @@ def compile_shape(
 
 
 def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
-    """Compressed and sliding-window attention with their gradients, and selection of one shape."""
+    """Means, compressed and sliding-window attention with their gradients, and selection of one shape."""
     call = make_call(torch.device("cpu"), q_lens=(300, 40), num_kv_heads=2, **shape)
     config = call.config
     starts = (call.cu_seqlens_q, call.cu_seqlens_k, tuple(call.cu_seqlens_k.tolist()))
@@ -223,6 +224,12 @@ def compile_windows(shape: dict[str, Any]) -> Iterator[Compiled]:
     over_windows, over_keys = (call.q, call.k_cmp, call.v_cmp), (call.q, call.k, call.v)
     key_sizes = window_sizes(checked, *over_keys)
     with caught() as launches:
+        spread(
+            means(call.k[None], config.kernel_size, config.stride),
+            len(call.k),
+            config.kernel_size,
+            config.stride,
+        )
         hopper.runs_on = lambda _device: True
         compressed_attention_forward(*sizes, *over_windows)
         hopper.runs_on = lambda _device: False

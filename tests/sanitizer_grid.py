@@ -2,9 +2,9 @@
 
 Selected attention forward on every path and backward, with ids that nobody validated, blocks that everybody
 chooses, rows that choose nothing, packed sequences without keys or queries, and a workspace that must be cut;
-the check of ids; decode over pages; the stages of the NSA operator, forward and backward. Shapes are few,
-since each is compiled; so are tokens, since a checker makes every access slow. Answers are compared on
-the CPU, so that hardly any kernel but ours runs. Exits 1 when an answer is wrong.
+the check of ids; decode over pages; means and the other stages of the NSA operator, forward and backward.
+Shapes are few, since each is compiled; so are tokens, since a checker makes every access slow. Answers are
+compared on the CPU, so that hardly any kernel but ours runs. Exits 1 when an answer is wrong.
 
 ``python -m tests.sanitizer_grid --device cpu`` with TRITON_INTERPRET=1 runs it in Triton's interpreter,
 ``--only TEXT`` what has that in its name, and ``--twins`` leaves out the kernels for Hopper alone: racecheck
@@ -103,6 +103,7 @@ def grid(device: torch.device) -> Iterator[tuple[str, Check]]:
         yield f"selection {name}", partial(check_selection, exact, device)
         yield f"decode {name}", partial(check_decode, make_paged(CPU, k_lens=(70, 0, 200), **sizes), device)
         yield f"gates {name}", partial(check_gates, sizes["value_dim"], sizes["dtype"], device)
+        yield f"means {name}", partial(check_means, sizes["head_dim"], sizes["dtype"], device)
     # What the kernel for Hopper takes: 16 bits, and more tokens than a tile has.
     for head_dim in (64, 128):
         sizes = {"group_size": 3, "head_dim": head_dim, "dtype": dtype_on(device, torch.bfloat16)}
@@ -209,6 +210,22 @@ def check_gates(value_dim: int, dtype: torch.dtype, device: torch.device) -> Non
         answers.append([x.detach().float().cpu() for x in (out, *grads)])
     for expected, got in zip(*answers, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def check_means(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The means of windows and their gradients, of sequences that fill no tile."""
+    # Triton may be imported once its interpreter is chosen.
+    from fsa_core.kernels.means import means, spread
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 77, 3, head_dim, generator=generator).to(dtype)
+    true = x.double().requires_grad_()
+    expected = true.unfold(1, 8, 3).mean(-1)
+    grad = torch.randn(expected.shape, generator=generator).to(dtype)
+    (expected_grad,) = torch.autograd.grad(expected, true, grad.double())
+    got = means(x.to(device), 8, 3), spread(grad.to(device), 77, 8, 3)
+    for found, wanted in zip(got, (expected, expected_grad), strict=True):
+        torch.testing.assert_close(found.cpu().double(), wanted.detach(), rtol=1e-2, atol=1e-2)
 
 
 def check_decode(paged: PagedCase, device: torch.device) -> None:

@@ -23,7 +23,7 @@ def test_ids_that_nobody_validated_give_right_answers_and_gradients(
         sanitizer_grid.check_selected(case, ids, device, **options)
 
 
-@pytest.mark.parametrize("stage", ["compressed", "window", "selection", "decode"])
+@pytest.mark.parametrize("stage", ["compressed", "window", "selection", "decode", "gates", "means"])
 def test_the_stages_of_the_operator_are_right(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fsa_core.api import resolve_backend
+
 
 def count_windows(num_keys: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
     """How many whole windows lie within the first ``num_keys`` keys; any shape."""
@@ -94,10 +96,16 @@ class MeanCompression(Compression):
 
     def pool_sequences(self, x: torch.Tensor) -> torch.Tensor:
         # Windows of whole strides; others have tokens that share a run and not their windows.
-        if self.kernel_size % self.stride or not (torch.is_grad_enabled() and x.requires_grad):
+        is_ours = self.kernel_size % self.stride == 0 and torch.is_grad_enabled() and x.requires_grad
+        if not (is_ours or _runs_kernels(x)):
             return super().pool_sequences(x)
         means: torch.Tensor = _Means.apply(x, self.kernel_size, self.stride)  # type: ignore[no-untyped-call]
         return means.flatten(0, 1)
+
+
+def _runs_kernels(x: torch.Tensor) -> bool:
+    # Kernels add in float32.
+    return x.dtype != torch.float64 and x.numel() > 0 and resolve_backend("auto", x.device) == "triton"
 
 
 class _Means(torch.autograd.Function):
@@ -106,11 +114,28 @@ class _Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
         ctx.sizes = x.shape[1], kernel_size, stride
-        return x.unfold(1, kernel_size, stride).mean(-1)
+        if not _runs_kernels(x):
+            return x.unfold(1, kernel_size, stride).mean(-1)
+        from fsa_core.kernels.means import means
+
+        return means(x.contiguous(), kernel_size, stride)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        length, kernel_size, stride = ctx.sizes
+        grad_x: torch.Tensor = _Spread.apply(grad, *ctx.sizes)  # type: ignore[no-untyped-call]
+        return grad_x, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """The gradient of means, which is linear: its own gradient is their means again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, length: int, kernel_size: int, stride: int) -> torch.Tensor:
+        ctx.sizes = kernel_size, stride
+        if _runs_kernels(grad):
+            from fsa_core.kernels.means import spread
+
+            return spread(grad.contiguous(), length, kernel_size, stride)
         num_windows, num_runs = grad.shape[1], kernel_size // stride
         share = grad.float() / kernel_size
         # All tokens of a run of ``stride`` lie in the same windows.
@@ -119,7 +144,12 @@ class _Means(torch.autograd.Function):
             runs[:, run : run + num_windows] += share
         tokens = runs.to(grad.dtype)[:, :, None].expand(-1, -1, stride, -1, -1).flatten(1, 2)
         rest = length - tokens.shape[1]
-        return F.pad(tokens, (0, 0, 0, 0, 0, rest)) if rest else tokens, None, None
+        return F.pad(tokens, (0, 0, 0, 0, 0, rest)) if rest else tokens
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad: torch.Tensor = _Means.apply(grad_x, *ctx.sizes)  # type: ignore[no-untyped-call]
+        return grad, None, None, None
 
 
 class WeightedCompression(Compression):

@@ -7,20 +7,24 @@ import torch
 import triton
 import triton.language as tl
 
-from fsa_core.kernels.launch import Kernel, kernel
+from fsa_core.kernels.launch import kernel
 
-# Of a program: rows of windows or of tokens, and numbers of each.
-ROWS, COLUMNS = 32, 128
+# Of a program of four warps: windows or tokens, and numbers of each. 16 bytes a thread, or 32.
+WINDOWS, TOKENS, COLUMNS = 8, 16, 128
+# Loads that are on their way at once; one after the other they would wait for memory each.
+UNROLLED = 8
 
 
 @triton.jit
-def _tile(num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's sequence, rows and columns, and which of them exist."""
+def _tile(num_rows, NUMBERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's sequence, its first row, its rows from there, its columns, and what exists."""
     num_tiles = tl.cdiv(num_rows, ROWS)
     sequence = (tl.program_id(0) // num_tiles).to(tl.int64)
-    rows = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % num_tiles * ROWS
+    rows = tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    return sequence, rows, columns[None, :], (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    mask = (rows < num_rows - first)[:, None] & (columns < NUMBERS)[None, :]
+    return sequence, first, rows, columns[None, :], mask
 
 
 @kernel
@@ -29,20 +33,21 @@ def _means(
     out_ptr,
     length,
     num_windows,
-    num_columns,
+    NUMBERS: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    sequence, windows, columns, mask = _tile(num_windows, num_columns, ROWS, COLUMNS)
-    ptrs = x_ptr + (sequence * length + windows * STRIDE)[:, None] * num_columns + columns
+    sequence, first, windows, columns, mask = _tile(num_windows, NUMBERS, ROWS, COLUMNS)
+    x_ptr += (sequence * length + first * STRIDE) * NUMBERS
+    offsets = windows[:, None] * (STRIDE * NUMBERS) + columns
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(KERNEL_SIZE):
-        total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        ptrs += num_columns
-    places = (sequence * num_windows + windows)[:, None] * num_columns + columns
-    tl.store(out_ptr + places, total / KERNEL_SIZE, mask=mask)
+    for token in tl.range(0, KERNEL_SIZE, loop_unroll_factor=UNROLL):
+        total += tl.load(x_ptr + token * NUMBERS + offsets, mask=mask, other=0.0).to(tl.float32)
+    out_ptr += (sequence * num_windows + first) * NUMBERS
+    tl.store(out_ptr + windows[:, None] * NUMBERS + columns, total / KERNEL_SIZE, mask=mask)
 
 
 @kernel
@@ -51,22 +56,25 @@ def _spread(
     grad_x_ptr,
     length,
     num_windows,
-    num_columns,
+    NUMBERS: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    sequence, tokens, columns, mask = _tile(length, num_columns, ROWS, COLUMNS)
+    sequence, first, rows, columns, mask = _tile(length, NUMBERS, ROWS, COLUMNS)
+    tokens = first + rows
+    grad_ptr += sequence * num_windows * NUMBERS
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     # From the last window that begins at or before a token to the first that has it.
-    for back in range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
+    for back in tl.range(0, (KERNEL_SIZE + STRIDE - 1) // STRIDE, loop_unroll_factor=UNROLL):
         window = tokens // STRIDE - back
         has_token = (window >= 0) & (window < num_windows) & (tokens - window * STRIDE < KERNEL_SIZE)
-        places = (sequence * num_windows + window)[:, None] * num_columns + columns
+        places = window.to(tl.int64)[:, None] * NUMBERS + columns
         total += tl.load(grad_ptr + places, mask=mask & has_token[:, None], other=0.0).to(tl.float32)
-    places = (sequence * length + tokens)[:, None] * num_columns + columns
-    tl.store(grad_x_ptr + places, total / KERNEL_SIZE, mask=mask)
+    grad_x_ptr += (sequence * length + first) * NUMBERS
+    tl.store(grad_x_ptr + rows[:, None] * NUMBERS + columns, total / KERNEL_SIZE, mask=mask)
 
 
 def means(x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
@@ -76,31 +84,23 @@ def means(x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
     float32.
     """
     num_windows = (x.shape[1] - kernel_size) // stride + 1
+    numbers = x.shape[2] * x.shape[3]
     out = x.new_empty(x.shape[0], num_windows, *x.shape[2:])
-    _launch(_means, x, out, num_windows, x.shape[1], num_windows, kernel_size, stride)
+    grid = (x.shape[0] * -(-num_windows // WINDOWS), -(-numbers // COLUMNS))
+    _means[grid](
+        x, out, x.shape[1], num_windows, NUMBERS=numbers, KERNEL_SIZE=kernel_size, STRIDE=stride,
+        UNROLL=min(kernel_size, UNROLLED), ROWS=WINDOWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
     return out
 
 
 def spread(grad: torch.Tensor, length: int, kernel_size: int, stride: int) -> torch.Tensor:
     """The gradient of x, so many tokens a sequence, from that of its ``means``; contiguous both."""
+    numbers = grad.shape[2] * grad.shape[3]
     grad_x = grad.new_empty(grad.shape[0], length, *grad.shape[2:])
-    _launch(_spread, grad, grad_x, length, length, grad.shape[1], kernel_size, stride)
-    return grad_x
-
-
-def _launch(
-    walk: Kernel,
-    given: torch.Tensor,
-    made: torch.Tensor,
-    num_rows: int,
-    length: int,
-    num_windows: int,
-    kernel_size: int,
-    stride: int,
-) -> None:
-    num_columns = given.shape[2] * given.shape[3]
-    grid = (given.shape[0] * -(-num_rows // ROWS), -(-num_columns // COLUMNS))
-    walk[grid](
-        given, made, length, num_windows, num_columns, KERNEL_SIZE=kernel_size, STRIDE=stride, ROWS=ROWS,
-        COLUMNS=COLUMNS,
+    grid = (grad.shape[0] * -(-length // TOKENS), -(-numbers // COLUMNS))
+    _spread[grid](
+        grad, grad_x, length, grad.shape[1], NUMBERS=numbers, KERNEL_SIZE=kernel_size, STRIDE=stride,
+        UNROLL=min(-(-kernel_size // stride), UNROLLED), ROWS=TOKENS, COLUMNS=COLUMNS,
     )  # fmt: skip
+    return grad_x

@@ -71,6 +71,8 @@ class Compression(nn.Module, ABC):
         its sums in the same order in any company. Where a gradient is asked for, equal ones beside each other
         go together: launches take the host longer than the device their work.
         """
+        if len(lengths) == 1:
+            return [x[None]]
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
         runs = [list(run) for _, run in itertools.groupby(lengths)] if trains else [[n] for n in lengths]
         parts = x.split([sum(run) for run in runs])
@@ -96,10 +98,14 @@ class MeanCompression(Compression):
 
     def pool_sequences(self, x: torch.Tensor) -> torch.Tensor:
         # Windows of whole strides; others have tokens that share a run and not their windows.
-        is_ours = self.kernel_size % self.stride == 0 and torch.is_grad_enabled() and x.requires_grad
-        if not (is_ours or _runs_kernels(x)):
+        trains = torch.is_grad_enabled() and x.requires_grad
+        sizes = self.kernel_size, self.stride
+        if trains and (self.kernel_size % self.stride == 0 or _runs_kernels(x)):
+            means: torch.Tensor = _Means.apply(x, *sizes)  # type: ignore[no-untyped-call]
+        elif _runs_kernels(x):
+            means = _means(x, *sizes)
+        else:
             return super().pool_sequences(x)
-        means: torch.Tensor = _Means.apply(x, self.kernel_size, self.stride)  # type: ignore[no-untyped-call]
         return means.flatten(0, 1)
 
 
@@ -108,17 +114,22 @@ def _runs_kernels(x: torch.Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and resolve_backend("auto", x.device) == "triton"
 
 
+def _means(x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
+    # Triton is imported when a kernel is first needed.
+    from fsa_core.kernels.means import means
+
+    return means(x.contiguous(), kernel_size, stride)
+
+
 class _Means(torch.autograd.Function):
     """The means of windows; unfold's own gradient takes ten times as long, a token at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
         ctx.sizes = x.shape[1], kernel_size, stride
-        if not _runs_kernels(x):
-            return x.unfold(1, kernel_size, stride).mean(-1)
-        from fsa_core.kernels.means import means
-
-        return means(x.contiguous(), kernel_size, stride)
+        if _runs_kernels(x):
+            return _means(x, kernel_size, stride)
+        return x.unfold(1, kernel_size, stride).mean(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -4,14 +4,17 @@ Once kernels are remembered (launch.py), what a call costs the host is all that 
 grids, arguments, a buffer at a time (3 microseconds each). None of it depends on anything but sizes and
 options. So a function that is ``Replayed`` notes its launches, and a call of sizes that it knows takes its
 memory at once, fills in the addresses and launches. On an H200's host that is a third of the time. Addresses
-that come back are launched as one graph (call_graphs.py).
+that come back are launched as one graph (call_graphs.py). A function that is called by another while that is
+noted is a part of it: its launches are noted there, in the memory of the other.
 
 Noted are only launches that launch.py remembers, of addresses that are those of the call's own tensors. So
 nothing is replayed in Triton's interpreter, while somebody debugs or watches launches, and from misaligned
 addresses.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -72,6 +75,29 @@ class Memory:
         self.buffers.append(self.like.new_empty(shape, dtype=dtype))
         return self.buffers[-1]
 
+    def give(self, buffer: torch.Tensor) -> None:
+        """Makes one of the buffers the next answer. Raises ValueError if it is none: nobody launched it."""
+        addresses = [x.data_ptr() for x in self.buffers]
+        self.answers.append(self.buffers.pop(addresses.index(buffer.data_ptr())))
+
+
+class _ThisThread(threading.local):
+    # Of the function that is being noted.
+    memory: Memory | None = None
+
+
+_this_thread = _ThisThread()
+
+
+@contextmanager
+def _whole(memory: Memory) -> Iterator[None]:
+    """What is called inside is a part of the call whose ``memory`` that is."""
+    _this_thread.memory = memory
+    try:
+        yield
+    finally:
+        _this_thread.memory = None
+
 
 class Replayed:
     """``function(memory, tensors, *options)``, called as ``replayed(tensors, *options)``.
@@ -87,6 +113,8 @@ class Replayed:
         self._num_launches = 0
 
     def __call__(self, tensors: Tensors, *options: Hashable) -> Tensors:
+        if _this_thread.memory is not None:
+            return self._as_part(_this_thread.memory, tensors, options)
         if not self._programs:
             return self._noted(tensors, options)
         addresses = [0, *[x.data_ptr() for x in tensors]]
@@ -95,10 +123,17 @@ class Replayed:
             return self._noted(tensors, options)
         return program.run(addresses)
 
+    def _as_part(self, whole: Memory, tensors: Tensors, options: tuple[Hashable, ...]) -> Tensors:
+        """Calls the function, whose answers are buffers of the whole call."""
+        part = Memory(tensors[0])
+        self._function(part, tensors, *options)
+        whole.buffers += part.buffers + part.answers
+        return tuple(part.answers)
+
     def _noted(self, tensors: Tensors, options: tuple[Hashable, ...]) -> Tensors:
         """Calls the function, and keeps the program if there is one."""
         memory = Memory(tensors[0])
-        with noted_launches() as launches:
+        with noted_launches() as launches, _whole(memory):
             self._function(memory, tensors, *options)
         if launches.are_complete:
             addresses = [0, *[x.data_ptr() for x in tensors]]

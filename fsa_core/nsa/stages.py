@@ -31,14 +31,14 @@ def attend_windows(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
 ) -> Answer:
     """Attention over the windows that each query sees: out and lse, differentiable."""
-    if not _runs_kernels(backend, q):
+    if not runs_kernels(backend, q):
         return compressed_attention_torch(call, q, k_cmp, v_cmp)
     return _attend(call, kernel_sizes(call, q, k_cmp, v_cmp), q, k_cmp, v_cmp)[0]
 
 
 def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> Answer:
     """Attention over the last ``window`` keys up to a query's own: out and lse, differentiable."""
-    if not _runs_kernels(backend, q):
+    if not runs_kernels(backend, q):
         return sliding_window_attention_torch(call, q, k, v)
     from fsa_core.kernels.compressed import window_attention_forward
 
@@ -53,7 +53,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> torch.Tensor:
     """int32 [num_kv_heads, num_q_tokens, top_k], ascending, then -1."""
-    if not _runs_kernels(backend, q):
+    if not runs_kernels(backend, q):
         return select_blocks_torch(call, q, k_cmp)
     return _choose(call, kernel_sizes(call, q, k_cmp, k_cmp), q, k_cmp, None, backend)
 
@@ -62,7 +62,7 @@ def attend_and_choose(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and ids of the two above; what makes scores probabilities is computed once."""
-    if not _runs_kernels(backend, q):
+    if not runs_kernels(backend, q):
         return compressed_attention_torch(call, q, k_cmp, v_cmp)[0], select_blocks_torch(call, q, k_cmp)
     sizes = kernel_sizes(call, q, k_cmp, v_cmp)
     (out, _), shares = _attend(call, sizes, q, k_cmp, v_cmp)
@@ -71,12 +71,12 @@ def attend_and_choose(
 
 def add_branches(branches: tuple[torch.Tensor, ...], gates: torch.Tensor, backend: str) -> torch.Tensor:
     """Each branch times its gate, added up."""
-    if len(branches) == 3 and _runs_kernels(backend, branches[0]):
+    if len(branches) == 3 and runs_kernels(backend, branches[0]):
         return gated_sum_triton(branches, gates)
     return gated_sum_torch(branches, gates)
 
 
-def _runs_kernels(backend: str, q: torch.Tensor) -> bool:
+def runs_kernels(backend: str, q: torch.Tensor) -> bool:
     # Kernels are launched for at least one query.
     return backend != "torch" and resolve_backend(backend, q.device) == "triton" and len(q) > 0
 

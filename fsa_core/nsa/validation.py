@@ -20,7 +20,8 @@ from fsa_core.validation import validate_dense
 class Call:
     """What a validated call has beside its tensors; cu_seqlens_k are the keys' before compression.
 
-    ``key_starts`` are cu_seqlens_k on the host.
+    ``key_starts`` are cu_seqlens_k on the host. ``known_cu_seqlens_cmp``: what cu_seqlens_cmp is, if that is
+    known.
     """
 
     config: NSAConfig
@@ -29,6 +30,7 @@ class Call:
     key_starts: tuple[int, ...]
     softmax_scale: float
     workspace_limit_bytes: int
+    known_cu_seqlens_cmp: torch.Tensor | None = None
 
     @cached_property
     def window_starts(self) -> tuple[int, ...]:
@@ -43,6 +45,8 @@ class Call:
     @cached_property
     def cu_seqlens_cmp(self) -> torch.Tensor:
         """``window_starts`` on the device: int32 [num_sequences + 1]."""
+        if self.known_cu_seqlens_cmp is not None:
+            return self.known_cu_seqlens_cmp
         device = self.cu_seqlens_k.device
         if len(self.window_starts) == 2:
             return single_sequence(self.window_starts[1], device)

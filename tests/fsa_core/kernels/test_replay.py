@@ -16,9 +16,14 @@ from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.launch import Kernel, kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
+from fsa_core.nsa import functional
+from fsa_core.nsa.compression import MeanCompression
+from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.functional import nsa_attention
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS
 from tests.fsa_core.conftest import _make_case as make_case_on
 from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
+from tests.fsa_core.nsa.conftest import _make_call as make_call
 
 __all__ = ["nothing", "ours", "written"]  # fixtures, and what they launch
 GRID = (3, 2)
@@ -90,6 +95,46 @@ def test_a_call_of_known_sizes_launches_the_same_on_its_own_tensors(ours: Kernel
     for (out,) in answers:
         assert (out.shape, out.dtype) == ((40, 4), torch.float16)
     assert len({out.data_ptr() for (out,) in answers}) == len(answers)
+
+
+@compiles
+def test_a_call_within_another_is_a_part_of_it(ours: Kernel, written: Driver) -> None:
+    work = Work(ours)
+    part = Replayed(work)
+
+    def twice(memory: Memory, tensors: tuple[torch.Tensor, ...], size: int) -> None:
+        (first,) = part(tensors, size)
+        (second,) = part((first, tensors[1]), size)
+        memory.give(second)
+
+    whole, patterns, answers = Replayed(twice), [], []
+    for _ in range(5):
+        written.launches.clear()
+        tensors = operands()
+        answers.append(whole(tensors, 40))
+        patterns.append(pattern(written.launches, [x.data_ptr() for x in tensors]))
+    # Twice when it compiles and twice when it is noted.
+    assert work.calls == 4
+    assert all(p == patterns[0] for p in patterns)
+    assert len(patterns[0]) == 8
+    assert len({out.data_ptr() for (out,) in answers}) == len(answers)
+    # The second part reads what the first wrote; what it writes is the answer.
+    (_, first_out), second = (written.launches[place][-1][:2] for place in (1, 5))
+    assert second == [first_out, answers[-1][0].data_ptr()]
+    # By itself it is a call as before.
+    for _ in range(3):
+        part(operands(), 40)
+    assert work.calls == 5
+
+
+def test_what_a_call_gives_is_one_of_its_buffers() -> None:
+    memory = Memory(torch.zeros(4))
+    kept, given = memory.new_empty(3), memory.new_empty(3)
+    memory.give(given)
+    assert [x.data_ptr() for x in memory.answers] == [given.data_ptr()]
+    assert [x.data_ptr() for x in memory.buffers] == [kept.data_ptr()]
+    with pytest.raises(ValueError, match="not in list"):
+        memory.give(torch.zeros(3))
 
 
 @compiles
@@ -317,3 +362,31 @@ def test_a_decode_step_replayed_as_the_cache_fills(
         options = {"block_size": paged.case.problem.block_size, "softmax_scale": scale, "validate": False}
         assert_close_to_oracle(*paged_selected_attention(**paged.tensors, **options), paged.case)
     assert len(asked) <= 2
+
+
+@launches
+def test_the_operator_replayed_on_other_tensors(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other sequences, too, if there are as many tokens and windows of all; bits are those of training."""
+    noted: list[None] = []
+
+    def counted(*args: Any) -> None:
+        noted.append(None)
+        note(*args)
+
+    note, replayed = functional._note, Replayed(counted)
+    monkeypatch.setattr(functional, "_replayed", lambda: replayed)
+    config, means = NSAConfig(window=100), MeanCompression(32, 16)
+    for q_lens in ((300, 77), (77, 300), (300, 77), (333, 44), (300, 77)):
+        call = make_call(
+            device, q_lens=q_lens, dtype=torch.bfloat16, group_size=4, config=config, seed=len(noted)
+        )
+        starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+        gates = torch.rand(*call.q.shape[:2], 3, device=device, dtype=torch.bfloat16)
+        operands = (call.k, call.v, gates, means, means)
+        answers = [nsa_attention(q, *operands, config=config, **starts) for q in (call.q, call.q)]
+        trained = nsa_attention(call.q.requires_grad_(), *operands, config=config, **starts)
+        assert all(torch.equal(x, trained) for x in answers)
+    # What compiles is noted when it comes again.
+    assert len(noted) <= 2

@@ -165,14 +165,19 @@ def _scan(
     item_offsets_ptr += row * (num_segments + 1)
     offset = 0
     item_offset = 0
+    segments = tl.arange(0, SEGMENTS)
+    counts = tl.load(counts_ptr + segments * counter_ints, mask=segments < num_segments, other=0)
     for start in range(0, num_segments, SEGMENTS):
         segments = start + tl.arange(0, SEGMENTS)
         inside = segments < num_segments
-        counts = tl.load(counts_ptr + segments * counter_ints, mask=inside, other=0)
+        # On its way while these are added up; zeros are written behind it.
+        following = segments + SEGMENTS
+        next_counts = tl.load(counts_ptr + following * counter_ints, mask=following < num_segments, other=0)
         tl.store(counts_ptr + segments * counter_ints, tl.zeros_like(counts), mask=inside)
         items = (counts + PAIRS_PER_ITEM - 1) // PAIRS_PER_ITEM
         offset = store_offsets(offsets_ptr, segments, inside, offset, counts)
         item_offset = store_offsets(item_offsets_ptr, segments, inside, item_offset, items)
+        counts = next_counts
     tl.store(offsets_ptr + num_segments, offset)
     tl.store(item_offsets_ptr + num_segments, item_offset)
 

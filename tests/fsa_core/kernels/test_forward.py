@@ -16,6 +16,11 @@ def test_more_slots_than_one_tile_of_the_index_holds(check_forward: Callable) ->
     )
 
 
+def test_more_blocks_than_the_index_adds_up_at_once(check_forward: Callable) -> None:
+    sizes = {"q_lens": (9, 2), "k_lens": (40_000, 50), "num_kv_heads": 1, "block_size": 16, "head_dim": 16}
+    check_forward(**sizes, num_slots=20, dtype=torch.float16)
+
+
 def test_a_tenth_of_the_workspace_gives_the_same_bits(make_case: Callable, device: torch.device) -> None:
     case = make_case(q_lens=(70, 33), num_kv_heads=2, num_slots=6, dtype=torch.float16, head_dim=32)
     whole = plan_forward(case.problem)

@@ -21,7 +21,7 @@ from fsa_core.nsa.stages import (
     attend_last_keys,
     attend_windows,
     choose_blocks,
-    runs_kernels,
+    launches_alone,
 )
 from fsa_core.nsa.validation import (
     Call,
@@ -274,9 +274,9 @@ def attend_checked(
     operands = (q, k, v, k_cmp, v_cmp, gates)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     # As one call it keeps all that its stages hold until the last has ended: not worth it where they take
-    # longer than their launches. A budget is spent in torch operations, which are not launches of ours.
+    # longer than their launches.
     is_long = q.nbytes > MOST_BYTES_AT_ONCE
-    if trains or is_long or call.config.has_budget or not runs_kernels(backend, q):
+    if trains or is_long or not launches_alone(call, q, k_cmp, backend):
         return _attend_checked(call, *operands, backend)
     starts = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_cmp)
     tensors = tuple([x.contiguous() for x in (*operands, *starts)])

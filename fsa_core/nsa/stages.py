@@ -10,6 +10,7 @@ import torch
 
 from fsa_core.api import resolve_backend
 from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
+from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.gating import gated_sum_torch, gated_sum_triton
 from fsa_core.nsa.selection import compressed_attention_torch, select_blocks_torch, spend_budget
 from fsa_core.nsa.validation import Call
@@ -19,6 +20,7 @@ from fsa_core.validation import validate_dense
 
 # Triton is imported when a kernel is first needed.
 if TYPE_CHECKING:
+    from fsa_core.kernels.selection import Blocks
     from fsa_core.kernels.windows import RowShares, Windows
 
     Sizes = tuple[Problem, Windows]
@@ -81,6 +83,21 @@ def runs_kernels(backend: str, q: torch.Tensor) -> bool:
     return backend != "torch" and resolve_backend(backend, q.device) == "triton" and len(q) > 0
 
 
+def launches_alone(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> bool:
+    """Whether all stages are launches of kernels: some choices of blocks are made in torch operations."""
+    if call.config.has_budget or not runs_kernels(backend, q):
+        return False
+    from fsa_core.kernels.selection import takes
+
+    return takes(*kernel_sizes(call, q, k_cmp, k_cmp), _blocks(call.config))
+
+
+def _blocks(config: NSAConfig) -> "Blocks":
+    from fsa_core.kernels.selection import Blocks
+
+    return Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
+
+
 def _attend(
     call: Call, sizes: "Sizes", q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor
 ) -> tuple[Answer, "RowShares"]:
@@ -117,10 +134,9 @@ def _choose(
     backend: str,
 ) -> torch.Tensor:
     from fsa_core.kernels.compressed import row_shares
-    from fsa_core.kernels.selection import Blocks, select_blocks_forward, takes
+    from fsa_core.kernels.selection import select_blocks_forward, takes
 
-    config = call.config
-    blocks = Blocks(config.block_size, config.top_k, config.num_first_blocks, config.num_local_blocks)
+    config, blocks = call.config, _blocks(call.config)
     if not takes(*sizes, blocks):
         if backend == "triton":
             raise ValueError(

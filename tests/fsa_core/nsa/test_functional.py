@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fsa_core.errors import InputError
+from fsa_core.nsa import functional, stages
 from fsa_core.nsa.compression import MeanCompression, MLPCompression, WeightedCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import (
@@ -16,6 +17,7 @@ from fsa_core.nsa.functional import (
     select_blocks,
 )
 from fsa_core.nsa.reference import compress_reference, nsa_attention_reference, pool_mlp, pool_weighted
+from tests.fsa_core.nsa.conftest import SMALL
 
 LENS = {
     "packed": ((90, 0, 5, 33), None),
@@ -134,6 +136,39 @@ def test_selected_attention_runs_where_it_is_asked_to(make_call, device, backend
     call = make_call(q_lens=(40, 20))
     modules = compressions(device)
     torch.testing.assert_close(run(call, *modules, backend=backend), run(call, *modules))
+
+
+@pytest.fixture
+def noted(device, monkeypatch):
+    """A call's backend for each that goes as one; on the CPU by kernels in Triton's interpreter."""
+    from fsa_core.kernels.replay import Replayed
+
+    backends, note = [], functional._note
+    replayed = Replayed(lambda *args: backends.append(args[5]) or note(*args))
+    monkeypatch.setattr(functional, "_replayed", lambda: replayed)
+    monkeypatch.setattr(stages, "resolve_backend", lambda backend, device: "triton")
+    return backends
+
+
+def test_without_gradients_a_short_call_goes_as_one(make_call, device, monkeypatch, noted):
+    call = make_call(q_lens=(90, 33), group_size=3)
+    modules = [MeanCompression(8, 4)] * 2
+    trained = run(replace(call, q=call.q.clone().requires_grad_()), *modules)
+    assert not noted
+    assert torch.equal(run(call, *modules), trained)
+    assert noted == ["auto"]
+    monkeypatch.setattr(functional, "MOST_BYTES_AT_ONCE", call.q.nbytes - 1)
+    assert torch.equal(run(call, *modules), trained)
+    assert noted == ["auto"]
+
+
+@pytest.mark.parametrize("change", [{"top_k": 300}, {"top_p": 0.9}], ids=str)
+def test_choices_in_torch_operations_are_no_part_of_a_call(make_call, noted, change):
+    call = make_call(q_lens=(90, 33), group_size=3, config=replace(SMALL, **change))
+    modules = [MeanCompression(8, 4)] * 2
+    trained = run(replace(call, q=call.q.clone().requires_grad_()), *modules)
+    assert torch.equal(run(call, *modules), trained)
+    assert not noted
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

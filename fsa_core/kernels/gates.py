@@ -122,11 +122,25 @@ def gated_sum_backward(
     branches: Branches, gates: torch.Tensor, grad_out: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of the three branches and of the gates, each in its own dtype."""
-    grads = tuple(torch.empty_like(x) for x in (*branches, gates))
-    grid, constants = _sizes(grad_out)
-    num_rows = grad_out.numel() // grad_out.shape[-1]
-    _gradients_of_gated_sum[grid](*branches, gates, grad_out, *grads, num_rows, **constants)
-    return grads
+    dtypes = (*(x.dtype for x in branches), gates.dtype, grad_out.dtype)
+    return _replayed_gradients((*branches, gates, grad_out), tuple(grad_out.shape), dtypes)
+
+
+def _backward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Of branches of that shape, gates and the sum's gradient, which have these dtypes."""
+    grads = [memory.answer(*shape, dtype=dtype) for dtype in dtypes[:3]]
+    grads.append(memory.answer(*shape[:-1], 3, dtype=dtypes[3]))
+    grid, constants = _sizes(grads[0])
+    num_rows = grads[0].numel() // shape[-1]
+    _gradients_of_gated_sum[grid](*tensors, *grads, num_rows, **constants)
+
+
+_replayed_gradients = Replayed(_backward)
 
 
 def _sizes(x: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:

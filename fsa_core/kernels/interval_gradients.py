@@ -25,6 +25,7 @@ from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.interval_key_gradients import gradients_of_keys
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.windows import (
     TileShape,
     Windows,
@@ -190,22 +191,45 @@ def interval_attention_backward(
     value_dim] and lse, grad_lse float32 [num_q_tokens, num_q_heads]; grad_lse may be None, for zeros. The
     limit: see ``gradients_of_keys``.
     """
-    delta = torch.empty_like(lse)
+    of_rows = (q, k, v, out, lse, grad_out) if grad_lse is None else (q, k, v, out, lse, grad_out, grad_lse)
+    options = (problem, windows.sizes, workspace_limit_bytes)
+    grad_q, grad_k, grad_v = _replayed((*of_rows, *windows.starts), *options, grad_lse is not None)
+    return grad_q, grad_k, grad_v
+
+
+def _backward(
+    memory: Memory,
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    sizes: tuple[int, int, int],
+    workspace_limit_bytes: int,
+    with_grad_lse: bool,
+) -> None:
+    """The answers of ``interval_attention_backward``, of its tensors and the windows' starts."""
+    q, k, v, out, lse, grad_out, *rest = tensors
+    grad_lse = rest.pop(0) if with_grad_lse else None
+    windows = Windows.of(sizes, rest)
+    grads = [memory.answer(*x.shape) for x in (q, k, v)]
+    delta = memory.new_empty(*lse.shape, dtype=torch.float32)
     write_delta(out, grad_out, grad_lse, delta)
     given = (q, k, v, grad_out, lse, delta)
-    grad_q = _gradient_of_queries(problem, windows, *given)
-    return grad_q, *gradients_of_keys(problem, windows, *given, workspace_limit_bytes=workspace_limit_bytes)
+    _gradient_of_queries(problem, windows, given, grads[0])
+    gradients_of_keys(problem, windows, given, (grads[1], grads[2]), memory, workspace_limit_bytes)
 
 
-def _gradient_of_queries(problem: Problem, windows: Windows, *given: torch.Tensor) -> torch.Tensor:
+_replayed = Replayed(_backward)
+
+
+def _gradient_of_queries(
+    problem: Problem, windows: Windows, given: tuple[torch.Tensor, ...], grad_q: torch.Tensor
+) -> None:
     """Of q, the first of what is given; all of it as ``_of_queries`` takes it."""
     p = problem
-    grad_q = torch.empty_like(given[0])
     arguments = (
         *given, grad_q, *windows.starts, p.softmax_scale, p.num_sequences, search_steps(p.num_sequences),
     )  # fmt: skip
     if hopper.runs_on(grad_q.device) and _launch_on_hopper(p, windows, arguments):
-        return grad_q
+        return
     # On an H200, 64K tokens, D = 128, g = 4: 3.16 ms, and 3.93 of 128 rows in 8 warps with 64 keys in two
     # stages; with 128 keys 3.36. In a sliding window of 512: 1.07 and 1.19.
     narrow = TileShape(64, 64, num_warps=4) if windows.reach else TileShape(256, 32, 16, num_stages=3)
@@ -214,7 +238,6 @@ def _gradient_of_queries(problem: Problem, windows: Windows, *given: torch.Tenso
     _of_queries[num_tiles, p.num_kv_heads * tile.parts](
         *arguments, **walk_constants(p, windows, tile), num_warps=tile.num_warps
     )
-    return grad_q
 
 
 def _launch_on_hopper(problem: Problem, windows: Windows, arguments: tuple[Any, ...]) -> bool:

@@ -4,7 +4,6 @@ Compressed keys are seen from any distance, the first ones by most queries: one 
 others have ended. SPLITS programs share a walk then, and their sums are added in order.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LOG2_E
 from fsa_core.kernels.query_tiles import load_block
+from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import (
     TileShape,
@@ -26,11 +26,13 @@ from fsa_core.kernels.windows import (
     visible_windows,
     walk_constants,
 )
-from fsa_core.plan import FLOAT32_BYTES, search_steps
+from fsa_core.plan import FLOAT32_BYTES, padded_dim, search_steps
 from fsa_core.problem import Problem
 
 # 4 KV heads, or 2 query heads a KV head, then keep an H200 busy at 64K tokens, and shares take 64 MiB.
 SPLITS = 4
+# Of a program that adds shares: of 128 numbers, 16 bytes of each share a thread.
+SUM_ROWS = 4
 
 
 @triton.jit
@@ -175,39 +177,62 @@ def _of_keys(
     tl.store(grad_v_ptrs, grad_v.to(grad_v_ptr.dtype.element_ty), mask=exists & value_mask)
 
 
+@kernel
+def _sum_splits(
+    shares_ptr,
+    grad_ptr,
+    num_rows,
+    first_head,
+    num_heads,
+    NUM_KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of ``num_heads`` heads, shares [SPLITS, windows, heads, DIM] added one by one: in one order always."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM_PADDED)
+    mask = (rows < num_rows)[:, None] & (dims < DIM)[None, :]
+    ptrs = shares_ptr + rows.to(tl.int64)[:, None] * DIM + dims[None, :]
+    total = tl.load(ptrs, mask=mask)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(ptrs + split * num_rows.to(tl.int64) * DIM, mask=mask)
+    places = (rows // num_heads).to(tl.int64) * NUM_KV_HEADS + first_head + rows % num_heads
+    tl.store(grad_ptr + places[:, None] * DIM + dims[None, :], total.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
 def gradients_of_keys(
-    problem: Problem, windows: Windows, *given: torch.Tensor, workspace_limit_bytes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of k and v, the second and the third of what is given; all of it as ``_of_keys`` takes it.
+    problem: Problem,
+    windows: Windows,
+    given: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, torch.Tensor],
+    memory: Memory,
+    workspace_limit_bytes: int,
+) -> None:
+    """Writes those of k and v, the second and the third of what is given; all of it as ``_of_keys`` takes it.
 
     The splits' shares are of as many KV heads at once as ``workspace_limit_bytes`` hold, or of one.
     """
     p = problem
-    _, k, v, *_ = given
-    grads = torch.empty_like(k), torch.empty_like(v)
     if windows.reach:
         _walk(p, windows, given, slice(0, p.num_kv_heads), *grads, splits=1)
-        return grads
-    for heads in _heads_at_once(p, workspace_limit_bytes):
-        shares = [
-            k.new_empty(SPLITS, p.num_k_tokens, heads.stop - heads.start, dim, dtype=torch.float32)
-            for dim in (p.head_dim, p.value_dim)
-        ]
-        _walk(p, windows, given, heads, *shares, splits=SPLITS)
-        for grad, (total, *others) in zip(grads, shares, strict=True):
-            # One by one: in which order a reduction adds may depend on how much there is.
-            for share in others:
-                total += share
-            grad[:, heads] = total
-    return grads
-
-
-def _heads_at_once(problem: Problem, limit_bytes: int) -> Iterator[slice]:
-    p = problem
-    head_bytes = SPLITS * p.num_k_tokens * (p.head_dim + p.value_dim) * FLOAT32_BYTES
-    step = max(limit_bytes // max(head_bytes, 1), 1)
-    for first in range(0, p.num_kv_heads, step):
-        yield slice(first, min(first + step, p.num_kv_heads))
+        return
+    dims = p.head_dim, p.value_dim
+    head_bytes = SPLITS * p.num_k_tokens * sum(dims) * FLOAT32_BYTES
+    at_once = min(max(workspace_limit_bytes // max(head_bytes, 1), 1), p.num_kv_heads)
+    # One place for all, whichever heads are walked.
+    places = [memory.new_empty(SPLITS * p.num_k_tokens * at_once * dim, dtype=torch.float32) for dim in dims]
+    for first in range(0, p.num_kv_heads, at_once):
+        heads = slice(first, min(first + at_once, p.num_kv_heads))
+        num_rows = p.num_k_tokens * (heads.stop - first)
+        _walk(p, windows, given, heads, *places, splits=SPLITS)
+        for shares, grad, dim in zip(places, grads, dims, strict=True):
+            if num_rows:
+                _sum_splits[(-(-num_rows // SUM_ROWS),)](
+                    shares, grad, num_rows, first, heads.stop - first, NUM_KV_HEADS=p.num_kv_heads, DIM=dim,
+                    DIM_PADDED=padded_dim(dim), SPLITS=SPLITS, ROWS=SUM_ROWS,
+                )  # fmt: skip
 
 
 def _walk(

@@ -4,7 +4,7 @@
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,7 +49,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
         return window_attention_forward(problem, windows, *operands)
 
-    implementation = Implementation(forward, partial(_gradients, call, windows))
+    implementation = Implementation(forward, partial(_gradients, call, windows), knows_none=True)
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
 
 
@@ -111,13 +111,13 @@ def _attend(
         shares.append(found)
         return out, lse
 
-    implementation = Implementation(forward, partial(_gradients, call, windows))
+    implementation = Implementation(forward, partial(_gradients, call, windows), knows_none=True)
     answer = differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k_cmp, v_cmp)))
     # Taken out: autograd keeps the implementation, and with it the list, until the backward pass.
     return answer, shares.pop()
 
 
-def _gradients(call: Call, windows: "Windows", problem: Problem, *tensors: torch.Tensor) -> Gradients:
+def _gradients(call: Call, windows: "Windows", problem: Problem, *tensors: Any) -> Gradients:
     from fsa_core.kernels.interval_gradients import interval_attention_backward
 
     limit = call.workspace_limit_bytes

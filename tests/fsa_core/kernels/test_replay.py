@@ -11,15 +11,18 @@ from triton import knobs
 
 from fsa_core.api import selected_attention
 from fsa_core.decode import paged_selected_attention
-from fsa_core.kernels import backward, decode, forward, replay
+from fsa_core.kernels import backward, decode, forward, interval_gradients, replay
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.kernels.launch import Kernel, kernel, noted_launches
+from fsa_core.kernels.interval_gradients import interval_attention_backward
+from fsa_core.kernels.launch import Kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.nsa import functional
 from fsa_core.nsa.compression import MeanCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import nsa_attention
+from fsa_core.nsa.stages import kernel_sizes, window_sizes
+from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS
 from tests.fsa_core.conftest import _make_case as make_case_on
 from tests.fsa_core.kernels.test_launch import Driver, compiles, launches, nothing, ours, written
@@ -47,12 +50,6 @@ class Work:
         self.kernel[GRID](first, out, 0.5, size, 1, WIDTH=2)
         self.kernel[GRID](second, counts, 0.5, size, 2, WIDTH=2)
         self.kernel[GRID](counts, parts, 0.25, size, 3, WIDTH=2)
-
-
-@pytest.fixture(autouse=True)
-def clearing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled anew: what another test's driver compiled is launched by that one."""
-    monkeypatch.setattr(replay, "_clear", kernel(replay._clear.jitted.fn))
 
 
 def operands() -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,6 +253,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         (decode, "_replayed", decode._forward),
         (backward, "_replayed_keys", backward._key_gradients),
         (backward, "_replayed_queries", backward._query_gradients),
+        (interval_gradients, "_replayed", interval_gradients._backward),
     )
     for module, name, part in parts:
 
@@ -286,8 +284,38 @@ def test_gradients_are_replayed_launch_by_launch(
         selected_attention_backward(case.problem, *case.tensors, *given, **options)
         runs.append([launched[:-1] for launched in written.launches])
         counts.append(len(asked))
+    assert runs[0]
     assert runs[0] == runs[1] == runs[2] == runs[3]
     assert counts[1] == counts[3]
+
+
+@compiles
+@pytest.mark.parametrize("limit_bytes", [DEFAULT_WORKSPACE_BYTES, 1])
+@pytest.mark.parametrize("is_window", [False, True])
+def test_gradients_over_windows_are_replayed_launch_by_launch(
+    written: Driver, asked: list[None], is_window: bool, limit_bytes: int
+) -> None:
+    """Of all KV heads at once and, in the least memory, one after the other in the same place."""
+    call = make_call(torch.device("cpu"), q_lens=(90, 33), group_size=3, dtype=torch.float16)
+    starts = (call.cu_seqlens_q, call.cu_seqlens_k, tuple(call.cu_seqlens_k.tolist()))
+    checked = Call(call.config, *starts, call.softmax_scale, limit_bytes)
+    operands = (call.q, call.k, call.v) if is_window else (call.q, call.k_cmp, call.v_cmp)
+    sizes = (window_sizes if is_window else kernel_sizes)(checked, *operands)
+    out, lse = torch.zeros(*call.q.shape[:2], 24, dtype=torch.float16), torch.zeros(call.q.shape[:2])
+    runs, counts = [], []
+    for grad_lse in (None, None, None, None, lse, lse, lse):
+        written.launches.clear()
+        given = (out, lse, out, grad_lse)
+        interval_attention_backward(*sizes, *operands, *given, workspace_limit_bytes=limit_bytes)
+        runs.append([launched[:-1] for launched in written.launches])
+        counts.append(len(asked))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert runs[4] == runs[5] == runs[6]
+    # What compiles is noted when it comes again.
+    assert counts == [1, 2, 2, 2, 3, 4, 4]
+    # delta, q, keys; and, of compressed ones, the sums of both gradients' splits.
+    num_walks = 1 if is_window or limit_bytes > 1 else 2
+    assert len(runs[0]) == 2 + num_walks * (1 if is_window else 3)
 
 
 @launches

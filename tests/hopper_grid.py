@@ -2,8 +2,8 @@
 
 The launches of real calls, forward and backward, are caught and compiled instead of run, so what is compiled
 is what the plans choose. A line a kernel: registers, bytes a thread spills, shared memory; exits 1 if one
-does not compile, is compiled wrongly (see tests.machine_code) or needs more shared memory than there is.
-TRITON_INTERPRET must not be set.
+does not compile, is wrong as it is compiled (see tests.machine_code) or needs more shared memory than there
+is. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, PATHS, QUERY_TILE, TOK
 from tests.fsa_core.conftest import _make_case as make_case
 from tests.fsa_core.conftest import _make_paged as make_paged
 from tests.fsa_core.nsa.conftest import _make_call as make_call
-from tests.machine_code import unwritten_uniform_registers
+from tests.machine_code import arrivals_before_all_have_met, unwritten_uniform_registers
 
 HOPPER = GPUTarget("cuda", 90, 32)
 # Of one program, on compute capability 9.0 (CUDA C++ Programming Guide, table of technical specifications).
@@ -158,6 +158,8 @@ def _compile(
     told = _told(compiled.asm["cubin"])
     if wrong := unwritten_uniform_registers(told):
         return Compiled(name, error=f"{wrong[0]}, which nothing has written")
+    if early := arrivals_before_all_have_met(compiled.asm["ptx"]):
+        return Compiled(name, error=f"{early[0]}, by which its group need not have met")
     numbers = dict(re.findall(r"(REG|STACK):(\d+)", told))
     return Compiled(name, int(numbers["REG"]), int(numbers["STACK"]), compiled.metadata.shared)
 

@@ -1,8 +1,12 @@
-"""What the compiler got wrong, seen in a kernel's machine code (SASS, as cuobjdump prints it).
+"""What may be wrong in a kernel that no interpreter shows, seen in what it is compiled to.
 
-ptxas 12.8 loses definitions of uniform registers: it takes them out of a loop and forgets them. Matrix
-products then read shared memory wherever the register happens to point, which is an illegal access now and
-then and a wrong answer else. Such a register is read on some way through the kernel before it is written.
+In machine code (SASS, as cuobjdump prints it): ptxas 12.8 loses definitions of uniform registers: it takes
+them out of a loop and forgets them. Matrix products then read shared memory wherever the register happens to
+point, which is an illegal access now and then and a wrong answer else. Such a register is read on some way
+through the kernel before it is written.
+
+In PTX: a group of warps that gives back shared memory has one of its threads arrive at the mbarrier, which
+says nothing of what the others have read, unless all have met at a barrier of theirs in between.
 """
 
 import re
@@ -13,6 +17,11 @@ NUM_UNIFORM_REGISTERS = 63
 PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 WRITES = re.compile(r"(U(?!ISETP|PLOP|TMA|BLK|CGABAR|SETMAX)|R2UR|S2UR|CS2UR|REDUX|VOTEU)\w*")
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\b.*?(0x[0-9a-f]+)")
+ARRIVES_ALONE = re.compile(r"(?<!cp\.async\.)mbarrier\.arrive\.")
+MEETS = re.compile(r"^bar(rier)?\.sync\b")
+READS_OR_WRITES_SHARED = re.compile(
+    r"(ld|st|atom|red)(\.\w+)*\.shared|[ls][dt]matrix|wgmma\.mma_async|cp\.async\.c[ag]"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,21 @@ class Instruction:
         if self.target is not None:
             return self.text.startswith("@") or bool(re.search(r"BRA(\.\w+)* !?U?P", self.text))
         return not self.text.startswith(("EXIT", "RET"))
+
+
+def arrivals_before_all_have_met(ptx: str) -> list[str]:
+    """Arrivals of one thread, each with what may come between its group's last barrier and it."""
+    found, since_meeting = [], "the kernel's start"
+    for line in map(str.strip, ptx.splitlines()):
+        if MEETS.match(line):
+            since_meeting = ""
+        elif ARRIVES_ALONE.search(line):
+            if since_meeting:
+                found.append(f"{line} after {since_meeting}")
+        # Elsewhere may have been jumped from.
+        elif line.endswith(":") or READS_OR_WRITES_SHARED.search(line):
+            since_meeting = line
+    return found
 
 
 def unwritten_uniform_registers(sass: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""The reader of machine code sees what ptxas did wrong, and nothing where it did right."""
+"""The readers of what is compiled see what is wrong, and nothing where all is right."""
 
 import pytest
 
-from tests.machine_code import unwritten_uniform_registers
+from tests.machine_code import arrivals_before_all_have_met, unwritten_uniform_registers
 
 # From a kernel whose first loop may run no step: its second one takes v's place from registers of the first.
 LOST = """
@@ -54,3 +54,38 @@ def test_a_wide_number_is_two_registers_and_descriptors_are_four() -> None:
         "UR56",
         "UR57",
     ]
+
+
+# A group that reads a tile, meets, and gives it back; then one that waits for copies of its own.
+GIVES_BACK = """
+$L__BB0_2:
+	ld.shared.v4.f32 	{%f1, %f2, %f3, %f4}, [%r1];
+	// begin inline asm
+	mbarrier.try_wait.parity.shared::cta.b64 complete, [%r2], %r3;
+	// end inline asm
+	bar.sync 	2, 128;
+	add.f32 	%f5, %f1, %f2;
+	@%p1 mbarrier.arrive.shared::cta.b64 _, [%r4];
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd1 + 0 ], 0x10, %r6;
+	cp.async.mbarrier.arrive.noinc.shared.b64 	[global_smem+2096];
+"""
+
+
+def test_an_arrival_behind_a_barrier_is_fine_and_so_is_that_of_every_thread() -> None:
+    assert not arrivals_before_all_have_met(GIVES_BACK)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "worse", "reason"),
+    [
+        ("bar.sync \t2, 128;", "", "ld.shared.v4.f32"),
+        ("add.f32 \t%f5, %f1, %f2;", "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r7}, [%r1];", "ldmatrix"),
+        ("add.f32 \t%f5, %f1, %f2;", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "wgmma"),
+        # Who jumps there has perhaps met nobody.
+        ("add.f32 \t%f5, %f1, %f2;", "$L__BB0_3:", "$L__BB0_3"),
+    ],
+)
+def test_an_arrival_by_which_others_may_still_read_is_told(instruction: str, worse: str, reason: str) -> None:
+    (told,) = arrivals_before_all_have_met(GIVES_BACK.replace(instruction, worse))
+    assert told.startswith("@%p1 mbarrier.arrive")
+    assert reason in told

@@ -11,24 +11,18 @@ from fsa_core.plan import (
     KV_MAJOR,
     MAX_CHUNK_NUMBERS,
     MAX_CHUNK_TOKENS,
-    MAX_REGISTERS,
     MAX_WORKSPACE_BYTES,
     MIN_CHUNK_TOKENS,
     MIXED,
     SLOT_BITS,
     TOKEN_MAJOR,
     ForwardPlan,
-    Tuning,
-    default_tuning,
-    equal_parts,
     num_segments,
-    padded_dim,
-    partial_tile,
     plan_forward,
-    power_of_two,
-    row_tile_tokens,
 )
 from fsa_core.problem import Problem
+from fsa_core.sizes import equal_parts, padded_dim, power_of_two
+from fsa_core.tiles import MAX_REGISTERS, Tuning, default_tuning, partial_tile, row_tile_tokens
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4

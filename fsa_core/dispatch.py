@@ -6,17 +6,10 @@ from math import log2
 
 import torch
 
-from fsa_core.plan import (
-    KV_MAJOR,
-    PATHS,
-    QUERY_TILE,
-    Tuning,
-    default_tuning,
-    padded_dim,
-    row_tile_tokens,
-    takes,
-)
+from fsa_core.plan import KV_MAJOR, PATHS, QUERY_TILE, takes
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim
+from fsa_core.tiles import Tuning, default_tuning, row_tile_tokens
 from fsa_core.tuning_table import Entry, Shape, table_for
 
 AUTO = "auto"

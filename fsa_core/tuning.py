@@ -13,18 +13,9 @@ import torch
 from fsa_core.autograd import Answer, Gradients
 from fsa_core.drawn_indices import DrawnKind, causal_block_indices
 from fsa_core.packing import single_sequence
-from fsa_core.plan import (
-    KV_MAJOR,
-    MIN_ROWS,
-    MIXED,
-    QUERY_TILE,
-    TOKEN_MAJOR,
-    PartialTuning,
-    SharedTuning,
-    Tuning,
-    default_tuning,
-)
+from fsa_core.plan import KV_MAJOR, MIXED, QUERY_TILE, TOKEN_MAJOR
 from fsa_core.problem import Problem
+from fsa_core.tiles import MIN_ROWS, PartialTuning, SharedTuning, Tuning, default_tuning
 from fsa_core.timing import Timer
 from fsa_core.tuning_table import Entry, Shape
 

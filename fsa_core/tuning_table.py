@@ -15,8 +15,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from fsa_core.plan import MIN_ROWS, PATHS, PartialTuning, SharedTuning, Tuning, slot_class
+from fsa_core.plan import PATHS
 from fsa_core.problem import Problem
+from fsa_core.tiles import MIN_ROWS, PartialTuning, SharedTuning, Tuning, slot_class
 
 ENVIRONMENT_VARIABLE = "FSA_TUNING_FILE"
 
@@ -47,7 +48,7 @@ class Shape:
     """What a choice of kernels may depend on: nothing that packing requests into one call changes.
 
     Packing adds up tokens and sequences, so lengths are not in it. It pads rows of block indices to the
-    longest, so of their slots only ``plan.slot_class`` is: ``max_slots``.
+    longest, so of their slots only ``tiles.slot_class`` is: ``max_slots``.
     """
 
     heads_per_pair: int

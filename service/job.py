@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fsa_core.nsa.selecting import SelectingProblem
-from fsa_core.plan import slot_class
 from fsa_core.problem import Problem
+from fsa_core.tiles import slot_class
 
 ALIGNMENT_BYTES = 256
 

@@ -15,18 +15,10 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.launch import BoundKernel, kernel, sorting_warps
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
-from fsa_core.plan import (
-    FEW_LEFT,
-    MAX_REGISTERS,
-    ORDERED_TILES,
-    STEP_BINS,
-    ForwardPlan,
-    Group,
-    QueryTile,
-    power_of_two,
-    search_steps,
-)
+from fsa_core.plan import ORDERED_TILES, STEP_BINS, ForwardPlan, Group
 from fsa_core.problem import Problem
+from fsa_core.sizes import power_of_two, search_steps
+from fsa_core.tiles import FEW_LEFT, MAX_REGISTERS, QueryTile
 
 # Of a thread where a warp sorts a tile: more, and too few tiles are on a multiprocessor at once.
 MAX_SORTING_REGISTERS = 128

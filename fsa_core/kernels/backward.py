@@ -26,8 +26,9 @@ from fsa_core.kernels.key_gradients import Call, Workspace, parts, walk
 from fsa_core.kernels.pair_query_gradients import MOST_KEYS
 from fsa_core.kernels.query_gradients import query_gradients
 from fsa_core.kernels.replay import Memory, Replayed
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Tuning
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR
 from fsa_core.problem import Problem
+from fsa_core.tiles import Tuning
 
 
 def selected_attention_backward(

@@ -26,8 +26,8 @@ from fsa_core.kernels.windows import (
     visible_windows,
     walk_constants,
 )
-from fsa_core.plan import padded_dim, search_steps
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, search_steps
 
 # K and V of a step where heads are wide: shared memory holds two steps.
 WIDE_STEP_BYTES = 32 * 1024

@@ -1,7 +1,8 @@
 """The constants that kernels of an attended plan have in common."""
 
-from fsa_core.plan import ForwardPlan, padded_dim
+from fsa_core.plan import ForwardPlan
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim
 
 
 def attention_constants(problem: Problem, plan: ForwardPlan) -> dict[str, int]:

@@ -22,8 +22,8 @@ import triton.language as tl
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LN_2, LOG2_E, finite, reciprocal
 from fsa_core.kernels.replay import Memory, Replayed
-from fsa_core.plan import padded_dim, power_of_two
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, power_of_two
 
 # Four blocks of the usual 64 keys: 64 tokens of 16 such blocks under 4 heads are 1,024 programs.
 SPLIT_KEYS = 256

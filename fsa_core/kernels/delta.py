@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
-from fsa_core.plan import padded_dim
+from fsa_core.sizes import padded_dim
 
 DELTA_ROWS = 16
 

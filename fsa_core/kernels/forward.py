@@ -17,8 +17,9 @@ from fsa_core.kernels.partials import MOST_KEYS, attend_group, new_partials
 from fsa_core.kernels.query_tiles import attend_shared
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.token_major import attend_tokens
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, Tuning, groups, plan_forward
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, groups, plan_forward
 from fsa_core.problem import Problem
+from fsa_core.tiles import Tuning
 
 
 def selected_attention_forward(

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.replay import Memory, Replayed
-from fsa_core.plan import padded_dim
+from fsa_core.sizes import padded_dim
 
 # Of a program: what four warps load in two turns.
 NUMBERS = 4096

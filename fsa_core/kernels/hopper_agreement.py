@@ -8,8 +8,9 @@ from triton.experimental.gluon import language as gl
 from fsa_core.kernels.hopper_sort import sort, to_neighbours
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens
-from fsa_core.plan import QueryTile, power_of_two
 from fsa_core.problem import Problem
+from fsa_core.sizes import power_of_two
+from fsa_core.tiles import QueryTile
 
 # Two warps sort a tile of more in four fifths of the time of one, if they are alone; in company in as much.
 MANY = 512

@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, multiplies
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.primitives import find_segment_sequence
-from fsa_core.plan import TileShape
 from fsa_core.problem import Problem
+from fsa_core.tiles import TileShape
 
 # A warp copies or writes four half rows at once, 16 bytes a thread.
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

@@ -56,7 +56,7 @@ from fsa_core.kernels.hopper_items import (
 from fsa_core.kernels.hopper_row_shares import LOG2_E
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE
 from fsa_core.kernels.launch import kernel
-from fsa_core.plan import TileShape
+from fsa_core.tiles import TileShape
 
 STAGES, QUADS = 3, 3
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of

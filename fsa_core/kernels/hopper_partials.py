@@ -58,7 +58,7 @@ from fsa_core.kernels.hopper_items import (
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, share_of
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2
-from fsa_core.plan import TileShape
+from fsa_core.tiles import TileShape
 
 # Tiles of q and quads of slots in shared memory, by the keys of a block: as many as there is room for.
 STAGES = {128: 3}

@@ -26,8 +26,8 @@ from fsa_core.kernels.hopper_tiles import (
 )
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_segment_sequence, first_segment, natural_lse
-from fsa_core.plan import QueryTile
 from fsa_core.problem import Problem
+from fsa_core.tiles import QueryTile
 
 
 @gluon.jit

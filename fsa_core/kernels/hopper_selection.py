@@ -35,8 +35,8 @@ from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, multip
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import Windows, visible_windows
-from fsa_core.plan import FLOAT32_BYTES
 from fsa_core.problem import Problem
+from fsa_core.sizes import FLOAT32_BYTES
 
 TOKENS = gl.constexpr(2 * SIDE.value)
 # Of a thread that multiplies, selects, copies; those of the first multiplying group are what is left of 512.

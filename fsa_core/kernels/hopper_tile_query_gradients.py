@@ -27,8 +27,9 @@ from fsa_core.kernels.hopper_tiles import (
     store_rows,
 )
 from fsa_core.kernels.launch import kernel
-from fsa_core.plan import MAX_SORTED, QueryTile, power_of_two, slot_class
 from fsa_core.problem import Problem
+from fsa_core.sizes import power_of_two
+from fsa_core.tiles import MAX_SORTED, QueryTile, slot_class
 
 # With more a tile, sorting what they chose takes what the products gain.
 MOST_TOKENS = 32

@@ -23,6 +23,7 @@ from fsa_core import plan
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import load_segments
 from fsa_core.kernels.replay import Memory
+from fsa_core.sizes import search_steps
 
 MAX_SLOTS_IN_TILE = 128
 PAIRS_IN_TILE = 512
@@ -270,7 +271,7 @@ def invert(
     grid = (-(-num_tokens // tokens), -(-num_slots // slots), num_heads)
     sizes = (
         first_token, first_row_token, num_tokens, chunk_tokens, block_indices.stride(0), num_slots,
-        num_sequences, plan.search_steps(num_sequences), num_segments, num_chunks, first_head,
+        num_sequences, search_steps(num_sequences), num_segments, num_chunks, first_head,
         inversion.pairs.shape[1],
     )  # fmt: skip
     count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused)

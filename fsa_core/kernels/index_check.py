@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_sequence
-from fsa_core.plan import power_of_two, search_steps
+from fsa_core.sizes import power_of_two, search_steps
 
 # Ids that a program looks at together, and starts of sequences.
 IDS_AT_ONCE = 2048

@@ -34,8 +34,8 @@ from fsa_core.kernels.windows import (
     visible_windows,
     walk_constants,
 )
-from fsa_core.plan import search_steps
 from fsa_core.problem import Problem
+from fsa_core.sizes import search_steps
 
 
 @triton.jit

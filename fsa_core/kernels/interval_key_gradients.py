@@ -26,8 +26,8 @@ from fsa_core.kernels.windows import (
     visible_windows,
     walk_constants,
 )
-from fsa_core.plan import FLOAT32_BYTES, padded_dim, search_steps
 from fsa_core.problem import Problem
+from fsa_core.sizes import FLOAT32_BYTES, padded_dim, search_steps
 
 # 4 KV heads, or 2 query heads a KV head, then keep an H200 busy at 64K tokens, and shares take 64 MiB.
 SPLITS = 4

@@ -20,8 +20,9 @@ from fsa_core.kernels.primitives import LOG2_E, find_segment_sequence, first_seg
 from fsa_core.kernels.replay import Memory, clear
 from fsa_core.kernels.share_sums import sum_shares
 from fsa_core.kernels.sorted_index import SortedIndex, new_sorted_index, sort_pairs
-from fsa_core.plan import Chunk, padded_dim, search_steps
+from fsa_core.plan import Chunk
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, search_steps
 
 # Few keys a program: a block that everybody chose has many items to add. So many are on their way at once.
 SUM_KEYS = 8

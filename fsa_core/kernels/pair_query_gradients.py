@@ -17,8 +17,9 @@ from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import find_block
 from fsa_core.kernels.query_tiles import mixed_programs
 from fsa_core.kernels.share_sums import sum_shares
-from fsa_core.plan import ForwardPlan, Group, chunks, search_steps
+from fsa_core.plan import ForwardPlan, Group, chunks
 from fsa_core.problem import Problem
+from fsa_core.sizes import search_steps
 
 PAIR_STAGES = 1
 # Of a block that the kernel for Hopper alone takes: with more, a thread has more numbers than registers.

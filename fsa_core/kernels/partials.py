@@ -17,8 +17,9 @@ from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_block, finite, reciprocal
 from fsa_core.kernels.query_tiles import mixed_programs
 from fsa_core.kernels.replay import Memory
-from fsa_core.plan import ForwardPlan, Group, chunks, padded_dim, search_steps
+from fsa_core.plan import ForwardPlan, Group, chunks
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, search_steps
 
 # Measured: one warp with eight rows reads the partials fastest.
 MERGE_ROWS = 8

@@ -22,8 +22,10 @@ from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.primitives import LOG2_E, finite, natural_lse, reciprocal
 from fsa_core.kernels.tile_order import tiles_to_walk
 from fsa_core.kernels.tile_tokens import tile_tokens
-from fsa_core.plan import ForwardPlan, Group, QueryTile, padded_dim, search_steps
+from fsa_core.plan import ForwardPlan, Group
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, search_steps
+from fsa_core.tiles import QueryTile
 
 # What tiles leave may be nothing, and a program that finds no work item takes its time, too.
 MIXED_PROGRAMS_PER_MULTIPROCESSOR = 8

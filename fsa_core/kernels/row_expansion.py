@@ -10,7 +10,7 @@ import triton.language as tl
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_sequence
 from fsa_core.packing import row_starts
-from fsa_core.plan import power_of_two, search_steps
+from fsa_core.sizes import power_of_two, search_steps
 
 # Ids that a program writes.
 IDS_AT_ONCE = 2048

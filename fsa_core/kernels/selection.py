@@ -39,8 +39,8 @@ from fsa_core.kernels.primitives import LOG2_E
 from fsa_core.kernels.query_tiles import load_block
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.windows import RowShares, Windows, last_tiles_first, visible_windows
-from fsa_core.plan import padded_dim, power_of_two, search_steps
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, power_of_two, search_steps
 
 # The least candidate, under which lie unused slots, and what is above all.
 LEAST = tl.constexpr(-0x7F800001 * (1 << 32))

@@ -6,8 +6,9 @@ import torch
 import triton.language as tl
 
 from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.plan import Chunk, padded_dim
+from fsa_core.plan import Chunk
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim
 
 # As measured for the forward pass's merge, which reads partials in the same way.
 SUM_ROWS = 8

@@ -25,7 +25,8 @@ from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
 from fsa_core.kernels.launch import Kernel, kernel, sorting_warps
 from fsa_core.kernels.primitives import blocks_of_tokens
 from fsa_core.kernels.replay import Memory
-from fsa_core.plan import SLOT_BITS, search_steps
+from fsa_core.plan import SLOT_BITS
+from fsa_core.sizes import search_steps
 
 PAIRS_IN_TILE = 1024
 # A strip has at least as many pairs for each of its counters: these are memory too.

@@ -16,8 +16,9 @@ from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.tile_pairs import join_lists
 from fsa_core.kernels.tile_tokens import tiles_of
-from fsa_core.plan import ORDERED_TILES, STEP_BINS, Group, QueryTile
+from fsa_core.plan import ORDERED_TILES, STEP_BINS, Group
 from fsa_core.problem import Problem
+from fsa_core.tiles import QueryTile
 
 # With more, programs' shares are nearly equal anyway, and tiles that run at a time lie farther apart.
 MOST_ORDERED = 4096

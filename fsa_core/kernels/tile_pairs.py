@@ -1,7 +1,7 @@
 """Two neighbouring query tiles as one: what is walked is what either shares, each with its own tokens' masks.
 
 A program for Hopper takes 128 rows, and a query tile of 64 is half of that where a larger one would be sorted
-at too high a price (``plan.QueryTile.is_half``). Each half of such a program has the list that it would have
+at too high a price (``tiles.QueryTile.is_half``). Each half of such a program has the list that it would have
 alone, and passes over what is the other's, so that its bits are those of the tile alone.
 """
 
@@ -15,8 +15,10 @@ from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import first_segment
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
-from fsa_core.plan import Group, QueryTile, search_steps
+from fsa_core.plan import Group
 from fsa_core.problem import Problem
+from fsa_core.sizes import search_steps
+from fsa_core.tiles import QueryTile
 
 NO_BLOCK = tl.constexpr(2147483647)
 # Of a list at a time, each held against as many of the other.

@@ -13,8 +13,10 @@ from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.query_tiles import load_block, load_shared
 from fsa_core.kernels.tile_order import tiles_to_walk
 from fsa_core.kernels.tile_tokens import tile_tokens
-from fsa_core.plan import ForwardPlan, Group, QueryTile, search_steps
+from fsa_core.plan import ForwardPlan, Group
 from fsa_core.problem import Problem
+from fsa_core.sizes import search_steps
+from fsa_core.tiles import QueryTile
 
 
 @kernel

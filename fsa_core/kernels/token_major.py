@@ -17,8 +17,10 @@ from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel
 from fsa_core.kernels.primitives import LN_2, LOG2_E, find_sequence, finite, reciprocal
-from fsa_core.plan import MIN_ROWS, ForwardPlan, Group, padded_dim, power_of_two, search_steps
+from fsa_core.plan import ForwardPlan, Group
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim, power_of_two, search_steps
+from fsa_core.tiles import MIN_ROWS
 
 # K and V of a step, and how many steps are on their way: three programs share a multiprocessor of an H200.
 STEP_BYTES = 32 * 1024

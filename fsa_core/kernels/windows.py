@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels.tile_tokens import tile_tokens
-from fsa_core.plan import padded_dim
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim
 
 
 @dataclass(frozen=True, slots=True)

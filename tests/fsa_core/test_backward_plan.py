@@ -6,8 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fsa_core.backward_plan import QUERY_ROWS, plan_backward
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, PATHS, QUERY_TILE, padded_dim, takes
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, PATHS, QUERY_TILE, takes
 from fsa_core.problem import Problem
+from fsa_core.sizes import padded_dim
 from tests.fsa_core.test_plan import problems
 
 PROBLEM = Problem(

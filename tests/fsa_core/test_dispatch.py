@@ -9,17 +9,9 @@ import torch
 
 from fsa_core import dispatch, tuning_table
 from fsa_core.dispatch import AUTO, choose
-from fsa_core.plan import (
-    KV_MAJOR,
-    MIXED,
-    PATHS,
-    QUERY_TILE,
-    PartialTuning,
-    SharedTuning,
-    Tuning,
-    default_tuning,
-)
+from fsa_core.plan import KV_MAJOR, MIXED, PATHS, QUERY_TILE
 from fsa_core.problem import Problem
+from fsa_core.tiles import PartialTuning, SharedTuning, Tuning, default_tuning
 from fsa_core.tuning_table import ENVIRONMENT_VARIABLE, Entry, Shape, Table
 
 DEVICE = "Test GPU"

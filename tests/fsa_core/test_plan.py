@@ -15,15 +15,13 @@ from fsa_core.plan import (
     PATHS,
     QUERY_TILE,
     TOKEN_MAJOR,
-    PartialTuning,
-    SharedTuning,
-    Tuning,
     chunks,
     groups,
     plan_forward,
     workspace_bytes,
 )
 from fsa_core.problem import BLOCK_SIZES, Problem
+from fsa_core.tiles import PartialTuning, SharedTuning, Tuning
 
 
 @st.composite

@@ -6,19 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsa_core.plan import (
-    KV_MAJOR,
-    MIXED,
-    PATHS,
-    QUERY_TILE,
-    TOKEN_MAJOR,
-    PartialTuning,
-    SharedTuning,
-    Tuning,
-    default_tuning,
-    plan_forward,
-)
+from fsa_core.plan import KV_MAJOR, MIXED, PATHS, QUERY_TILE, TOKEN_MAJOR, plan_forward
 from fsa_core.problem import Problem
+from fsa_core.tiles import PartialTuning, SharedTuning, Tuning, default_tuning
 from fsa_core.timing import timer_for
 from fsa_core.tuning import BACKWARD_PATHS, GRID, Bench, Candidate, Grid, NothingRuns, tune
 from fsa_core.tuning_table import Shape

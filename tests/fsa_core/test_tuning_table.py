@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fsa_core.plan import MIXED, PartialTuning, SharedTuning, Tuning
+from fsa_core.plan import MIXED
+from fsa_core.tiles import PartialTuning, SharedTuning, Tuning
 from fsa_core.tuning_table import (
     ENVIRONMENT_VARIABLE,
     Entry,

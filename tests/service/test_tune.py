@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsa_core.plan import KV_MAJOR, PATHS, TOKEN_MAJOR, PartialTuning, SharedTuning, Tuning
+from fsa_core.plan import KV_MAJOR, PATHS, TOKEN_MAJOR
 from fsa_core.problem import Problem
+from fsa_core.tiles import PartialTuning, SharedTuning, Tuning
 from fsa_core.tuning import GRID, Grid
 from fsa_core.tuning_table import Entry, Shape, Table, read_table
 from service.commands.failures import CommandFailed

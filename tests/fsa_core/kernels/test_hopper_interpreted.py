@@ -16,8 +16,9 @@ from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import select_blocks
 from fsa_core.nsa.reference import select_blocks_reference
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, SharedTuning, default_tuning
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE
 from fsa_core.reference import selected_attention_reference
+from fsa_core.tiles import SharedTuning, default_tuning
 from tests import gluon_interpreter
 from tests.fsa_core.conftest import Case, sharing_rows
 from tests.fsa_core.kernels.conftest import gradients

@@ -13,14 +13,8 @@ import torch
 from fsa_core.kernels import compressed, forward, hopper
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import compressed_attention, sliding_window_attention
-from fsa_core.plan import (
-    DEFAULT_WORKSPACE_BYTES,
-    MIXED,
-    QUERY_TILE,
-    SharedTuning,
-    default_tuning,
-    plan_forward,
-)
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, MIXED, QUERY_TILE, plan_forward
+from fsa_core.tiles import SharedTuning, default_tuning
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case, sharing_rows
 from tests.fsa_core.nsa.conftest import Call
 from tests.fsa_core.nsa.conftest import _make_call as make_call

@@ -9,8 +9,9 @@ import torch
 
 from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import FEW_LEFT, MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
+from fsa_core.plan import MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
+from fsa_core.tiles import FEW_LEFT
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fsa_core.kernels.forward import selected_attention_forward
-from fsa_core.plan import QUERY_TILE, default_tuning, plan_forward, row_tile_tokens
+from fsa_core.plan import QUERY_TILE, plan_forward
+from fsa_core.tiles import default_tuning, row_tile_tokens
 from tests.fsa_core.conftest import Case, sharing_rows
 from tests.fsa_core.kernels.conftest import gradients
 

@@ -5,8 +5,9 @@ import torch
 
 from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.tile_order import tiles_to_walk
-from fsa_core.plan import ORDERED_TILES, STEP_BINS, Group, QueryTile
+from fsa_core.plan import ORDERED_TILES, STEP_BINS, Group
 from fsa_core.problem import Problem
+from fsa_core.tiles import QueryTile
 
 TOKENS, MAX_SHARED = 2, 600
 

@@ -7,8 +7,9 @@ import torch
 
 from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.tile_pairs import join_lists
-from fsa_core.plan import Group, QueryTile
+from fsa_core.plan import Group
 from fsa_core.problem import Problem
+from fsa_core.tiles import QueryTile
 
 TOKENS, MAX_SHARED, BLOCK_SIZE, HEADS = 4, 90, 16, 2
 

@@ -18,9 +18,9 @@ import torch
 
 from fsa_core.api import attend
 from fsa_core.nsa.selecting import SelectingProblem, select_and_attend
-from service.channel import Done, Failed, FailureKind, Memory, Record
 from service.devices import DeviceInfo
 from service.job import packed
+from service.records import Done, Failed, FailureKind, Memory, Record
 from service.worker_memory import (
     PackedInputs,
     PackedOutputs,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from service.channel import AddSegment, Channel, DropSegment, ProtocolError, Ready, Stop, Submit
+from service.channel import Channel
 from service.config import LogFormat, LogLevel
 from service.executor import CpuExecutor, CudaExecutor, Executor
+from service.records import AddSegment, DropSegment, ProtocolError, Ready, Stop, Submit
 from service.signals import die_with_parent
 from service.telemetry import configure_logging
 from service.worker_memory import Segments

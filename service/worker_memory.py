@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from service.channel import ProtocolError
 from service.job import Field, Job, Layout
+from service.records import ProtocolError
 
 
 @dataclass(frozen=True, slots=True)

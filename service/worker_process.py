@@ -11,9 +11,12 @@ from typing import Any
 
 from fsa_core import tuning_table
 from service.arena import ArenaPool
-from service.channel import (
+from service.channel import AsyncChannel, socket_pair
+from service.child_process import ChildProcess
+from service.devices import DeviceInfo, DeviceSpec
+from service.job import Job, JobResult
+from service.records import (
     AddSegment,
-    AsyncChannel,
     Done,
     DropSegment,
     Failed,
@@ -24,11 +27,7 @@ from service.channel import (
     Record,
     Stop,
     Submit,
-    socket_pair,
 )
-from service.child_process import ChildProcess
-from service.devices import DeviceInfo, DeviceSpec
-from service.job import Job, JobResult
 
 log = logging.getLogger("fsa.worker_client")
 

@@ -13,11 +13,13 @@ from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS, Problem
 from service import channel
-from service.channel import (
+from service.channel import AsyncChannel, Channel, socket_pair
+from service.devices import DeviceInfo
+from service.job import Job, Slice
+from service.records import (
     MAX_BATCH_JOBS,
+    MAX_TEXT_BYTES,
     AddSegment,
-    AsyncChannel,
-    Channel,
     Done,
     DropSegment,
     Failed,
@@ -28,16 +30,15 @@ from service.channel import (
     Record,
     Stop,
     Submit,
-    socket_pair,
+    decode,
+    encode,
 )
-from service.devices import DeviceInfo
-from service.job import Job, Slice
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 seconds = st.floats(0, 1e6)
 # At most four bytes of UTF-8 a character.
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=channel.MAX_TEXT_BYTES // 4)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_TEXT_BYTES // 4)
 
 
 @st.composite
@@ -115,25 +116,25 @@ def batch() -> Submit:
 
 @given(records)
 def test_a_record_survives_the_wire(record: Record) -> None:
-    assert channel.decode(channel.encode(record)) == record
+    assert decode(encode(record)) == record
 
 
 @given(records, st.data())
 def test_a_record_of_another_length_is_refused(record: Record, data: st.DataObject) -> None:
-    encoded = channel.encode(record)
+    encoded = encode(record)
     with pytest.raises(ProtocolError):
-        channel.decode(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
+        decode(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
     with pytest.raises(ProtocolError):
-        channel.decode(encoded + b"\0")
+        decode(encoded + b"\0")
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_record_or_refused(data: bytes) -> None:
     try:
-        record = channel.decode(data)
+        record = decode(data)
     except ProtocolError:
         return
-    assert channel.encode(record)[0] == data[0]
+    assert encode(record)[0] == data[0]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_any_bytes_are_a_record_or_refused(data: bytes) -> None:
 def test_sizes_that_contradict_one_another_are_refused(batch: Submit, change: dict[str, float]) -> None:
     job = replace(batch.jobs[0], problem=replace(batch.jobs[0].problem, **change))
     with pytest.raises(ProtocolError, match="no attention call"):
-        channel.decode(channel.encode(Submit(0, (job,))))
+        decode(encode(Submit(0, (job,))))
 
 
 def test_jobs_that_cannot_share_a_batch_are_not_sent(batch: Submit) -> None:
@@ -165,9 +166,9 @@ def test_jobs_that_cannot_share_a_batch_are_not_sent(batch: Submit) -> None:
 
 
 def test_a_long_error_message_is_cut_between_characters() -> None:
-    failed = channel.decode(channel.encode(Failed(1, FailureKind.ERROR, "x" + "é" * channel.MAX_TEXT_BYTES)))
+    failed = decode(encode(Failed(1, FailureKind.ERROR, "x" + "é" * MAX_TEXT_BYTES)))
     assert isinstance(failed, Failed)
-    assert failed.message == "x" + "é" * ((channel.MAX_TEXT_BYTES - 1) // 2)
+    assert failed.message == "x" + "é" * ((MAX_TEXT_BYTES - 1) // 2)
 
 
 def test_records_beyond_the_socket_buffer_arrive_whole_and_in_order(batch: Submit) -> None:
@@ -186,7 +187,7 @@ def test_records_beyond_the_socket_buffer_arrive_whole_and_in_order(batch: Submi
         theirs.close()
         return received
 
-    assert len(channel.encode(batch)) > channel.FRAGMENT_BYTES
+    assert len(encode(batch)) > channel.FRAGMENT_BYTES
     assert asyncio.run(scenario()) == [*sent, Stop()]
 
 
@@ -262,8 +263,8 @@ def test_closing_with_descriptors_unsent_leaks_none(batch: Submit) -> None:
         (b"\x01\xff", False),
         (b"\x01", False),
         (b"\x01" + b"x" * (channel.FRAGMENT_BYTES + 1), False),
-        (b"\x01" + channel.encode(Stop()), True),
-        (b"\x01" + channel.encode(AddSegment(1, 1)), False),
+        (b"\x01" + encode(Stop()), True),
+        (b"\x01" + encode(AddSegment(1, 1)), False),
     ],
     ids=["no_fragment", "no_kind", "empty", "too_long", "stray_descriptor", "missing_descriptor"],
 )

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from service.arena import ArenaPool
-from service.channel import Done, Failed, FailureKind, Memory, Record
 from service.executor import CpuExecutor, CudaExecutor, Executor, failure_kind
+from service.records import Done, Failed, FailureKind, Memory, Record
 from service.worker_memory import Segments
 from tests.jobs import DENSE, SELECTED, Request
 

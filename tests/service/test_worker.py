@@ -16,9 +16,10 @@ import pytest
 
 from service import channel
 from service.arena import ArenaPool
-from service.channel import AddSegment, Channel, Done, DropSegment, Memory, Ready, Record, Stop, Submit
+from service.channel import Channel
 from service.devices import DeviceInfo
 from service.executor import CpuExecutor
+from service.records import AddSegment, Done, DropSegment, Memory, Ready, Record, Stop, Submit
 from service.worker import ORPHANED_EXIT_CODE, PROTOCOL_EXIT_CODE, serve
 from tests.jobs import SELECTED, Request
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from service.arena import ArenaPool
-from service.channel import ProtocolError
 from service.job import Job, Slice
+from service.records import ProtocolError
 from service.worker_memory import (
     PackedOutputs,
     PlacedJob,

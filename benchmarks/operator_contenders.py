@@ -63,13 +63,17 @@ def stages_of_ours(x: Inputs, config: NSAConfig) -> Stages:
     call = Call(config, *starts, x.softmax_scale, DEFAULT_WORKSPACE_BYTES)
     compress = MeanCompression(config.kernel_size, config.stride)
 
+    def select(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Answer:
+        (out, _), ids = attend_and_choose(call, q, k, v, "auto")
+        return out, ids
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         sizes = {"block_size": config.block_size, "softmax_scale": x.softmax_scale}
         return selected_attention(q, k, v, ids, **sizes, validate=False)[0]
 
     return (
         lambda t: compress(t, call.key_starts),
-        lambda q, k, v: attend_and_choose(call, q, k, v, "auto"),
+        select,
         attend,
     )
 

@@ -170,14 +170,15 @@ def attend(
     if block_indices is None:
         implementation = _dense(backend)
     else:
-        implementation = _selected(backend, path, workspace_limit_bytes)
+        implementation = selected_implementation(backend, path, workspace_limit_bytes)
     rest = (block_indices, cu_seqlens_q, cu_seqlens_k)
     tensors = (x.contiguous() for x in (q, k, v, *rest) if x is not None)
     return differentiable_attention(implementation, problem, *tensors)
 
 
 @lru_cache(maxsize=64)
-def _selected(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
+def selected_implementation(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
+    """Selected attention on a backend that is resolved."""
     if backend == "triton":
         forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
         backward = partial(_triton_backward, path=path, workspace_limit_bytes=workspace_limit_bytes)

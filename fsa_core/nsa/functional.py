@@ -7,17 +7,13 @@ inputs and answers, near ``workspace_limit_bytes``. On CUDA they read cu_seqlens
 v may reach queries of its sequence that do not see it, as in any tiled attention, but no other sequence.
 """
 
-from functools import cache
-from typing import TYPE_CHECKING
-
 import torch
 
-from fsa_core.api import selected_attention
 from fsa_core.nsa.compression import Compression
 from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.operator import attend_at_once, attend_branches
 from fsa_core.nsa.stages import (
     add_branches,
-    attend_and_choose,
     attend_last_keys,
     attend_windows,
     choose_blocks,
@@ -35,13 +31,7 @@ from fsa_core.nsa.validation import (
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.validation import check_operands
 
-if TYPE_CHECKING:
-    from fsa_core.kernels.replay import Memory, Replayed
-
 Answer = tuple[torch.Tensor, torch.Tensor]
-
-# Of q: 16K tokens of 16 heads of 128 numbers in 16 bits, which an H200 attends in 1.6 ms.
-MOST_BYTES_AT_ONCE = 64 * 2**20
 
 
 def compressed_attention(
@@ -271,75 +261,6 @@ def attend_checked(
     backend: str,
 ) -> torch.Tensor:
     """``nsa_attention_from_compressed`` of a call whose operands and starts are known to be right."""
-    operands = (q, k, v, k_cmp, v_cmp, gates)
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    # As one call it keeps all that its stages hold until the last has ended: not worth it where they take
-    # longer than their launches.
-    is_long = q.nbytes > MOST_BYTES_AT_ONCE
-    if trains or is_long or not launches_alone(call, q, k_cmp, backend):
-        return _attend_checked(call, *operands, backend)
-    starts = (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_cmp)
-    tensors = tuple([x.contiguous() for x in (*operands, *starts)])
-    (out,) = _replayed()(
-        tensors,
-        call.config,
-        call.softmax_scale,
-        call.workspace_limit_bytes,
-        backend,
-        *[(x.shape, x.dtype) for x in tensors],
-    )
-    return out
-
-
-@cache
-def _replayed() -> "Replayed":
-    """The operator without gradients, launched again as it was."""
-    # Triton is imported when a kernel is first needed.
-    from fsa_core.kernels.replay import Replayed
-
-    return Replayed(_note)
-
-
-def _note(
-    memory: "Memory",
-    tensors: tuple[torch.Tensor, ...],
-    config: NSAConfig,
-    softmax_scale: float,
-    workspace_limit_bytes: int,
-    backend: str,
-    *_sizes: object,
-) -> None:
-    q, k, v, k_cmp, v_cmp, gates, cu_seqlens_q, cu_seqlens_k, cu_seqlens_cmp = tensors
-    starts = (cu_seqlens_q, cu_seqlens_k)
-    # Where sequences start is on the device alone: another call of these sizes may have it elsewhere.
-    call = Call(config, *starts, (), softmax_scale, workspace_limit_bytes, cu_seqlens_cmp)
-    memory.give(_attend_checked(call, q, k, v, k_cmp, v_cmp, gates, backend))
-
-
-def _attend_checked(
-    call: Call,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cmp: torch.Tensor,
-    v_cmp: torch.Tensor,
-    gates: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    compressed, block_indices = attend_and_choose(call, q, k_cmp, v_cmp, backend)
-    selected, _ = selected_attention(
-        q,
-        k,
-        v,
-        block_indices,
-        block_size=call.config.block_size,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
-        softmax_scale=call.softmax_scale,
-        backend=backend,
-        # The ids are right by construction, and the rest is checked already.
-        validate=False,
-        workspace_limit_bytes=call.workspace_limit_bytes,
-    )
-    window, _ = attend_last_keys(call, q, k, v, backend)
-    return add_branches((compressed, selected, window), gates, backend)
+    if launches_alone(call, q, k_cmp, backend):
+        return attend_at_once(call, backend, (q, k, v, k_cmp, v_cmp, gates))
+    return attend_branches(call, backend, q, k, v, k_cmp, v_cmp).add(gates, backend)

@@ -129,7 +129,8 @@ def select_and_attend(
     if gates is None:
         block_indices = choose_blocks(call, q, k_cmp, "auto")
     else:
-        compressed, block_indices = attend_and_choose(call, q, k_cmp, compress(v, call.key_starts), "auto")
+        v_cmp = compress(v, call.key_starts)
+        (compressed, _), block_indices = attend_and_choose(call, q, k_cmp, v_cmp, "auto")
     out, lse = attend(
         problem,
         q,

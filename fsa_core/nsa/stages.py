@@ -3,7 +3,7 @@
 ``backend`` is one of ``fsa_core.api`` or "torch"; what does not come to "triton" is torch.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
         return window_attention_forward(problem, windows, *operands)
 
-    implementation = Implementation(forward, partial(_gradients, call, windows), knows_none=True)
+    implementation = _implementation(call, windows, forward)
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
 
 
@@ -62,13 +62,13 @@ def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str
 
 def attend_and_choose(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and ids of the two above; what makes scores probabilities is computed once."""
+) -> tuple[Answer, torch.Tensor]:
+    """The answers of the two above; what makes scores probabilities is computed once."""
     if not runs_kernels(backend, q):
-        return compressed_attention_torch(call, q, k_cmp, v_cmp)[0], select_blocks_torch(call, q, k_cmp)
+        return compressed_attention_torch(call, q, k_cmp, v_cmp), select_blocks_torch(call, q, k_cmp)
     sizes = kernel_sizes(call, q, k_cmp, v_cmp)
-    (out, _), shares = _attend(call, sizes, q, k_cmp, v_cmp)
-    return out, _choose(call, sizes, q, k_cmp, shares, backend)
+    answer, shares = _attend(call, sizes, q, k_cmp, v_cmp)
+    return answer, _choose(call, sizes, q, k_cmp, shares, backend)
 
 
 def add_branches(branches: tuple[torch.Tensor, ...], gates: torch.Tensor, backend: str) -> torch.Tensor:
@@ -111,17 +111,24 @@ def _attend(
         shares.append(found)
         return out, lse
 
-    implementation = Implementation(forward, partial(_gradients, call, windows), knows_none=True)
+    implementation = _implementation(call, windows, forward)
     answer = differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k_cmp, v_cmp)))
     # Taken out: autograd keeps the implementation, and with it the list, until the backward pass.
     return answer, shares.pop()
 
 
-def _gradients(call: Call, windows: "Windows", problem: Problem, *tensors: Any) -> Gradients:
+def interval_gradients(call: Call, sizes: "Sizes", *tensors: Any) -> Gradients:
+    """Of attention over windows, by kernels: tensors as of ``interval_attention_backward``."""
     from fsa_core.kernels.interval_gradients import interval_attention_backward
 
-    limit = call.workspace_limit_bytes
-    return interval_attention_backward(problem, windows, *tensors, workspace_limit_bytes=limit)
+    return interval_attention_backward(*sizes, *tensors, workspace_limit_bytes=call.workspace_limit_bytes)
+
+
+def _implementation(call: Call, windows: "Windows", forward: Callable[..., Answer]) -> Implementation:
+    def backward(problem: Problem, *tensors: Any) -> Gradients:
+        return interval_gradients(call, (problem, windows), *tensors)
+
+    return Implementation(forward, backward, knows_none=True)
 
 
 @torch.no_grad()

@@ -319,7 +319,11 @@ def assert_gradients_close_to_oracle(
     # A score's gradient is a difference of two sums, equal where there is one key: what is left is their
     # rounding, of which eager attention may have none.
     largest_sum = (grad_out.double() * case.oracle[0]).abs().sum(-1).amax().item() if grad_out.numel() else 0
-    roundings = 2 * torch.finfo(torch.float32).eps * largest_sum * case.problem.softmax_scale
+    roundings = 2 * torch.finfo(torch.float32).eps * largest_sum
+    # And one of them is of the answer as it was rounded.
+    out = case.oracle[0]
+    of_out = (grad_out.double() * (out.to(case.problem.dtype).double() - out)).sum(-1).abs()
+    roundings = (roundings + (of_out.amax().item() if of_out.numel() else 0)) * case.problem.softmax_scale
     least_bounds = (roundings * _largest(case.k), roundings * _largest(case.q), 0.0)
     operands = (case.q, case.k, case.v)
     names, left_out = ("grad_q", "grad_k", "grad_v"), (sees_nothing, unseen, unseen)

@@ -17,7 +17,7 @@ from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.interval_gradients import interval_attention_backward
 from fsa_core.kernels.launch import Kernel, noted_launches
 from fsa_core.kernels.replay import Memory, Replayed
-from fsa_core.nsa import functional
+from fsa_core.nsa import operator
 from fsa_core.nsa.compression import MeanCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import nsa_attention
@@ -403,8 +403,8 @@ def test_the_operator_replayed_on_other_tensors(
         noted.append(None)
         note(*args)
 
-    note, replayed = functional._note, Replayed(counted)
-    monkeypatch.setattr(functional, "_replayed", lambda: replayed)
+    note, replayed = operator._note, Replayed(counted)
+    monkeypatch.setattr(operator, "_replayed", lambda: replayed)
     config, means = NSAConfig(window=100), MeanCompression(32, 16)
     for q_lens in ((300, 77), (77, 300), (300, 77), (333, 44), (300, 77)):
         call = make_call(
@@ -416,5 +416,5 @@ def test_the_operator_replayed_on_other_tensors(
         answers = [nsa_attention(q, *operands, config=config, **starts) for q in (call.q, call.q)]
         trained = nsa_attention(call.q.requires_grad_(), *operands, config=config, **starts)
         assert all(torch.equal(x, trained) for x in answers)
-    # What compiles is noted when it comes again.
-    assert len(noted) <= 2
+    # Once as it compiles, once again, and once with what is kept for gradients.
+    assert len(noted) <= 3

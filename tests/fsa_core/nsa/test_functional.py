@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsa_core.errors import InputError
-from fsa_core.nsa import functional, stages
+from fsa_core.nsa import functional, operator, stages
 from fsa_core.nsa.compression import MeanCompression, MLPCompression, WeightedCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import (
@@ -139,36 +139,69 @@ def test_selected_attention_runs_where_it_is_asked_to(make_call, device, backend
 
 
 @pytest.fixture
-def noted(device, monkeypatch):
-    """A call's backend for each that goes as one; on the CPU by kernels in Triton's interpreter."""
+def noted(monkeypatch):
+    """For each call that goes as one whether it keeps what its branches answered."""
     from fsa_core.kernels.replay import Replayed
 
-    backends, note = [], functional._note
-    replayed = Replayed(lambda *args: backends.append(args[5]) or note(*args))
-    monkeypatch.setattr(functional, "_replayed", lambda: replayed)
-    monkeypatch.setattr(stages, "resolve_backend", lambda backend, device: "triton")
-    return backends
+    keeps, note = [], operator._note
+    replayed = Replayed(lambda *args: keeps.append(args[6]) or note(*args))
+    monkeypatch.setattr(operator, "_replayed", lambda: replayed)
+    return keeps
 
 
-def test_without_gradients_a_short_call_goes_as_one(make_call, device, monkeypatch, noted):
+def test_a_short_call_goes_as_one_and_so_does_what_it_keeps_for_gradients(make_call, monkeypatch, noted):
     call = make_call(q_lens=(90, 33), group_size=3)
     modules = [MeanCompression(8, 4)] * 2
-    trained = run(replace(call, q=call.q.clone().requires_grad_()), *modules)
-    assert not noted
-    assert torch.equal(run(call, *modules), trained)
-    assert noted == ["auto"]
-    monkeypatch.setattr(functional, "MOST_BYTES_AT_ONCE", call.q.nbytes - 1)
-    assert torch.equal(run(call, *modules), trained)
-    assert noted == ["auto"]
+    out = run(call, *modules, backend="triton")
+    trained = run(replace(call, q=call.q.clone().requires_grad_()), *modules, backend="triton")
+    assert noted == [False, True]
+    monkeypatch.setattr(operator, "MOST_BYTES_AT_ONCE", call.q.nbytes - 1)
+    long = run(call, *modules, backend="triton")
+    assert torch.equal(out, trained)
+    assert torch.equal(out, long)
+    assert noted == [False, True]
 
 
 @pytest.mark.parametrize("change", [{"top_k": 300}, {"top_p": 0.9}], ids=str)
-def test_choices_in_torch_operations_are_no_part_of_a_call(make_call, noted, change):
+def test_choices_in_torch_operations_are_no_part_of_a_call(make_call, monkeypatch, noted, change):
+    monkeypatch.setattr(stages, "resolve_backend", lambda backend, device: "triton")
     call = make_call(q_lens=(90, 33), group_size=3, config=replace(SMALL, **change))
     modules = [MeanCompression(8, 4)] * 2
     trained = run(replace(call, q=call.q.clone().requires_grad_()), *modules)
     assert torch.equal(run(call, *modules), trained)
     assert not noted
+
+
+@pytest.mark.parametrize("lens", LENS.values(), ids=LENS.keys())
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_nodes_gradients_are_those_of_its_branches(make_call, monkeypatch, lens, create_graph):
+    call = make_call(q_lens=lens[0], k_lens=lens[1], group_size=3)
+    modules = [MeanCompression(8, 4)] * 2
+    grads = []
+    for is_one in (True, False):
+        monkeypatch.setattr(functional, "launches_alone", lambda *_, is_one=is_one: is_one)
+        leaved, leaves = leaves_of(call, torch.float32)
+        out = run(leaved, *modules, backend="triton")
+        asked = torch.autograd.grad(out.square().sum(), leaves.values(), create_graph=create_graph)
+        grads.append(asked)
+    for one, several in zip(*grads, strict=True):
+        assert one.requires_grad == several.requires_grad == create_graph
+        torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-5)
+    if create_graph:
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            grads[0][0].sum().backward()
+
+
+def test_one_node_has_no_gradients_of_what_needs_none(make_call):
+    call = make_call(q_lens=(90, 33), group_size=3)
+    modules = [MeanCompression(8, 4)] * 2
+    gates = call.gates.clone().requires_grad_()
+    out = run(replace(call, gates=gates), *modules, backend="triton")
+    out.sum().backward()
+    only_selected = torch.tensor([0.0, 1.0, 0.0], device=gates.device).expand_as(gates).contiguous()
+    selected = run(replace(call, gates=only_selected), *modules, backend="triton")
+    torch.testing.assert_close(gates.grad[..., 1], selected.sum(-1), rtol=1e-4, atol=1e-4)
+    assert call.q.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

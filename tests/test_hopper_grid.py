@@ -18,7 +18,7 @@ KERNELS = {
         "_of_tiles",
         "_of_pairs",
     ),
-    "windows": ("_attend_windows", "_select", "_of_queries", "_of_keys", "_means", "_spread"),
+    "windows": ("_attend_windows", "_select", "_of_queries", "_of_keys", "_sum_splits", "_means", "_spread"),
     "decode": ("_attend_slots", "_merge_splits"),
 }
 FOR_HOPPER_ALONE = {

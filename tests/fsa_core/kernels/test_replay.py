@@ -406,10 +406,9 @@ def test_the_operator_replayed_on_other_tensors(
     note, replayed = operator._note, Replayed(counted)
     monkeypatch.setattr(operator, "_replayed", lambda: replayed)
     config, means = NSAConfig(window=100), MeanCompression(32, 16)
-    for q_lens in ((300, 77), (77, 300), (300, 77), (333, 44), (300, 77)):
-        call = make_call(
-            device, q_lens=q_lens, dtype=torch.bfloat16, group_size=4, config=config, seed=len(noted)
-        )
+    sizes = {"dtype": torch.bfloat16, "group_size": 4, "config": config}
+    for seed, q_lens in enumerate(((300, 77), (77, 300), (300, 77), (333, 44))):
+        call = make_call(device, q_lens=q_lens, seed=seed, **sizes)
         starts = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
         gates = torch.rand(*call.q.shape[:2], 3, device=device, dtype=torch.bfloat16)
         operands = (call.k, call.v, gates, means, means)

@@ -27,6 +27,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
     inversion = Inversion(
         counts=int32(rows, forward.segments, plan.counter_ints(forward.segments)),
         ranks=int32(heads, tokens, slots),
+        used=int32(heads, tokens, 0),
         pairs=int32(heads, tokens * slots),
         offsets=int32(rows, forward.segments + 1),
         item_offsets=int32(rows, forward.segments + 1),

@@ -46,6 +46,8 @@ PARTIAL_BYTES = 130 * 2**20
 BUFFERED_BYTES = 160 * 2**20
 # There small problems are cut as well, but not smaller than this.
 CHUNKS_AT_LEAST = 4
+# Of their tiles; and how many slots a word has bits for.
+BUFFERED_ROWS, USED_BITS = 64, 32
 MIN_BUFFER_BYTES = 16 * 2**20
 # How many tiles are put in order at a time, by as many classes of how much they walk.
 ORDERED_TILES, STEP_BINS = 2048, 256
@@ -59,8 +61,9 @@ class ForwardPlan:
     head, or a query head when each query head selects for itself. ``heads_per_pair`` query heads ride
     with every (token, slot) pair. A chunk is ``chunk_tokens`` query tokens under ``chunk_heads`` tile heads,
     a group a whole number of chunks: ``group_tokens`` under ``group_heads``. Chunks take turns in ``buffers``
-    of partials, where a kernel merges one while it attends the next (``is_buffered``). ``query_tile`` is None
-    on the KV-major path; without partials there are no chunks, no index and no work items.
+    of partials, where a kernel merges one while it attends the next (``is_buffered``); which slots of a token
+    have partials it reads in ``used_words``. ``query_tile`` is None on the KV-major path; without partials
+    there are no chunks, no index and no work items.
     """
 
     path: str
@@ -78,6 +81,7 @@ class ForwardPlan:
     group_heads: int
     index_per_head: bool
     segments: int
+    used_words: int
     max_items: int
     tile: TileShape
     workspace_bytes: int
@@ -143,7 +147,9 @@ def plan_forward(
     held_ints = {KV_MAJOR: 2, MIXED: 3, TOKEN_MAJOR: 1, QUERY_TILE: 0}[path] * p.num_slots
     held_bytes = INT32_BYTES * held_ints + -(-list_bytes // tile_tokens)
     partial_limit = _partial_limit(limit_bytes)
-    is_buffered = buffers > 1
+    is_buffered = buffers > 1 and tile.rows == BUFFERED_ROWS and tile.keys == p.block_size
+    used_words = -(-p.num_slots // USED_BITS) if is_buffered and _has_partials(path) else 0
+    held_bytes += INT32_BYTES * used_words
     if is_buffered:
         all_bytes = p.num_q_tokens * tile_heads * token_bytes
         partial_limit = min(limit_bytes * 11 // 16, BUFFERED_BYTES) // buffers
@@ -159,13 +165,13 @@ def plan_forward(
         chunk_heads = min(chunk_heads, max(limit_bytes // 4 // (chunk_tokens * held_bytes), 1))
     chunk_heads = equal_parts(tile_heads, chunk_heads)
     is_one_chunk = chunk_tokens == p.num_q_tokens and chunk_heads == tile_heads
-    buffers = 1 if is_one_chunk else buffers
+    buffers = 1 if is_one_chunk or not is_buffered else buffers
     partial_bytes = buffers * chunk_heads * chunk_tokens * token_bytes
-    if is_buffered and chunk_tokens * p.num_slots <= 2 * tile.pairs_per_item * num_segments(p):
-        # A block has few pairs: rather than to load it again for what is beyond an item, items are longer.
-        tile = replace(tile, tiles_per_item=2 * tile.tiles_per_item)
+    if is_buffered:
+        # Programs take as many tiles each, whichever blocks these are of.
+        tile = replace(tile, tiles_per_item=1)
     max_items = _max_items(p, chunk_tokens, tile)
-    index_ints = chunk_tokens * held_ints
+    index_ints = chunk_tokens * (held_ints + used_words)
     if _has_partials(path):
         index_ints += (counter_ints(num_segments(p)) + 2) * num_segments(p) + 2 + max_items
     # Sequences start tiles of their own, and a group's borders cut two more.
@@ -197,6 +203,7 @@ def plan_forward(
         group_heads=group_heads,
         index_per_head=index_per_head,
         segments=num_segments(p),
+        used_words=used_words,
         max_items=max_items,
         tile=tile,
         workspace_bytes=partial_bytes + group_token_chunks * group_index_bytes + extra_bytes * list_heads,
@@ -268,7 +275,7 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
         entry_bytes += INT32_BYTES + 2 * MASK_BYTES
     listed_bytes = entry_bytes * p.num_slots + (LIST_INTS + 1) * INT32_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
-    held_bytes = INT32_BYTES * (3 * p.num_slots + items) + listed_bytes
+    held_bytes = INT32_BYTES * (3 * p.num_slots + items + -(-p.num_slots // USED_BITS)) + listed_bytes
     list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 1) * INT32_BYTES
     fixed_ints = (counter_ints(num_segments(p)) + 3) * num_segments(p) + 2 + STEP_BINS
     fixed_bytes = INT32_BYTES * fixed_ints

@@ -396,12 +396,14 @@ _LAYOUTS = {
 _LANGUAGE = SimpleNamespace(
     **_LAYOUTS,
     constexpr=lambda x: x,
+    int16=torch.int16,
     int32=torch.int32,
     int64=torch.int64,
     # That of the interpreter has no shifts of others.
     uint32=torch.int64,
     uint64=torch.int64,
     float32=torch.float32,
+    bfloat16=torch.bfloat16,
     program_id=lambda axis: _tensor(_partition.program.place[axis]),
     num_programs=lambda axis: _tensor(_partition.program.grid[axis]),
     arange=lambda start, end, layout=None: _tensor(torch.arange(start, end, dtype=torch.int32), layout),

@@ -1,9 +1,10 @@
-"""What kernels that walk work items of pairs have in common on Hopper, in Gluon.
+"""What kernels that walk pairs by their blocks have in common on Hopper, in Gluon.
 
-A program is three groups of four warps and takes every so many-th work item of each head. One group copies:
-the item's keys and values, then the rows that chose it, a tile of 64 at a time, as many tiles ahead as shared
-memory has room for, also those of the next item. Two multiply, every second tile each. What a row gives is
-written where its pair has its place, so that neither the order of items nor that of tiles matters.
+A work item of the index is one tile here: 64 rows that chose a block. A program takes as many tiles of each
+head as the others, those of one block in a run. One group of four warps copies: the block's keys and values,
+then the tiles, as many ahead as shared memory has room for, also those of the next run. Two multiply, every
+second tile each. What a row gives is written where its pair has its place, so that the order of tiles does
+not matter.
 """
 
 from triton.experimental import gluon
@@ -11,57 +12,69 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, multiplies
+from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.primitives import find_segment_sequence
-from fsa_core.problem import Problem
-from fsa_core.tiles import TileShape
 
+# How often a program takes its share of a head's tiles; in 1, 4 or 8 parts is slower.
+ROUNDS = gl.constexpr(2)
 # A warp copies or writes four half rows at once, 16 bytes a thread.
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def load_item(index, sequences, item, num_items, BLOCK_SIZE: gl.constexpr):
-    """What lies in memory of an item, as it lies there: nothing is computed of it before it is needed.
-
-    Of an item that is not: of the last.
-    """
-    offsets_ptr, item_offsets_ptr, item_segment_ptr = index
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps = sequences
-    segment = gl.load(item_segment_ptr + gl.minimum(item, num_items - 1))
-    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
-    k_start, k_end = gl.load(cu_seqlens_k_ptr + sequence), gl.load(cu_seqlens_k_ptr + sequence + 1)
-    q_end = gl.load(cu_seqlens_q_ptr + sequence + 1)
-    segment_start, segment_end = gl.load(offsets_ptr + segment), gl.load(offsets_ptr + segment + 1)
-    first_item = gl.load(item_offsets_ptr + segment)
-    return segment, sequence, k_start, k_end, q_end, segment_start, segment_end, first_item
+def tiles_at_once(num_tiles):
+    """How many tiles, which follow one another, a program takes at a time. All take as many, or nearly."""
+    parts = gl.num_programs(0) * ROUNDS
+    return gl.maximum((num_tiles + parts - 1) // parts, 1)
 
 
 @gluon.jit
-def item_of(loaded, item, BLOCK_SIZE: gl.constexpr, PAIRS_PER_ITEM: gl.constexpr):
-    """Its first pair and how many it has; its first key in its sequence, the first packed key of that, how
-    many it has, and what turns a packed query token into a position.
+def load_run(index, sequences, tile, num_tiles, BLOCK_SIZE: gl.constexpr):
+    """What lies in memory of the block that a tile is of, as it lies there: nothing is computed of it before
+    it is needed. Of a tile that is not: of the last.
     """
-    segment, sequence, k_start, k_end, q_end, segment_start, segment_end, first_item = loaded
-    block_start = (segment - (k_start // BLOCK_SIZE + sequence)) * BLOCK_SIZE
-    k_length = k_end - k_start
-    first_pair = (item - first_item) * PAIRS_PER_ITEM
-    num_pairs = gl.minimum(segment_end - segment_start - first_pair, PAIRS_PER_ITEM)
-    return segment_start + first_pair, num_pairs, block_start, k_start, k_length, k_length - q_end
+    offsets_ptr, item_offsets_ptr, item_segment_ptr = index
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps = sequences
+    segment = gl.load(item_segment_ptr + gl.minimum(tile, num_tiles - 1))
+    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
+    keys = (gl.load(cu_seqlens_k_ptr + sequence), gl.load(cu_seqlens_k_ptr + sequence + 1))
+    pairs = (gl.load(offsets_ptr + segment), gl.load(offsets_ptr + segment + 1))
+    tiles = (gl.load(item_offsets_ptr + segment), gl.load(item_offsets_ptr + segment + 1))
+    return segment, sequence, keys, gl.load(cu_seqlens_q_ptr + sequence + 1), pairs, tiles
+
+
+@gluon.jit
+def run_of(loaded, tile, at_once, all_tiles, HEADS_PER_PAIR: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+    """From ``tile`` on a program's tiles of one block: the first pair, how many pairs and how many tiles, and
+    the tile after them; the block's first key in its sequence, the first packed key of that, how many it has,
+    and what turns a packed query token into a position.
+    """
+    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    segment, sequence, keys, q_end, pairs, tiles = loaded
+    block_start = (segment - (keys[0] // BLOCK_SIZE + sequence)) * BLOCK_SIZE
+    k_length = keys[1] - keys[0]
+    end = gl.minimum(gl.minimum((tile // at_once + 1) * at_once, all_tiles), tiles[1])
+    num_tiles = end - tile
+    next_tile = gl.where(end % at_once == 0, end + (gl.num_programs(0) - 1) * at_once, end)
+    first_pair = pairs[0] + (tile - tiles[0]) * PAIRS
+    num_pairs = gl.minimum(pairs[1] - first_pair, num_tiles * PAIRS)
+    return (first_pair, num_pairs, num_tiles, next_tile), (block_start, keys[0], k_length, k_length - q_end)
 
 
 @gluon.jit
 def head_index(index, chunk, head, INDEX_PER_HEAD: gl.constexpr):
-    """Of a head of the chunk: its lists, its pairs and how many items it has."""
+    """Of a head of the chunk: its lists, its pairs and how many tiles it has."""
     pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr = index
-    first_index_head, num_chunks, number, num_segments, group_pairs, chunk_pairs, max_items = chunk
+    first_index_head, num_chunks, number, num_segments, group_tokens, chunk_tokens, num_slots, max_items = (
+        chunk
+    )
     index_head = first_index_head + head if INDEX_PER_HEAD else 0
     row = index_head * num_chunks + number
     offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
     item_segment_ptr += row.to(gl.int64) * max_items
-    pairs_ptr += index_head * group_pairs.to(gl.int64) + number * chunk_pairs
+    pairs_ptr += (index_head * group_tokens.to(gl.int64) + number * chunk_tokens) * num_slots
     lists = (offsets_ptr, item_offsets_ptr, item_segment_ptr)
     return lists, pairs_ptr, gl.load(item_offsets_ptr + num_segments)
 
@@ -84,7 +97,7 @@ def new_items(
     BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Room for two items' keys and values and for tiles of rows of q with their pairs; what says that they
+    """Room for two blocks' keys and values and for tiles of rows of q with their pairs; what says that they
     are there, and that they are read.
     """
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
@@ -120,7 +133,7 @@ def copy_items(
     beside,
     num_delta_heads,
     n,
-    block,
+    run,
     NUM_Q_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
@@ -129,14 +142,13 @@ def copy_items(
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     WITH_GRADIENTS: gl.constexpr,
 ):
-    """Copies keys and values of each item, and its tiles in turn: rows of q, and the pair of each row.
+    """Copies keys and values of each run, and its tiles in turn: rows of q, and the pair of each row.
 
     WITH_GRADIENTS also rows of grad_out, and of each row lse and delta, to ``beside``. Pointers to rows are
-    to those of the chunk's first token and head. ``n`` tiles and ``block`` items were before; returns how
-    many are.
+    to those of the chunk's first token and head. ``n`` tiles and ``run`` runs were before; returns how many
+    are.
     """
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     first_head, num_heads = heads
@@ -149,41 +161,43 @@ def copy_items(
     block_keys = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, ROWS_LAYOUT))
     flat_rows = gl.arange(0, SIDE, flat)
     for head in range(num_heads):
-        lists, pairs_ptr, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        lists, pairs_ptr, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
         kv_head = (first_head + head) // TILE_HEADS_PER_KV_HEAD
         head_row = head * HEADS_PER_PAIR
-        step = gl.num_programs(0)
-        if gl.program_id(0) < num_items:
-            # What lies in memory is asked for an item ahead, and its place in memory two, so that nothing
-            # waits for it: first pairs, then the tiles of an item that come later, two at a time.
-            loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
-            later = load_item(lists, sequences, gl.program_id(0) + step, num_items, BLOCK_SIZE)
-            this = item_of(loaded, gl.program_id(0), BLOCK_SIZE, PAIRS_PER_ITEM)
+        at_once = tiles_at_once(all_tiles)
+        first_tile = gl.program_id(0) * at_once
+        if first_tile < all_tiles:
+            # What lies in memory is asked for a run ahead, so that nothing waits for it: first pairs, then
+            # the tiles of a run that come later, two at a time.
+            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
+            this, this_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
+            later = load_run(lists, sequences, this[3], all_tiles, BLOCK_SIZE)
             pairs, next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
             flat_pairs, next_flat_pairs = pairs, next_pairs
             if WITH_GRADIENTS:
                 flat_pairs, next_flat_pairs = first_pairs(pairs_ptr, this, flat_rows, HEADS_PER_PAIR)
-            for item in range(gl.program_id(0), num_items, step):
-                first_pair, num_pairs, block_start, k_start, k_length, _shift = this
-                this = item_of(later, item + step, BLOCK_SIZE, PAIRS_PER_ITEM)
-                later = load_item(lists, sequences, item + 2 * step, num_items, BLOCK_SIZE)
-                item_pairs, item_next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
-                item_flat_pairs, item_next_flat_pairs = item_pairs, item_next_pairs
+            while first_tile < all_tiles:
+                first_pair, num_pairs, num_tiles, first_tile = this
+                block_start, k_start, k_length, _shift = this_block
+                this, this_block = run_of(later, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
+                later = load_run(lists, sequences, this[3], all_tiles, BLOCK_SIZE)
+                run_pairs, run_next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
+                run_flat_pairs, run_next_flat_pairs = run_pairs, run_next_pairs
                 if WITH_GRADIENTS:
-                    item_flat_pairs, item_next_flat_pairs = first_pairs(
+                    run_flat_pairs, run_next_flat_pairs = first_pairs(
                         pairs_ptr, this, flat_rows, HEADS_PER_PAIR
                     )
                 key_row = (k_start + block_start).to(gl.int64) * NUM_KV_HEADS + kv_head
-                keys, place = block_keys < k_length - block_start, block % 2
-                mbarrier.wait(keys_free.index(place), ((block // 2) & 1) ^ 1)
+                keys, place = block_keys < k_length - block_start, run % 2
+                mbarrier.wait(keys_free.index(place), ((run // 2) & 1) ^ 1)
                 k_rows = block_keys * (NUM_KV_HEADS * HEAD_DIM)
                 v_rows = block_keys * (NUM_KV_HEADS * VALUE_DIM)
                 block_k_ptr, block_v_ptr = k_ptr + key_row * HEAD_DIM, v_ptr + key_row * VALUE_DIM
                 copy_rows(block_k_ptr, k_blocks.index(place), k_rows, keys, HEAD_DIM, ROWS_LAYOUT)
                 copy_rows(block_v_ptr, v_blocks.index(place), v_rows, keys, VALUE_DIM, ROWS_LAYOUT)
                 async_copy.mbarrier_arrive(keys_ready.index(place), increment_count=False)
-                block += 1
-                for tile in range((num_pairs + PAIRS - 1) // PAIRS):
+                run += 1
+                for tile in range(num_tiles):
                     stage = n % STAGES
                     first = tile * PAIRS
                     mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
@@ -216,29 +230,29 @@ def copy_items(
                         )
                     async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
                     n += 1
-                pairs, next_pairs = item_pairs, item_next_pairs
-                flat_pairs, next_flat_pairs = item_flat_pairs, item_next_flat_pairs
-    return n, block
+                pairs, next_pairs = run_pairs, run_next_pairs
+                flat_pairs, next_flat_pairs = run_flat_pairs, run_next_flat_pairs
+    return n, run
 
 
 @gluon.jit
 def in_tile(first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
-    """Which rows of a tile, whose first pair is the item's ``first``, there are."""
+    """Which rows of a tile, whose first pair is the run's ``first``, there are."""
     pair = rows // HEADS_PER_PAIR
     return (pair < SIDE // HEADS_PER_PAIR) & (first + pair < num_pairs)
 
 
 @gluon.jit
 def tile_pairs(pairs_ptr, first_pair, first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
-    """The pair of each row of the item's tile whose first pair is ``first``."""
+    """The pair of each row of the run's tile whose first pair is ``first``."""
     mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
     return gl.load(pairs_ptr + (first_pair + first + rows // HEADS_PER_PAIR), mask=mask, other=0)
 
 
 @gluon.jit
-def first_pairs(pairs_ptr, item, rows, HEADS_PER_PAIR: gl.constexpr):
-    """Those of an item's first two tiles."""
-    first_pair, num_pairs = item[0], item[1]
+def first_pairs(pairs_ptr, run, rows, HEADS_PER_PAIR: gl.constexpr):
+    """Those of a run's first two tiles."""
+    first_pair, num_pairs = run[0], run[1]
     PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
     a = tile_pairs(pairs_ptr, first_pair, 0, num_pairs, rows, HEADS_PER_PAIR)
     return a, tile_pairs(pairs_ptr, first_pair, PAIRS, num_pairs, rows, HEADS_PER_PAIR)
@@ -276,9 +290,3 @@ def store_places(x_ptr, x, tile, places, num_pairs, HEADS_PER_PAIR: gl.constexpr
     dims = gl.arange(0, DIM, gl.SliceLayout(0, ROWS_LAYOUT))
     ptrs = x_ptr + ((places * DIM)[:, None] + dims[None, :])
     gl.store(ptrs, tile.load(ROWS_LAYOUT), mask=exists[:, None])
-
-
-def takes(problem: Problem, tile: TileShape, most_keys: int) -> bool:
-    """Whether heads are as wide as is multiplied, a tile has as many rows, and a product a block's keys."""
-    is_whole = tile.keys == problem.block_size <= most_keys
-    return multiplies(problem) and tile.rows == SIDE.value and is_whole

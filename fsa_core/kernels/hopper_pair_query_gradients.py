@@ -20,48 +20,51 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_chunks import (
     BUFFERS,
-    MARK_ROWS,
-    MERGED_ROWS,
-    MERGED_TILES,
-    MERGING_WARPS,
-    QUAD,
-    SLOTS,
     any_items,
     buffer_rows,
     chunk_of,
     chunks_of,
-    copy_quad,
-    look_through,
-    meet,
-    merged_rows,
-    merged_tiles,
-    new_bits,
     new_meeting,
-    new_ring,
-    used_slots,
 )
 from fsa_core.kernels.hopper_items import (
     ROWS_LAYOUT,
     copy_items,
     head_index,
     hides,
-    item_of,
-    load_item,
+    load_run,
     most_items,
     new_items,
     places_of,
+    run_of,
     store_places,
+    tiles_at_once,
     visible,
+)
+from fsa_core.kernels.hopper_merges import (
+    BATCH,
+    MERGING_WARPS,
+    ROWS,
+    SLOTS,
+    copy_batch,
+    halves,
+    load_halves,
+    merge_chunks,
+    new_ring,
+    rows_of_tile,
+    store_answers,
+    used_slots,
+    whole,
+    words_of,
 )
 from fsa_core.kernels.hopper_row_shares import LOG2_E
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE
 from fsa_core.kernels.launch import kernel
 from fsa_core.tiles import TileShape
 
-STAGES, QUADS = 3, 3
+STAGES, BATCHES = 3, 4
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
-REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 168, 96, 80
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 96, 96
 
 
 @gluon.jit
@@ -77,18 +80,17 @@ def _share_items(
     beside,
     scale,
     n,
-    block,
+    run,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of a chunk's items: its rows' shares of grad_q.
+    """Every second tile of a chunk: its rows' shares of grad_q.
 
-    ``n`` tiles and ``block`` items were before them; returns how many are.
+    ``n`` tiles and ``run`` runs were before them; returns how many are.
     """
     first_token, num_tokens, num_slots = tokens
     k_blocks, v_blocks, keys_ready, keys_free = blocks
@@ -105,20 +107,21 @@ def _share_items(
     no_share = gl.zeros([SIDE, HEAD_DIM], gl.float32, share_layout)
     share_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
     for head in range(num_heads):
-        lists, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
         head_place = head * num_tokens
-        if gl.program_id(0) < num_items:
-            loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
-            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-                _first, num_pairs, block_start, _start, k_length, q_shift = item_of(
-                    loaded, item, BLOCK_SIZE, PAIRS_PER_ITEM
-                )
-                loaded = load_item(lists, sequences, item + gl.num_programs(0), num_items, BLOCK_SIZE)
-                num_tiles = (num_pairs + PAIRS - 1) // PAIRS
+        at_once = tiles_at_once(all_tiles)
+        first_tile = gl.program_id(0) * at_once
+        if first_tile < all_tiles:
+            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
+            while first_tile < all_tiles:
+                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
+                _first, num_pairs, num_tiles, first_tile = of_run
+                block_start, _start, k_length, q_shift = of_block
+                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
                 first_position = first_token + q_shift
                 is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                mbarrier.wait(keys_ready.index(block % 2), (block // 2) & 1)
-                k, v = k_blocks.index(block % 2), v_blocks.index(block % 2)
+                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
+                k, v = k_blocks.index(run % 2), v_blocks.index(run % 2)
                 for tile in range((n + GROUP) % 2, num_tiles, 2):
                     stage = (n + tile) % STAGES
                     mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
@@ -149,123 +152,81 @@ def _share_items(
                     # By way of the rows of q, which are read.
                     store_places(shares_ptr, share, q_tiles.index(stage), places, num_left, HEADS_PER_PAIR)
                     mbarrier.arrive(free.index(stage), count=1)
-                mbarrier.arrive(keys_free.index(block % 2), count=1)
+                mbarrier.arrive(keys_free.index(run % 2), count=1)
                 n += num_tiles
-                block += 1
-    return n, block
+                run += 1
+    return n, run
+
+
+@gluon.jit
+def _as_they_are(
+    _given,
+    _first_rows,
+    _first_tile,
+    _bits,
+    _places,
+    _used_ptr,
+    _chunk,
+    _tokens,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+):
+    """Shares are added up without weights."""
 
 
 @gluon.jit
 def _sum_tile(
-    tile,
-    number,
-    tiles_of_head,
-    shares_ptr,
     grad_q_ptr,
+    first_rows,
+    tile,
+    _number,
+    places,
+    held,
+    slots,
+    next_slots,
     used_ptr,
     chunk,
     tokens,
     ring,
-    bits_tile,
-    NUM_Q_HEADS: gl.constexpr,
+    layout: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
 ):
-    """A tile of a chunk's rows, the so many-th that was looked through: what ``_sum_shares`` makes of it."""
-    _first, num_tokens, num_slots = tokens
+    """A tile of a chunk's rows: what ``_sum_shares`` makes of it. Arguments as of ``_merge_tile``."""
+    slot_ptrs, slot_bits = slots
+    num_tokens, num_slots = tokens[1], tokens[2]
     DIM: gl.constexpr = ring[0].shape[1]
-    QUADS: gl.constexpr = len(ring) // QUAD
+    BATCHES: gl.constexpr = len(ring) // BATCH
     STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    row = gl.arange(0, MERGED_ROWS, row_layout)
-    exists, head, token, in_pair, _marks = merged_rows(
-        tile, row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
-    )
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + in_pair
-    slot_ptrs = shares_ptr + ((first_place * DIM)[:, None] + dims[None, :])
-    bits = bits_tile.index(number).load(row_layout)
-    any_bits = bits
-    for quad in gl.static_range(QUADS):
-        copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
-    place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + in_pair)
-    grad_q_ptrs = grad_q_ptr + ((place * DIM)[:, None] + dims[None, :])
-    acc = gl.zeros([MERGED_ROWS, DIM], gl.float32, layout)
-    if WITH_SHARED:
-        acc = gl.load(grad_q_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
+    half_layout: gl.constexpr = gl.BlockedLayout([1, 4], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    even, odd = halves(held.to(gl.float32), half_layout)
+    any_bits = slot_bits
     for first_slot in range(0, num_slots, SLOTS):
-        if first_slot > 0:
-            slot_ptrs += SLOTS * STRIDE
-            mark_row = gl.arange(0, MERGED_ROWS, MARK_ROWS)
-            mark_exists, _head, _token, _in_pair, marks = merged_rows(
-                tile, mark_row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
-            )
-            mark_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
-            bits = gl.convert_layout(mark_bits, row_layout)
-            any_bits |= bits
-            for quad in gl.static_range(QUADS):
-                copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
-        for quad in gl.static_range(SLOTS // QUAD):
-            if quad * QUAD < num_slots - first_slot:
-                async_copy.wait_group(QUADS - 1)
-                for i in gl.static_range(QUAD):
-                    acc += ring[(quad * QUAD + i) % len(ring)].load(layout).to(gl.float32)
-                copy_quad(ring, slot_ptrs, bits, quad + QUADS, STRIDE)
-        async_copy.wait_group(0)
-    if WITH_SHARED:
-        # The others stay as they are.
-        exists &= any_bits != 0
-    gl.store(grad_q_ptrs, acc.to(grad_q_ptr.dtype.element_ty), mask=exists[:, None])
-
-
-@gluon.jit
-def _sum_chunks(
-    shares_ptr,
-    grad_q_ptr,
-    used_ptr,
-    counter_ptr,
-    index,
-    schedule,
-    meeting,
-    ring,
-    bits_tile,
-    NUM_Q_HEADS: gl.constexpr,
-    HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-):
-    """A chunk after the other: when all programs have its shares, every so many-th tile of its rows."""
-    written, free, _gathered, _released = meeting
-    DIM: gl.constexpr = ring[0].shape[1]
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
-            buffer = met % BUFFERS
-            of_buffer = shares_ptr + buffer * rows_of_buffer * DIM
-            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + heads[0] * HEADS_PER_PAIR
-            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
-            meet(meeting, counter_ptr, 2 * met)
-            tiles_of_head, num_tiles = merged_tiles(tokens, heads, HEADS_PER_PAIR)
-            for first_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0) * MERGED_TILES):
-                wanted = look_through(
-                    first_tile, used_ptr, bits_tile, chunk, tokens, tiles_of_head, num_tiles, HEADS_PER_PAIR,
-                    INDEX_PER_HEAD,
-                )  # fmt: skip
-                for number in range(MERGED_TILES):
-                    tile = first_tile + number * gl.num_programs(0)
-                    if (tile < num_tiles) & (not WITH_SHARED or ((wanted >> number) & 1) != 0):
-                        _sum_tile(
-                            tile, number, tiles_of_head, of_buffer, grad_q_ptr + row * DIM, used_ptr, chunk,
-                            tokens, ring, bits_tile, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD,
-                            WITH_SHARED,
-                        )  # fmt: skip
-            meet(meeting, counter_ptr, 2 * met + 1)
-            mbarrier.arrive(free.index(buffer), count=1)
-            met += 1
+        # What is copied behind these slots: the tile's next ones, or the next tile's first.
+        behind_ptrs, behind_bits = next_slots
+        if first_slot + SLOTS < num_slots:
+            token, _in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
+            words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
+            exists = places.load(row_layout) >= 0
+            behind_ptrs = slot_ptrs + SLOTS * STRIDE
+            behind_bits = used_slots(used_ptr, words_place, exists, first_slot + SLOTS)
+            any_bits |= behind_bits
+        for batch in gl.static_range(SLOTS // BATCH):
+            async_copy.wait_group(BATCHES - 1)
+            for i in gl.static_range(BATCH):
+                a, b = load_halves(ring[(batch * BATCH + i) % len(ring)], half_layout)
+                even += a
+                odd += b
+            if batch + BATCHES < SLOTS // BATCH:
+                copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
+            else:
+                copy_batch(ring, behind_ptrs, behind_bits, batch + BATCHES - SLOTS // BATCH, STRIDE)
+        slot_ptrs, slot_bits = behind_ptrs, behind_bits
+    acc = whole(even, odd, layout)
+    store_answers(grad_q_ptr + first_rows[1] * DIM, acc, places, any_bits, WITH_SHARED)
 
 
 @gluon.jit
@@ -284,16 +245,15 @@ def _share_chunks(
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of each chunk's items, as soon as there is a buffer for what comes of them."""
+    """Every second tile of each chunk, as soon as there is a buffer for what comes of them."""
     written, free, _gathered, _released = meeting
     rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    # Tiles, items and chunks before.
+    # Tiles, runs and chunks before.
     n = 0
-    block = 0
+    run = 0
     met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
@@ -301,10 +261,9 @@ def _share_chunks(
             buffer = met % BUFFERS
             of_buffer = shares_ptr + buffer * rows_of_buffer * HEAD_DIM
             mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
-            n, block = _share_items(
+            n, run = _share_items(
                 of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, beside, scale,
-                n, block, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM,
-                GROUP,
+                n, run, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, GROUP,
             )  # fmt: skip
             mbarrier.arrive(written.index(buffer), count=1)
             met += 1
@@ -328,13 +287,12 @@ def _copy_chunks(
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
 ):
-    """What the items of every chunk need, one after the other."""
+    """What the tiles of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     first_head, num_delta_heads = heads
     n = 0
-    block = 0
+    run = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, of_chunk = chunk_of(schedule, c)
         first_token, _num_tokens, _slots = tokens
@@ -346,10 +304,10 @@ def _copy_chunks(
             q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
             delta_ptr + delta_row,
         )  # fmt: skip
-        n, block = copy_items(
+        n, run = copy_items(
             rows, index, sequences, chunk, (first_head + chunk_head, num_heads), blocks, tiles, beside,
-            num_delta_heads, n, block, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD,
-            INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM, gl.constexpr(True),
+            num_delta_heads, n, run, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD,
+            INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, gl.constexpr(True),
         )  # fmt: skip
 
 
@@ -383,7 +341,7 @@ def of_pairs(
     search_steps,
     num_segments,
     num_chunks,
-    group_pairs,
+    group_tokens,
     max_items,
     first_delta_head,
     num_delta_heads,
@@ -396,10 +354,9 @@ def of_pairs(
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     STAGES: gl.constexpr,
-    QUADS: gl.constexpr,
+    BATCHES: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
     MERGING_REGISTERS: gl.constexpr,
@@ -431,32 +388,33 @@ def of_pairs(
     )  # fmt: skip
     sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
     schedule = (
-        first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_pairs,
+        first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_tokens,
         num_slots, max_items,
     )  # fmt: skip
     beside = (out_tiles, lse_tiles, delta_tiles)
     grad_q_ptr += first_row * HEAD_DIM
-    ring = new_ring(dtype, HEAD_DIM, QUADS)
+    ring = new_ring(dtype, HEAD_DIM, BATCHES)
     gl.warp_specialize(
         [
             (_share_chunks, (
                 shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
                 gl.constexpr(0),
             )),
             (_share_chunks, (
                 shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
                 gl.constexpr(1),
             )),
             (_copy_chunks, (
                 pointers, index, sequences, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
-                VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM,
+                VALUE_DIM, BLOCK_SIZE,
             )),
-            (_sum_chunks, (
-                shares_ptr, grad_q_ptr, used_ptr, counter_ptr, index, schedule, meeting, ring, new_bits(),
-                NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+            (merge_chunks, (
+                gl.constexpr(_as_they_are), gl.constexpr(_sum_tile), shares_ptr, grad_q_ptr, grad_q_ptr,
+                used_ptr, counter_ptr, index, schedule, meeting, ring, NUM_Q_HEADS, HEADS_PER_PAIR,
+                INDEX_PER_HEAD, WITH_SHARED,
             )),
         ],
         [4, COPYING_WARPS, MERGING_WARPS],
@@ -467,7 +425,7 @@ def of_pairs(
 def constants(tile: TileShape) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_of_pairs``."""
     return {
-        "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES, "QUADS": QUADS, "REGISTERS": REGISTERS,
+        "STAGES": STAGES, "BATCHES": BATCHES, "REGISTERS": REGISTERS,
         "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
         "launch_cooperative_grid": True,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Partials of selected attention and their merge, for Hopper: ``partials._partial`` and ``_merge`` in Gluon.
 
-One launch for all chunks of a group, whose rows are merged while the next chunk's items are attended
+One launch for all chunks of a group, whose rows are merged while the next chunk's tiles are attended
 (``hopper_chunks``). Where query tiles left nothing, it ends.
 
 A row's numbers depend on nothing but the row, and slots are added in their order: the bits are the twins'.
@@ -21,50 +21,55 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.hopper_chunks import (
     BUFFERS,
-    MARK_ROWS,
-    MARKS_LAYOUT,
-    MERGED_ROWS,
-    MERGED_TILES,
-    MERGING_WARPS,
-    QUAD,
-    SLOTS,
     any_items,
     buffer_rows,
     chunk_of,
     chunks_of,
-    copy_quad,
-    look_through,
-    meet,
-    merged_rows,
-    merged_tiles,
-    new_bits,
     new_meeting,
-    new_ring,
-    used_slots,
 )
 from fsa_core.kernels.hopper_items import (
     ROWS_LAYOUT,
     copy_items,
     head_index,
     hides,
-    item_of,
-    load_item,
+    load_run,
     most_items,
     new_items,
     places_of,
+    run_of,
     store_places,
+    tiles_at_once,
     visible,
+)
+from fsa_core.kernels.hopper_merges import (
+    BATCH,
+    MANY_ROWS,
+    MERGING_WARPS,
+    ROWS,
+    SLOTS,
+    TILES,
+    all_rows,
+    copy_batch,
+    halves,
+    load_halves,
+    merge_chunks,
+    new_numbers,
+    new_ring,
+    rows_of_tile,
+    store_answers,
+    used_slots,
+    whole,
+    words_of,
 )
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, share_of
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2
 from fsa_core.tiles import TileShape
 
-# Tiles of q and quads of slots in shared memory, by the keys of a block: as many as there is room for.
-STAGES = {128: 3}
-MOST_STAGES = 4
-QUADS = {128: 1}
-MOST_QUADS = 3
+# Tiles of q and batches of slots in shared memory, the latter by the keys of a block.
+STAGES = 3
+BATCHES = {128: 1}
+MOST_BATCHES = 8
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
 REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
@@ -83,18 +88,17 @@ def _attend_items(
     out_tiles,
     scale,
     n,
-    block,
+    run,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of a chunk's items: its rows' outputs, normalised, and log-sum-exps in log2 units.
+    """Every second tile of a chunk: its rows' outputs, normalised, and log-sum-exps in log2 units.
 
-    ``n`` tiles and ``block`` items were before them; returns how many are.
+    ``n`` tiles and ``run`` runs were before them; returns how many are.
     """
     out_ptr, lse_ptr = answers
     first_token, num_tokens, num_slots = tokens
@@ -111,20 +115,21 @@ def _attend_items(
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
     out_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
     for head in range(num_heads):
-        lists, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
         head_place = head * num_tokens
-        if gl.program_id(0) < num_items:
-            loaded = load_item(lists, sequences, gl.program_id(0), num_items, BLOCK_SIZE)
-            for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-                _first, num_pairs, block_start, _start, k_length, q_shift = item_of(
-                    loaded, item, BLOCK_SIZE, PAIRS_PER_ITEM
-                )
-                loaded = load_item(lists, sequences, item + gl.num_programs(0), num_items, BLOCK_SIZE)
-                num_tiles = (num_pairs + PAIRS - 1) // PAIRS
+        at_once = tiles_at_once(all_tiles)
+        first_tile = gl.program_id(0) * at_once
+        if first_tile < all_tiles:
+            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
+            while first_tile < all_tiles:
+                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
+                _first, num_pairs, num_tiles, first_tile = of_run
+                block_start, _start, k_length, q_shift = of_block
+                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
                 first_position = first_token + q_shift
                 is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                mbarrier.wait(keys_ready.index(block % 2), (block // 2) & 1)
-                k, v = k_blocks.index(block % 2).permute([1, 0]), v_blocks.index(block % 2)
+                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
+                k, v = k_blocks.index(run % 2).permute([1, 0]), v_blocks.index(run % 2)
                 for tile in range((n + GROUP) % 2, num_tiles, 2):
                     stage = (n + tile) % STAGES
                     mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
@@ -152,16 +157,16 @@ def _attend_items(
                     places = places_of(out_pairs, out_rows, head_place, num_slots, HEADS_PER_PAIR)
                     out = warpgroup_mma_wait(0, deps=[out]) * share[:, None]
                     store_places(out_ptr, out, out_tiles.index(GROUP), places, num_left, HEADS_PER_PAIR)
-                mbarrier.arrive(keys_free.index(block % 2), count=1)
+                mbarrier.arrive(keys_free.index(run % 2), count=1)
                 n += num_tiles
-                block += 1
-    return n, block
+                run += 1
+    return n, run
 
 
 @gluon.jit
 def _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR: gl.constexpr):
-    """Log-sum-exps of a tile's rows in SLOTS slots, -inf in one that is not used."""
-    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, MARKS_LAYOUT))
+    """Log-sum-exps of rows in SLOTS slots, -inf in one that is not used."""
+    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, bits.type.layout.parent))
     ptrs = partial_lse_ptr + (lse_place[:, None] + ((first_slot + slots) * HEADS_PER_PAIR)[None, :])
     mask = ((bits[:, None] >> slots[None, :]) & 1) != 0
     # What lay here before the programs met must not be found again.
@@ -169,146 +174,152 @@ def _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR: gl.c
 
 
 @gluon.jit
-def _merge_tile(
+def _weigh_tiles(
+    given,
+    first_rows,
+    first_tile,
+    bits,
+    places,
+    used_ptr,
+    chunk,
+    tokens,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+):
+    """Of the rows of TILES tiles: the weights of the first SLOTS slots, that of what out holds, and the
+    largest log-sum-exp.
+    """
+    partial_lse_ptr, answers, weights, beside = given
+    _first, num_tokens, num_slots = tokens
+    partial_lse_ptr += first_rows[0]
+    row = gl.arange(0, TILES * ROWS, MANY_ROWS)
+    tile = first_tile + row // ROWS * gl.num_programs(0)
+    token, in_pair = rows_of_tile(tile, row % ROWS, HEADS_PER_PAIR)
+    lse_place = token * num_slots * HEADS_PER_PAIR + in_pair
+    lse = _load_lse(partial_lse_ptr, lse_place, bits.load(MANY_ROWS), 0, HEADS_PER_PAIR)
+    place = places.load(MANY_ROWS)
+    shared_lse = gl.full([TILES * ROWS], float("-inf"), gl.float32, MANY_ROWS)
+    if WITH_SHARED:
+        lse_ptr = answers[1] + first_rows[1]
+        shared_lse = gl.load(lse_ptr + place, mask=place >= 0, other=float("-inf")) / LN_2
+    row_max = gl.maximum(shared_lse, gl.max(lse, 1))
+    for first_slot in range(SLOTS, num_slots, SLOTS):
+        words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
+        more_bits = used_slots(used_ptr, words_place, place >= 0, first_slot)
+        more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
+        row_max = gl.maximum(row_max, gl.max(more_lse, 1))
+    shift = gl.where(row_max == float("-inf"), 0.0, row_max)
+    by_tiles = gl.reshape(gl.exp2(lse - shift[:, None]), [TILES, ROWS, SLOTS])
+    tile_by_tile: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    tiles = weights._reinterpret(gl.float32, [TILES, SLOTS, ROWS], tile_by_tile)
+    tiles.permute([0, 2, 1]).store(by_tiles)
+    all_rows(beside).index(0).store(gl.exp2(shared_lse - shift))
+    all_rows(beside).index(1).store(row_max)
+
+
+@gluon.jit
+def _weigh_more(
+    partial_lse_ptr,
+    weights,
+    row_max,
     tile,
     number,
-    tiles_of_head,
-    partials,
-    answers,
+    first_slot,
+    slot_bits,
+    num_slots,
+    HEADS_PER_PAIR: gl.constexpr,
+):
+    """Weights of SLOTS further slots of a tile, over those of the slots before."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    token, in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
+    lse_place = token * num_slots * HEADS_PER_PAIR + in_pair
+    bits = gl.convert_layout(slot_bits, row_layout)
+    lse = _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR)
+    most = row_max.load(row_layout)
+    shift = gl.where(most == float("-inf"), 0.0, most)
+    by_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    places = weights._reinterpret(gl.float32, [TILES, SLOTS, ROWS], by_rows).index(number)
+    places.permute([1, 0]).store(gl.exp2(lse - shift[:, None]))
+
+
+@gluon.jit
+def _merge_tile(
+    given,
+    first_rows,
+    tile,
+    number,
+    places,
+    held,
+    slots,
+    next_slots,
     used_ptr,
     chunk,
     tokens,
     ring,
-    beside,
-    NUM_Q_HEADS: gl.constexpr,
+    layout: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
 ):
-    """A tile of a chunk's rows, the so many-th looked through: what ``partials._merge`` makes of it."""
-    partial_out_ptr, partial_lse_ptr = partials
-    out_ptr, lse_ptr = answers
-    _first, num_tokens, num_slots = tokens
-    bits_tile, weight_tile = beside
+    """A tile of a chunk's rows, the so many-th of those weighed: what ``partials._merge`` makes of it.
+
+    ``places``: which rows of the chunk's answers they are; ``held``: what these hold. ``slots``: where the
+    rows' slots lie, and bits of the first ones; ``next_slots`` those of the next tile.
+    """
+    partial_lse_ptr, answers, weights, beside = given
+    slot_ptrs, slot_bits = slots
+    num_tokens, num_slots = tokens[1], tokens[2]
     DIM: gl.constexpr = ring[0].shape[1]
-    QUADS: gl.constexpr = len(ring) // QUAD
+    BATCHES: gl.constexpr = len(ring) // BATCH
     STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    row = gl.arange(0, MERGED_ROWS, row_layout)
-    exists, head, token, in_pair, _marks = merged_rows(
-        tile, row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
-    )
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    first_place = (head * num_tokens + token) * num_slots * HEADS_PER_PAIR + in_pair
-    slot_ptrs = partial_out_ptr + ((first_place * DIM)[:, None] + dims[None, :])
-    bits = bits_tile.index(number).load(row_layout)
-    any_bits = bits
-    for quad in gl.static_range(QUADS):
-        copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
-    mark_row = gl.arange(0, MERGED_ROWS, MARK_ROWS)
-    mark_exists, _head, mark_token, mark_in_pair, marks = merged_rows(
-        tile, mark_row, chunk, tokens, tiles_of_head, HEADS_PER_PAIR, INDEX_PER_HEAD
-    )
-    mark_bits = bits_tile.index(number).load(MARK_ROWS)
-    lse_place = (head * num_tokens + mark_token) * num_slots * HEADS_PER_PAIR + mark_in_pair
-    lse = _load_lse(partial_lse_ptr, lse_place, mark_bits, 0, HEADS_PER_PAIR)
-    place = token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + in_pair)
-    answer_ptrs = out_ptr + ((place * DIM)[:, None] + dims[None, :])
-    shared_lse = gl.full([MERGED_ROWS], float("-inf"), gl.float32, MARK_ROWS)
-    acc = gl.zeros([MERGED_ROWS, DIM], gl.float32, layout)
-    if WITH_SHARED:
-        mark_place = mark_token * NUM_Q_HEADS + (head * HEADS_PER_PAIR + mark_in_pair)
-        shared_lse = gl.load(lse_ptr + mark_place, mask=mark_exists, other=float("-inf")) / LN_2
-        acc = gl.load(answer_ptrs, mask=exists[:, None], other=0.0).to(gl.float32)
-    row_max = gl.maximum(shared_lse, gl.max(lse, 1))
-    for first_slot in range(SLOTS, num_slots, SLOTS):
-        more_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
-        more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
-        row_max = gl.maximum(row_max, gl.max(more_lse, 1))
-    shift = gl.where(row_max == float("-inf"), 0.0, row_max)
-    row_sum = gl.convert_layout(gl.exp2(shared_lse - shift), row_layout)
-    acc *= row_sum[:, None]
-    by_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    weight_rows = weight_tile._reinterpret(gl.float32, [SLOTS, MERGED_ROWS], by_rows).permute([1, 0])
+    half_layout: gl.constexpr = gl.BlockedLayout([1, 4], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    half_rows: gl.constexpr = gl.SliceLayout(1, half_layout)
+    row_sum = beside.index(number).load(half_rows)
+    row_max = beside.index(TILES + number).load(half_rows)
+    even, odd = halves(held.to(gl.float32), half_layout)
+    even *= row_sum[:, None]
+    odd *= row_sum[:, None]
+    any_bits = slot_bits
     for first_slot in range(0, num_slots, SLOTS):
+        # What is copied behind these slots: the tile's next ones, or the next tile's first.
+        behind_ptrs, behind_bits = next_slots
+        if first_slot + SLOTS < num_slots:
+            token, _in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
+            words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
+            exists = places.load(row_layout) >= 0
+            behind_ptrs = slot_ptrs + SLOTS * STRIDE
+            behind_bits = used_slots(used_ptr, words_place, exists, first_slot + SLOTS)
+            any_bits |= behind_bits
         if first_slot > 0:
-            slot_ptrs += SLOTS * STRIDE
-            mark_bits = used_slots(used_ptr, marks, mark_exists, first_slot, num_slots)
-            bits = gl.convert_layout(mark_bits, row_layout)
-            any_bits |= bits
-            for quad in gl.static_range(QUADS):
-                copy_quad(ring, slot_ptrs, bits, quad, STRIDE)
-            lse = _load_lse(partial_lse_ptr, lse_place, mark_bits, first_slot, HEADS_PER_PAIR)
-        weight_rows.store(gl.exp2(lse - shift[:, None]))
-        for quad in gl.static_range(SLOTS // QUAD):
-            if quad * QUAD < num_slots - first_slot:
-                async_copy.wait_group(QUADS - 1)
-                for i in gl.static_range(QUAD):
-                    out = ring[(quad * QUAD + i) % len(ring)].load(layout)
-                    weight = weight_tile.index(quad * QUAD + i).load(row_layout)
-                    row_sum += weight
-                    acc += weight[:, None] * out.to(gl.float32)
-                copy_quad(ring, slot_ptrs, bits, quad + QUADS, STRIDE)
-        async_copy.wait_group(0)
+            _weigh_more(
+                partial_lse_ptr + first_rows[0], weights, beside.index(TILES + number), tile, number,
+                first_slot, slot_bits, num_slots, HEADS_PER_PAIR,
+            )  # fmt: skip
+        for batch in gl.static_range(SLOTS // BATCH):
+            async_copy.wait_group(BATCHES - 1)
+            for i in gl.static_range(BATCH):
+                a, b = load_halves(ring[(batch * BATCH + i) % len(ring)], half_layout)
+                weight = weights.index(number * SLOTS + (batch * BATCH + i)).load(half_rows)
+                row_sum += weight
+                even += weight[:, None] * a
+                odd += weight[:, None] * b
+            if batch + BATCHES < SLOTS // BATCH:
+                copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
+            else:
+                copy_batch(ring, behind_ptrs, behind_bits, batch + BATCHES - SLOTS // BATCH, STRIDE)
+        slot_ptrs, slot_bits = behind_ptrs, behind_bits
+    share = share_of(row_sum)
+    acc = whole(even * share[:, None], odd * share[:, None], layout)
+    store_answers(answers[0] + first_rows[1] * DIM, acc, places, any_bits, WITH_SHARED)
+    place = places.load(half_rows)
+    exists = place >= 0
     if WITH_SHARED:
-        # The others stay as they are.
-        exists &= any_bits != 0
-    acc *= share_of(row_sum)[:, None]
-    gl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None])
-    lse_sum = gl.convert_layout(row_max, row_layout) + gl.log2(row_sum)
-    gl.store(lse_ptr + place, lse_sum * LN_2, mask=exists)
-
-
-@gluon.jit
-def _merge_chunks(
-    partials,
-    answers,
-    used_ptr,
-    counter_ptr,
-    index,
-    schedule,
-    meeting,
-    ring,
-    beside,
-    NUM_Q_HEADS: gl.constexpr,
-    HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-):
-    """A chunk after the other: when all programs have its partials, every so many-th tile of its rows."""
-    partial_out_ptr, partial_lse_ptr = partials
-    out_ptr, lse_ptr = answers
-    written, free, _gathered, _released = meeting
-    DIM: gl.constexpr = ring[0].shape[1]
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
-            buffer = met % BUFFERS
-            first_row = buffer * rows_of_buffer
-            of_buffer = (partial_out_ptr + first_row * DIM, partial_lse_ptr + first_row)
-            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + heads[0] * HEADS_PER_PAIR
-            of_chunk = (out_ptr + row * DIM, lse_ptr + row)
-            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
-            meet(meeting, counter_ptr, 2 * met)
-            tiles_of_head, num_tiles = merged_tiles(tokens, heads, HEADS_PER_PAIR)
-            for first_tile in range(gl.program_id(0), num_tiles, gl.num_programs(0) * MERGED_TILES):
-                wanted = look_through(
-                    first_tile, used_ptr, beside[0], chunk, tokens, tiles_of_head, num_tiles, HEADS_PER_PAIR,
-                    INDEX_PER_HEAD,
-                )  # fmt: skip
-                for number in range(MERGED_TILES):
-                    tile = first_tile + number * gl.num_programs(0)
-                    if (tile < num_tiles) & (not WITH_SHARED or ((wanted >> number) & 1) != 0):
-                        _merge_tile(
-                            tile, number, tiles_of_head, of_buffer, of_chunk, used_ptr, chunk, tokens, ring,
-                            beside, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
-                        )  # fmt: skip
-            meet(meeting, counter_ptr, 2 * met + 1)
-            mbarrier.arrive(free.index(buffer), count=1)
-            met += 1
+        exists &= gl.convert_layout(any_bits, half_rows) != 0
+    lse_ptrs = answers[1] + first_rows[1] + place
+    gl.store(lse_ptrs, (row_max + gl.log2(row_sum)) * LN_2, mask=exists)
 
 
 @gluon.jit
@@ -327,17 +338,16 @@ def _attend_chunks(
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of each chunk's items, as soon as there is a buffer for what comes of them."""
+    """Every second tile of each chunk, as soon as there is a buffer for what comes of them."""
     out_ptr, lse_ptr = partials
     written, free, _gathered, _released = meeting
     rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    # Tiles, items and chunks before.
+    # Tiles, runs and chunks before.
     n = 0
-    block = 0
+    run = 0
     met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
@@ -346,9 +356,9 @@ def _attend_chunks(
             first_row = buffer * rows_of_buffer
             of_buffer = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
             mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
-            n, block = _attend_items(
+            n, run = _attend_items(
                 of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, out_tiles, scale, n,
-                block, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, GROUP,
+                run, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, GROUP,
             )  # fmt: skip
             mbarrier.arrive(written.index(buffer), count=1)
             met += 1
@@ -371,22 +381,21 @@ def _copy_chunks(
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
 ):
-    """What the items of every chunk need, one after the other."""
+    """What the tiles of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr = pointers
     n = 0
-    block = 0
+    run = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
         first_token, _num_tokens, _slots = tokens
         chunk_head, num_heads = heads
         row = first_token.to(gl.int64) * NUM_Q_HEADS + chunk_head * HEADS_PER_PAIR
         of_chunk = (q_ptr + row * HEAD_DIM, k_ptr, v_ptr, q_ptr, q_ptr, q_ptr)
-        n, block = copy_items(
+        n, run = copy_items(
             of_chunk, index, sequences, chunk, (first_head + chunk_head, num_heads), blocks, tiles, (), 0, n,
-            block, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD,
-            HEAD_DIM, VALUE_DIM, BLOCK_SIZE, PAIRS_PER_ITEM, gl.constexpr(False),
+            run, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD,
+            HEAD_DIM, VALUE_DIM, BLOCK_SIZE, gl.constexpr(False),
         )  # fmt: skip
 
 
@@ -419,7 +428,7 @@ def attend_pairs(
     search_steps,
     num_segments,
     num_chunks,
-    group_pairs,
+    group_tokens,
     max_items,
     NUM_Q_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
@@ -430,10 +439,9 @@ def attend_pairs(
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    PAIRS_PER_ITEM: gl.constexpr,
     WITH_SHARED: gl.constexpr,
     STAGES: gl.constexpr,
-    QUADS: gl.constexpr,
+    BATCHES: gl.constexpr,
     REGISTERS: gl.constexpr,
     COPYING_REGISTERS: gl.constexpr,
     MERGING_REGISTERS: gl.constexpr,
@@ -455,13 +463,12 @@ def attend_pairs(
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
     out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], out_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    weight_tile = gl.allocate_shared_memory(gl.float32, [SLOTS, MERGED_ROWS], flat)
-    ring = new_ring(dtype, VALUE_DIM, QUADS)
-    beside = (new_bits(), weight_tile)
+    weights = gl.allocate_shared_memory(gl.float32, [TILES * SLOTS, ROWS], flat)
+    ring = new_ring(dtype, VALUE_DIM, BATCHES)
     first_row = first_head * HEADS_PER_PAIR
     sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
     schedule = (
-        first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_pairs,
+        first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_tokens,
         num_slots, max_items,
     )  # fmt: skip
     pointers = (q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr)
@@ -471,22 +478,22 @@ def attend_pairs(
         [
             (_attend_chunks, (
                 partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
                 gl.constexpr(0),
             )),
             (_attend_chunks, (
                 partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, PAIRS_PER_ITEM, WITH_SHARED,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
                 gl.constexpr(1),
             )),
             (_copy_chunks, (
                 pointers, index, sequences, schedule, first_head, blocks, tiles, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
-                PAIRS_PER_ITEM,
             )),
-            (_merge_chunks, (
-                partials, answers, used_ptr, counter_ptr, index, schedule, meeting, ring, beside,
-                NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+            (merge_chunks, (
+                gl.constexpr(_weigh_tiles), gl.constexpr(_merge_tile), partial_out_ptr, answers[0],
+                (partial_lse_ptr, answers, weights, new_numbers(gl.float32)), used_ptr, counter_ptr, index,
+                schedule, meeting, ring, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
             )),
         ],
         [4, COPYING_WARPS, MERGING_WARPS],
@@ -497,8 +504,8 @@ def attend_pairs(
 def constants(tile: TileShape) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_partial`` and ``_merge``."""
     return {
-        "PAIRS_PER_ITEM": tile.pairs_per_item, "STAGES": STAGES.get(tile.keys, MOST_STAGES),
-        "QUADS": QUADS.get(tile.keys, MOST_QUADS), "REGISTERS": REGISTERS,
+        "STAGES": STAGES,
+        "BATCHES": BATCHES.get(tile.keys, MOST_BATCHES), "REGISTERS": REGISTERS,
         "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
         "launch_cooperative_grid": True,
     }  # fmt: skip

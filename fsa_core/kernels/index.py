@@ -41,6 +41,7 @@ class Inversion:
 
     counts [heads * chunks, segments, plan.counter_ints]: of each segment the first counts; zero between uses.
     ranks [heads, tokens, slots]: the pair's place in its segment, -1 for a slot that selects nothing.
+    used [heads, tokens, words]: a bit for each slot, set if it selects something; or no words.
     pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
     offsets, item_offsets [heads * chunks, segments + 1]: where segments begin in the chunk's pairs and items.
     item_segment [heads * chunks, max_items]: the segment that a work item belongs to.
@@ -48,6 +49,7 @@ class Inversion:
 
     counts: torch.Tensor
     ranks: torch.Tensor
+    used: torch.Tensor
     pairs: torch.Tensor
     offsets: torch.Tensor
     item_offsets: torch.Tensor
@@ -65,6 +67,7 @@ def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor 
     return Inversion(
         counts=memory.new_zeros(rows, sizes.segments, plan.counter_ints(sizes.segments), dtype=torch.int32),
         ranks=int32(index_heads, sizes.group_tokens, num_slots),
+        used=int32(index_heads, sizes.group_tokens, sizes.used_words),
         pairs=int32(index_heads, sizes.group_tokens * num_slots),
         offsets=int32(rows, sizes.segments + 1),
         item_offsets=int32(rows, sizes.segments + 1),
@@ -183,6 +186,19 @@ def _scan(
     tl.store(item_offsets_ptr + num_segments, item_offset)
 
 
+@triton.jit
+def _store_words(used_ptr, valid, num_tokens, words, group_words, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
+    """Which slots of a program's tokens select something, a bit each."""
+    in_word: tl.constexpr = min(SLOTS, 32)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    by_words = tl.reshape(valid.to(tl.int32), (TOKENS, SLOTS // in_word, in_word))
+    bits = tl.sum(by_words << tl.arange(0, in_word)[None, None, :], 2)
+    word = tl.program_id(1) * (SLOTS // in_word) + tl.arange(0, SLOTS // in_word)
+    used_ptr += tl.program_id(2).to(tl.int64) * group_words
+    mask = (tokens < num_tokens)[:, None] & (word < words)[None, :]
+    tl.store(used_ptr + ((tokens * words)[:, None] + word[None, :]), bits, mask=mask)
+
+
 @kernel
 def _scatter(
     indices_ptr,
@@ -193,6 +209,7 @@ def _scatter(
     item_offsets_ptr,
     pairs_ptr,
     item_segment_ptr,
+    used_ptr,
     first_token,
     first_row_token,
     num_tokens,
@@ -206,21 +223,27 @@ def _scatter(
     first_head,
     group_pairs,
     max_items,
+    used_words,
     BLOCK_SIZE: tl.constexpr,
     PAIRS_PER_ITEM: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     MARK_UNUSED: tl.constexpr,
+    WITH_WORDS: tl.constexpr,
 ):
     rows, segments, _, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
         chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
         first_head, BLOCK_SIZE, TOKENS, SLOTS,
     )  # fmt: skip
+    valid = segments >= 0
+    if WITH_WORDS:
+        # As many tokens as there is room for pairs of.
+        group_words = (group_pairs // num_slots) * used_words
+        _store_words(used_ptr, valid, num_tokens, used_words, group_words, TOKENS, SLOTS)
     if not MARK_UNUSED:  # noqa: SIM102
         if tl.max(tl.max(segments, 1), 0) < 0:
             return
-    valid = segments >= 0
     entries = rows[:, None] * (num_segments + 1) + segments
     first_pair = tl.program_id(2).to(tl.int64) * group_pairs
     rank = tl.load(ranks_ptr + first_pair + places, mask=valid, other=0)
@@ -259,7 +282,7 @@ def invert(
     ``block_indices`` is int32 [index_heads, rows, slots], contiguous, a row for each packed token from
     ``first_row_token`` on; ``num_heads`` index heads from ``first_head`` on are inverted. ``mark_unused``:
     slots that select nothing have rank -1; without it, they have none, and where nothing is selected nothing
-    is done.
+    is done but to say so in ``used``.
     """
     num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
@@ -274,7 +297,8 @@ def invert(
         num_sequences, search_steps(num_sequences), num_segments, num_chunks, first_head,
         inversion.pairs.shape[1],
     )  # fmt: skip
-    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused)
+    words = inversion.used.shape[2]
+    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused, words > 0)
     count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, counter_ints
     )  # fmt: skip
@@ -283,18 +307,19 @@ def invert(
     )  # fmt: skip
     scatter[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
-        inversion.pairs, inversion.item_segment, *sizes, inversion.item_segment.shape[1],
+        inversion.pairs, inversion.item_segment, inversion.used, *sizes, inversion.item_segment.shape[1],
+        words,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _kernels(
-    block_size: int, pairs_per_item: int, tokens: int, slots: int, mark_unused: bool
+    block_size: int, pairs_per_item: int, tokens: int, slots: int, mark_unused: bool, with_words: bool
 ) -> tuple[BoundKernel, ...]:
     """The three kernels with their constants."""
     tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots, "MARK_UNUSED": mark_unused}
     return (
         _count.bind(**tile),
         _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE),
-        _scatter.bind(**tile, PAIRS_PER_ITEM=pairs_per_item),
+        _scatter.bind(**tile, PAIRS_PER_ITEM=pairs_per_item, WITH_WORDS=with_words),
     )

@@ -234,14 +234,14 @@ def gradients_of_pairs(
     p, is_mixed = problem, plan.query_tile is not None
     of_pairs, steps = _pair_kernel(p, plan, PAIR_STAGES), search_steps(p.num_sequences)
     group_pairs = inversion.pairs.shape[1]
-    on_hopper = _pairs_on_hopper(p, plan) if plan.is_buffered else None
-    if on_hopper is not None:
-        on_hopper[(min(multiprocessors(given.q.device), plan.max_items),)](
-            *given.tensors, shares, inversion.counts, used, inversion.pairs, inversion.offsets,
+    if plan.is_buffered:
+        _pairs_on_hopper(p, plan)[(min(multiprocessors(given.q.device), plan.max_items),)](
+            *given.tensors, shares, inversion.counts, inversion.used, inversion.pairs, inversion.offsets,
             inversion.item_offsets, inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, grad_q,
             p.softmax_scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
             group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
-            plan.group_chunks, group_pairs, plan.max_items, given.first_delta_head, given.delta.shape[1],
+            plan.group_chunks, plan.group_tokens, plan.max_items, given.first_delta_head,
+            given.delta.shape[1],
         )  # fmt: skip
         return
     programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
@@ -270,13 +270,11 @@ def _pair_kernel(problem: Problem, plan: ForwardPlan, stages: int) -> BoundKerne
 
 
 @lru_cache(maxsize=1024)
-def _pairs_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | None:
-    """The kernel for Hopper alone, if it takes the tiles."""
-    from fsa_core.kernels import hopper_items, hopper_pair_query_gradients
+def _pairs_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel:
+    """The kernel for Hopper alone."""
+    from fsa_core.kernels import hopper_pair_query_gradients
     from fsa_core.kernels.hopper_tiles import exact_dims
 
-    if not hopper_items.takes(problem, plan.tile, MOST_KEYS):
-        return None
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_pair_query_gradients.of_pairs.bind(
         **shared, **hopper_pair_query_gradients.constants(plan.tile), WITH_SHARED=plan.query_tile is not None

@@ -371,14 +371,13 @@ def attend_group(
     attend, merge = _kernels(p, plan, MERGE_ROWS)
     group_pairs, steps = inversion.pairs.shape[1], search_steps(p.num_sequences)
     is_mixed, scale = plan.query_tile is not None, p.softmax_scale * LOG2_E.value
-    on_hopper = _attending_on_hopper(p, plan) if plan.is_buffered else None
-    if on_hopper is not None:
-        on_hopper[(min(multiprocessors(q.device), plan.max_items),)](
-            q, k, v, partial_out, partial_lse, inversion.counts, used, inversion.pairs,
+    if plan.is_buffered:
+        _attending_on_hopper(p, plan)[(min(multiprocessors(q.device), plan.max_items),)](
+            q, k, v, partial_out, partial_lse, inversion.counts, inversion.used, inversion.pairs,
             inversion.offsets, inversion.item_offsets, inversion.item_segment, cu_seqlens_q, cu_seqlens_k,
             out, lse, scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
             group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
-            plan.group_chunks, group_pairs, plan.max_items,
+            plan.group_chunks, plan.group_tokens, plan.max_items,
         )  # fmt: skip
         return
     programs = min(plan.max_items, mixed_programs(q.device)) if is_mixed else plan.max_items
@@ -397,13 +396,11 @@ def attend_group(
 
 
 @lru_cache(maxsize=1024)
-def _attending_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel | None:
-    """The kernel of partials and their merge for Hopper alone, if it takes the tiles."""
-    from fsa_core.kernels import hopper_items, hopper_partials
+def _attending_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel:
+    """The kernel of partials and their merge for Hopper alone."""
+    from fsa_core.kernels import hopper_partials
     from fsa_core.kernels.hopper_tiles import exact_dims
 
-    if not hopper_items.takes(problem, plan.tile, MOST_KEYS):
-        return None
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_partials.attend_pairs.bind(
         **shared, **hopper_partials.constants(plan.tile), WITH_SHARED=plan.query_tile is not None

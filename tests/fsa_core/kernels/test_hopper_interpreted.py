@@ -116,6 +116,8 @@ def test_two_tiles_at_a_time(
         (KV_MAJOR, {"group_size": 5, "value_dim": 128, "block_size": 128, "distribution": "same"}),
         (MIXED, {"group_size": 2, "num_kv_heads": 2, "index_heads": 1, "block_size": 32}),
         (MIXED, {"group_size": 16, "num_slots": 9, "causal": False, "distribution": "ragged"}),
+        # More rows than a program looks through at once, and more slots than are weighed at once.
+        (MIXED, {"group_size": 7, "q_lens": (150,), "k_lens": (600,), "num_slots": 35, "block_size": 16}),
     ],
     ids=str,
 )

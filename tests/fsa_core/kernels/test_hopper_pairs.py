@@ -30,9 +30,7 @@ def check(by_twins: Callable[[], None], assert_close_to_oracle: Callable) -> Cal
     """The answer on a path, and the gradient of q where it is made apart."""
 
     def run_and_check(case: Case, path: str, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> None:
-        from fsa_core.kernels import hopper_items
-
-        assert hopper_items.takes(case.problem, plan_forward(case.problem, limit_bytes, path).tile, 128)
+        assert plan_forward(case.problem, limit_bytes, path, buffers=2).is_buffered
         limit = {"workspace_limit_bytes": limit_bytes}
         given = case.output_gradients()
 

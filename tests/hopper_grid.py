@@ -65,6 +65,8 @@ EXTREMES: tuple[dict[str, Any], ...] = (
     # What kernels for Hopper alone take.
     {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 64, "group_size": 16},
     {"head_dim": 64, "dtype": torch.bfloat16, "block_size": 64, "group_size": 1},
+    # What takes them the most shared memory.
+    {"head_dim": 128, "dtype": torch.bfloat16, "block_size": 128, "group_size": 4},
     {"head_dim": 128, "value_dim": 64, "dtype": torch.float16, "block_size": 128, "group_size": 12},
 )
 WINDOWS: tuple[dict[str, Any], ...] = (

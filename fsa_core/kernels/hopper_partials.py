@@ -66,10 +66,9 @@ from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import LN_2
 from fsa_core.tiles import TileShape
 
-# Tiles of q and batches of slots in shared memory, the latter by the keys of a block.
-STAGES = 3
-BATCHES = {128: 1}
-MOST_BATCHES = 8
+# Tiles of q and batches of slots in shared memory, by the keys of a block: as many as there is room for.
+STAGES, BATCHES = {128: 2}, {128: 2}
+MOST_STAGES, MOST_BATCHES = 3, 8
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
 REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
@@ -504,7 +503,7 @@ def attend_pairs(
 def constants(tile: TileShape) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_partial`` and ``_merge``."""
     return {
-        "STAGES": STAGES,
+        "STAGES": STAGES.get(tile.keys, MOST_STAGES),
         "BATCHES": BATCHES.get(tile.keys, MOST_BATCHES), "REGISTERS": REGISTERS,
         "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
         "launch_cooperative_grid": True,

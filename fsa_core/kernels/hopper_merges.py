@@ -68,6 +68,7 @@ def _look_through(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
     """Of a program's next TILES tiles, a bit for each that is merged: if a row has a pair or, without
     WITH_SHARED, if there is one. To ``found_rows``, where ``turn`` says, go bits of the rows' first SLOTS
@@ -85,24 +86,25 @@ def _look_through(
     all_rows(bits).index(turn).store(found)
     all_rows(places).index(turn).store(gl.where(exists, place, -1))
     if WITH_SHARED:
-        for first_slot in range(SLOTS, num_slots, SLOTS):
-            found |= used_slots(used_ptr, words_place, exists, first_slot)
+        if MORE_SLOTS:
+            for first_slot in range(SLOTS, num_slots, SLOTS):
+                found |= used_slots(used_ptr, words_place, exists, first_slot)
         exists = found != 0
     return gl.reduce(gl.where(exists, 1 << row // ROWS, 0), 0, _both)
 
 
 @gluon.jit
-def new_numbers(dtype: gl.constexpr):
-    """Room for two numbers of each row of as many tiles as are looked through at once, tile by tile."""
+def new_numbers(dtype: gl.constexpr, COUNT: gl.constexpr):
+    """Room for so many numbers of each row of as many tiles as are looked through at once, tile by tile."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(dtype, [2 * TILES, ROWS], flat)
+    return gl.allocate_shared_memory(dtype, [COUNT * TILES, ROWS], flat)
 
 
 @gluon.jit
 def all_rows(numbers):
     """The same room, all tiles' rows at once."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return numbers._reinterpret(numbers.dtype, [2, TILES * ROWS], flat)
+    return numbers._reinterpret(numbers.dtype, [numbers.shape[0] // TILES, TILES * ROWS], flat)
 
 
 @gluon.jit
@@ -193,6 +195,103 @@ def store_answers(answers_ptr, x, places, any_bits, WITH_SHARED: gl.constexpr):
 
 
 @gluon.jit
+def no_weights(given, first_rows, tile, number, first_slot, bits, num_slots, HEADS_PER_PAIR: gl.constexpr):
+    """Slots are added as they are."""
+
+
+@gluon.jit
+def add_slots(
+    even,
+    odd,
+    weigh: gl.constexpr,
+    weights,
+    given,
+    first_rows,
+    tile,
+    number,
+    places,
+    slots,
+    next_slots,
+    used_ptr,
+    chunk,
+    tokens,
+    ring,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    WEIGHED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
+):
+    """Adds a tile's slots, one after the other, to ``even`` and ``odd``; also returns bits of a row's slots.
+
+    ``slots``: where the rows' slots lie, and bits of the first ones, which the ring has or is about to have;
+    ``next_slots`` those of the next tile, whose copies follow. ``weights`` are those of the first SLOTS of as
+    many tiles as are looked through at once; ``weigh`` writes there what further ones have (MORE_SLOTS).
+    """
+    slot_ptrs, slot_bits = slots
+    num_tokens, num_slots = tokens[1], tokens[2]
+    row_layout: gl.constexpr = slot_bits.type.layout
+    STRIDE: gl.constexpr = HEADS_PER_PAIR * ring[0].shape[1]
+    any_bits = slot_bits
+    if MORE_SLOTS:
+        for first_slot in range(0, num_slots, SLOTS):
+            behind_ptrs, behind_bits = next_slots
+            if first_slot + SLOTS < num_slots:
+                token, _in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
+                words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
+                exists = places.load(row_layout) >= 0
+                behind_ptrs = slot_ptrs + SLOTS * STRIDE
+                behind_bits = used_slots(used_ptr, words_place, exists, first_slot + SLOTS)
+                any_bits |= behind_bits
+            if first_slot > 0:
+                weigh(given, first_rows, tile, number, first_slot, slot_bits, num_slots, HEADS_PER_PAIR)
+            even, odd = _add_first_slots(
+                even, odd, weights, number, slot_ptrs, slot_bits, behind_ptrs, behind_bits, ring, STRIDE,
+                WEIGHED,
+            )  # fmt: skip
+            slot_ptrs, slot_bits = behind_ptrs, behind_bits
+    else:
+        even, odd = _add_first_slots(
+            even, odd, weights, number, slot_ptrs, slot_bits, next_slots[0], next_slots[1], ring, STRIDE,
+            WEIGHED,
+        )  # fmt: skip
+    return even, odd, any_bits
+
+
+@gluon.jit
+def _add_first_slots(
+    even,
+    odd,
+    weights,
+    number,
+    slot_ptrs,
+    slot_bits,
+    behind_ptrs,
+    behind_bits,
+    ring,
+    STRIDE: gl.constexpr,
+    WEIGHED: gl.constexpr,
+):
+    """Adds SLOTS slots; what is behind them, of this tile or the next, is copied to where they were."""
+    BATCHES: gl.constexpr = len(ring) // BATCH
+    layout: gl.constexpr = even.type.layout
+    for batch in gl.static_range(SLOTS // BATCH):
+        async_copy.wait_group(BATCHES - 1)
+        for i in gl.static_range(BATCH):
+            a, b = load_halves(ring[(batch * BATCH + i) % len(ring)], layout)
+            if WEIGHED:
+                place = number * SLOTS + (batch * BATCH + i)
+                weight = weights.index(place).load(gl.SliceLayout(1, layout))
+                a, b = weight[:, None] * a, weight[:, None] * b
+            even += a
+            odd += b
+        if batch + BATCHES < SLOTS // BATCH:
+            copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
+        else:
+            copy_batch(ring, behind_ptrs, behind_bits, batch + BATCHES - SLOTS // BATCH, STRIDE)
+    return even, odd
+
+
+@gluon.jit
 def merge_chunks(
     prepare: gl.constexpr,
     merge_tile: gl.constexpr,
@@ -209,17 +308,18 @@ def merge_chunks(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
     """A chunk after the other: when all programs have written it, every so many-th tile of its rows.
 
     ``x_ptr``: rows of both buffers; ``answers_ptr``: those of the answers. ``prepare`` looks at TILES tiles
     before ``merge_tile`` takes each; both are called with ``given``, the first row of the buffer and of the
-    chunk's answers, and what they take beside.
+    chunk's answers, and what they take beside. MORE_SLOTS: a row has more than SLOTS.
     """
     written, free, _gathered, _released = meeting
     DIM: gl.constexpr = ring[0].shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    bits, places = new_numbers(gl.int32), new_numbers(gl.int32)
+    bits, places = new_numbers(gl.int32, 2), new_numbers(gl.int32, 2)
     rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
     met = 0
     for c in range(chunks_of(schedule)):
@@ -237,7 +337,7 @@ def merge_chunks(
             turn = 0
             wanted = _look_through(
                 gl.program_id(0), used_ptr, (bits, places), chunk, tokens, num_heads, turn, NUM_Q_HEADS,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
             )  # fmt: skip
             # A bit for the tile before, one each for those looked through, and more for those behind them.
             wanted = wanted << 1
@@ -248,12 +348,12 @@ def merge_chunks(
             for first_tile in range(gl.program_id(0), num_tiles, step):
                 following = _look_through(
                     first_tile + step, used_ptr, (bits, places), chunk, tokens, num_heads, turn ^ 1,
-                    NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+                    NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
                 )  # fmt: skip
                 wanted |= following << (TILES + 1)
                 prepare(
                     given, first_rows, first_tile, all_rows(bits).index(turn), all_rows(places).index(turn),
-                    used_ptr, chunk, tokens, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+                    used_ptr, chunk, tokens, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
                 )  # fmt: skip
                 for number in range(TILES):
                     tile = first_tile + number * gl.num_programs(0)
@@ -280,7 +380,7 @@ def merge_chunks(
                             given, first_rows, tile, number, places.index(place), held,
                             (slot_ptrs, slot_bits), (next_ptrs, gl.where(begins != 0, next_bits, 0)),
                             used_ptr, chunk, tokens, ring, layout, HEADS_PER_PAIR, INDEX_PER_HEAD,
-                            WITH_SHARED,
+                            WITH_SHARED, MORE_SLOTS,
                         )  # fmt: skip
                         if begins == 0:
                             # No zeros are still to come where another tile's slots go.

@@ -9,7 +9,6 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -41,20 +40,15 @@ from fsa_core.kernels.hopper_items import (
     visible,
 )
 from fsa_core.kernels.hopper_merges import (
-    BATCH,
     MERGING_WARPS,
-    ROWS,
     SLOTS,
-    copy_batch,
+    add_slots,
     halves,
-    load_halves,
     merge_chunks,
     new_ring,
-    rows_of_tile,
+    no_weights,
     store_answers,
-    used_slots,
     whole,
-    words_of,
 )
 from fsa_core.kernels.hopper_row_shares import LOG2_E
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE
@@ -171,6 +165,7 @@ def _as_they_are(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
     """Shares are added up without weights."""
 
@@ -180,7 +175,7 @@ def _sum_tile(
     grad_q_ptr,
     first_rows,
     tile,
-    _number,
+    number,
     places,
     held,
     slots,
@@ -193,40 +188,18 @@ def _sum_tile(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
     """A tile of a chunk's rows: what ``_sum_shares`` makes of it. Arguments as of ``_merge_tile``."""
-    slot_ptrs, slot_bits = slots
-    num_tokens, num_slots = tokens[1], tokens[2]
     DIM: gl.constexpr = ring[0].shape[1]
-    BATCHES: gl.constexpr = len(ring) // BATCH
-    STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
-    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     half_layout: gl.constexpr = gl.BlockedLayout([1, 4], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     even, odd = halves(held.to(gl.float32), half_layout)
-    any_bits = slot_bits
-    for first_slot in range(0, num_slots, SLOTS):
-        # What is copied behind these slots: the tile's next ones, or the next tile's first.
-        behind_ptrs, behind_bits = next_slots
-        if first_slot + SLOTS < num_slots:
-            token, _in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
-            words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
-            exists = places.load(row_layout) >= 0
-            behind_ptrs = slot_ptrs + SLOTS * STRIDE
-            behind_bits = used_slots(used_ptr, words_place, exists, first_slot + SLOTS)
-            any_bits |= behind_bits
-        for batch in gl.static_range(SLOTS // BATCH):
-            async_copy.wait_group(BATCHES - 1)
-            for i in gl.static_range(BATCH):
-                a, b = load_halves(ring[(batch * BATCH + i) % len(ring)], half_layout)
-                even += a
-                odd += b
-            if batch + BATCHES < SLOTS // BATCH:
-                copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
-            else:
-                copy_batch(ring, behind_ptrs, behind_bits, batch + BATCHES - SLOTS // BATCH, STRIDE)
-        slot_ptrs, slot_bits = behind_ptrs, behind_bits
-    acc = whole(even, odd, layout)
-    store_answers(grad_q_ptr + first_rows[1] * DIM, acc, places, any_bits, WITH_SHARED)
+    even, odd, any_bits = add_slots(
+        even, odd, no_weights, ring[0], grad_q_ptr, first_rows, tile, number, places, slots, next_slots,
+        used_ptr, chunk, tokens, ring, HEADS_PER_PAIR, INDEX_PER_HEAD, gl.constexpr(False), MORE_SLOTS,
+    )  # fmt: skip
+    x = whole(even, odd, layout)
+    store_answers(grad_q_ptr + first_rows[1] * DIM, x, places, any_bits, WITH_SHARED)
 
 
 @gluon.jit
@@ -355,6 +328,7 @@ def of_pairs(
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     BATCHES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -414,7 +388,7 @@ def of_pairs(
             (merge_chunks, (
                 gl.constexpr(_as_they_are), gl.constexpr(_sum_tile), shares_ptr, grad_q_ptr, grad_q_ptr,
                 used_ptr, counter_ptr, index, schedule, meeting, ring, NUM_Q_HEADS, HEADS_PER_PAIR,
-                INDEX_PER_HEAD, WITH_SHARED,
+                INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
             )),
         ],
         [4, COPYING_WARPS, MERGING_WARPS],
@@ -422,10 +396,10 @@ def of_pairs(
     )  # fmt: skip
 
 
-def constants(tile: TileShape) -> dict[str, Any]:
+def constants(tile: TileShape, num_slots: int) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_of_pairs``."""
     return {
         "STAGES": STAGES, "BATCHES": BATCHES, "REGISTERS": REGISTERS,
         "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
-        "launch_cooperative_grid": True,
+        "launch_cooperative_grid": True, "MORE_SLOTS": num_slots > SLOTS.value,
     }  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -42,16 +41,15 @@ from fsa_core.kernels.hopper_items import (
     visible,
 )
 from fsa_core.kernels.hopper_merges import (
-    BATCH,
+    MANY_LAYOUT,
     MANY_ROWS,
     MERGING_WARPS,
     ROWS,
     SLOTS,
     TILES,
+    add_slots,
     all_rows,
-    copy_batch,
     halves,
-    load_halves,
     merge_chunks,
     new_numbers,
     new_ring,
@@ -173,6 +171,13 @@ def _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR: gl.c
 
 
 @gluon.jit
+def _sum_after(before, weights):
+    """``before`` and each weight of a row, in their order: a thread has a row, and adds in order."""
+    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, MANY_LAYOUT))
+    return gl.sum(gl.where((slots == 0)[None, :], before[:, None] + weights, weights), 1)
+
+
+@gluon.jit
 def _weigh_tiles(
     given,
     first_rows,
@@ -185,59 +190,68 @@ def _weigh_tiles(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
-    """Of the rows of TILES tiles: the weights of the first SLOTS slots, that of what out holds, and the
-    largest log-sum-exp.
+    """Of the rows of TILES tiles: their log-sum-exps; the weights of the first SLOTS slots and of what out
+    holds, what the sum is multiplied by, and the largest log-sum-exp.
     """
     partial_lse_ptr, answers, weights, beside = given
     _first, num_tokens, num_slots = tokens
     partial_lse_ptr += first_rows[0]
+    lse_ptr = answers[1] + first_rows[1]
     row = gl.arange(0, TILES * ROWS, MANY_ROWS)
     tile = first_tile + row // ROWS * gl.num_programs(0)
     token, in_pair = rows_of_tile(tile, row % ROWS, HEADS_PER_PAIR)
     lse_place = token * num_slots * HEADS_PER_PAIR + in_pair
-    lse = _load_lse(partial_lse_ptr, lse_place, bits.load(MANY_ROWS), 0, HEADS_PER_PAIR)
+    any_bits = bits.load(MANY_ROWS)
+    lse = _load_lse(partial_lse_ptr, lse_place, any_bits, 0, HEADS_PER_PAIR)
     place = places.load(MANY_ROWS)
+    exists = place >= 0
     shared_lse = gl.full([TILES * ROWS], float("-inf"), gl.float32, MANY_ROWS)
     if WITH_SHARED:
-        lse_ptr = answers[1] + first_rows[1]
-        shared_lse = gl.load(lse_ptr + place, mask=place >= 0, other=float("-inf")) / LN_2
+        shared_lse = gl.load(lse_ptr + place, mask=exists, other=float("-inf")) / LN_2
     row_max = gl.maximum(shared_lse, gl.max(lse, 1))
-    for first_slot in range(SLOTS, num_slots, SLOTS):
+    if MORE_SLOTS:
         words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
-        more_bits = used_slots(used_ptr, words_place, place >= 0, first_slot)
-        more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
-        row_max = gl.maximum(row_max, gl.max(more_lse, 1))
+        for first_slot in range(SLOTS, num_slots, SLOTS):
+            more_bits = used_slots(used_ptr, words_place, exists, first_slot)
+            any_bits |= more_bits
+            more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
+            row_max = gl.maximum(row_max, gl.max(more_lse, 1))
     shift = gl.where(row_max == float("-inf"), 0.0, row_max)
-    by_tiles = gl.reshape(gl.exp2(lse - shift[:, None]), [TILES, ROWS, SLOTS])
+    first_weights = gl.exp2(lse - shift[:, None])
+    shared_weight = gl.exp2(shared_lse - shift)
+    row_sum = _sum_after(shared_weight, first_weights)
+    if MORE_SLOTS:
+        for first_slot in range(SLOTS, num_slots, SLOTS):
+            more_bits = used_slots(used_ptr, words_place, exists, first_slot)
+            more_lse = _load_lse(partial_lse_ptr, lse_place, more_bits, first_slot, HEADS_PER_PAIR)
+            row_sum = _sum_after(row_sum, gl.exp2(more_lse - shift[:, None]))
     tile_by_tile: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     tiles = weights._reinterpret(gl.float32, [TILES, SLOTS, ROWS], tile_by_tile)
-    tiles.permute([0, 2, 1]).store(by_tiles)
-    all_rows(beside).index(0).store(gl.exp2(shared_lse - shift))
-    all_rows(beside).index(1).store(row_max)
+    tiles.permute([0, 2, 1]).store(gl.reshape(first_weights, [TILES, ROWS, SLOTS]))
+    all_rows(beside).index(0).store(shared_weight)
+    all_rows(beside).index(1).store(share_of(row_sum))
+    all_rows(beside).index(2).store(shift)
+    if WITH_SHARED:
+        # The others stay as they are.
+        exists &= any_bits != 0
+    gl.store(lse_ptr + place, (row_max + gl.log2(row_sum)) * LN_2, mask=exists)
 
 
 @gluon.jit
 def _weigh_more(
-    partial_lse_ptr,
-    weights,
-    row_max,
-    tile,
-    number,
-    first_slot,
-    slot_bits,
-    num_slots,
-    HEADS_PER_PAIR: gl.constexpr,
+    given, first_rows, tile, number, first_slot, slot_bits, num_slots, HEADS_PER_PAIR: gl.constexpr
 ):
     """Weights of SLOTS further slots of a tile, over those of the slots before."""
+    partial_lse_ptr, _answers, weights, beside = given
     layout: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     token, in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
     lse_place = token * num_slots * HEADS_PER_PAIR + in_pair
     bits = gl.convert_layout(slot_bits, row_layout)
-    lse = _load_lse(partial_lse_ptr, lse_place, bits, first_slot, HEADS_PER_PAIR)
-    most = row_max.load(row_layout)
-    shift = gl.where(most == float("-inf"), 0.0, most)
+    lse = _load_lse(partial_lse_ptr + first_rows[0], lse_place, bits, first_slot, HEADS_PER_PAIR)
+    shift = beside.index(2 * TILES + number).load(row_layout)
     by_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     places = weights._reinterpret(gl.float32, [TILES, SLOTS, ROWS], by_rows).index(number)
     places.permute([1, 0]).store(gl.exp2(lse - shift[:, None]))
@@ -261,64 +275,28 @@ def _merge_tile(
     HEADS_PER_PAIR: gl.constexpr,
     INDEX_PER_HEAD: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
 ):
     """A tile of a chunk's rows, the so many-th of those weighed: what ``partials._merge`` makes of it.
 
-    ``places``: which rows of the chunk's answers they are; ``held``: what these hold. ``slots``: where the
-    rows' slots lie, and bits of the first ones; ``next_slots`` those of the next tile.
+    ``places``: which rows of the chunk's answers they are; ``held``: what these hold. All else as
+    ``add_slots`` has it.
     """
-    partial_lse_ptr, answers, weights, beside = given
-    slot_ptrs, slot_bits = slots
-    num_tokens, num_slots = tokens[1], tokens[2]
+    _partial_lse_ptr, answers, weights, beside = given
     DIM: gl.constexpr = ring[0].shape[1]
-    BATCHES: gl.constexpr = len(ring) // BATCH
-    STRIDE: gl.constexpr = HEADS_PER_PAIR * DIM
-    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     half_layout: gl.constexpr = gl.BlockedLayout([1, 4], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     half_rows: gl.constexpr = gl.SliceLayout(1, half_layout)
-    row_sum = beside.index(number).load(half_rows)
-    row_max = beside.index(TILES + number).load(half_rows)
+    shared_weight = beside.index(number).load(half_rows)
     even, odd = halves(held.to(gl.float32), half_layout)
-    even *= row_sum[:, None]
-    odd *= row_sum[:, None]
-    any_bits = slot_bits
-    for first_slot in range(0, num_slots, SLOTS):
-        # What is copied behind these slots: the tile's next ones, or the next tile's first.
-        behind_ptrs, behind_bits = next_slots
-        if first_slot + SLOTS < num_slots:
-            token, _in_pair = rows_of_tile(tile, gl.arange(0, ROWS, row_layout), HEADS_PER_PAIR)
-            words_place, _head = words_of(token, chunk, num_tokens, INDEX_PER_HEAD)
-            exists = places.load(row_layout) >= 0
-            behind_ptrs = slot_ptrs + SLOTS * STRIDE
-            behind_bits = used_slots(used_ptr, words_place, exists, first_slot + SLOTS)
-            any_bits |= behind_bits
-        if first_slot > 0:
-            _weigh_more(
-                partial_lse_ptr + first_rows[0], weights, beside.index(TILES + number), tile, number,
-                first_slot, slot_bits, num_slots, HEADS_PER_PAIR,
-            )  # fmt: skip
-        for batch in gl.static_range(SLOTS // BATCH):
-            async_copy.wait_group(BATCHES - 1)
-            for i in gl.static_range(BATCH):
-                a, b = load_halves(ring[(batch * BATCH + i) % len(ring)], half_layout)
-                weight = weights.index(number * SLOTS + (batch * BATCH + i)).load(half_rows)
-                row_sum += weight
-                even += weight[:, None] * a
-                odd += weight[:, None] * b
-            if batch + BATCHES < SLOTS // BATCH:
-                copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
-            else:
-                copy_batch(ring, behind_ptrs, behind_bits, batch + BATCHES - SLOTS // BATCH, STRIDE)
-        slot_ptrs, slot_bits = behind_ptrs, behind_bits
-    share = share_of(row_sum)
-    acc = whole(even * share[:, None], odd * share[:, None], layout)
-    store_answers(answers[0] + first_rows[1] * DIM, acc, places, any_bits, WITH_SHARED)
-    place = places.load(half_rows)
-    exists = place >= 0
-    if WITH_SHARED:
-        exists &= gl.convert_layout(any_bits, half_rows) != 0
-    lse_ptrs = answers[1] + first_rows[1] + place
-    gl.store(lse_ptrs, (row_max + gl.log2(row_sum)) * LN_2, mask=exists)
+    even *= shared_weight[:, None]
+    odd *= shared_weight[:, None]
+    even, odd, any_bits = add_slots(
+        even, odd, _weigh_more, weights, given, first_rows, tile, number, places, slots, next_slots, used_ptr,
+        chunk, tokens, ring, HEADS_PER_PAIR, INDEX_PER_HEAD, gl.constexpr(True), MORE_SLOTS,
+    )  # fmt: skip
+    share = beside.index(TILES + number).load(half_rows)
+    x = whole(even * share[:, None], odd * share[:, None], layout)
+    store_answers(answers[0] + first_rows[1] * DIM, x, places, any_bits, WITH_SHARED)
 
 
 @gluon.jit
@@ -439,6 +417,7 @@ def attend_pairs(
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     WITH_SHARED: gl.constexpr,
+    MORE_SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     BATCHES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -491,8 +470,9 @@ def attend_pairs(
             )),
             (merge_chunks, (
                 gl.constexpr(_weigh_tiles), gl.constexpr(_merge_tile), partial_out_ptr, answers[0],
-                (partial_lse_ptr, answers, weights, new_numbers(gl.float32)), used_ptr, counter_ptr, index,
+                (partial_lse_ptr, answers, weights, new_numbers(gl.float32, 3)), used_ptr, counter_ptr, index,
                 schedule, meeting, ring, NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED,
+                MORE_SLOTS,
             )),
         ],
         [4, COPYING_WARPS, MERGING_WARPS],
@@ -500,11 +480,11 @@ def attend_pairs(
     )  # fmt: skip
 
 
-def constants(tile: TileShape) -> dict[str, Any]:
+def constants(tile: TileShape, num_slots: int) -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_partial`` and ``_merge``."""
     return {
         "STAGES": STAGES.get(tile.keys, MOST_STAGES),
         "BATCHES": BATCHES.get(tile.keys, MOST_BATCHES), "REGISTERS": REGISTERS,
         "COPYING_REGISTERS": COPYING_REGISTERS, "MERGING_REGISTERS": MERGING_REGISTERS, "num_warps": 4,
-        "launch_cooperative_grid": True,
+        "launch_cooperative_grid": True, "MORE_SLOTS": num_slots > SLOTS.value,
     }  # fmt: skip

@@ -277,5 +277,7 @@ def _pairs_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel:
 
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_pair_query_gradients.of_pairs.bind(
-        **shared, **hopper_pair_query_gradients.constants(plan.tile), WITH_SHARED=plan.query_tile is not None
+        **shared,
+        **hopper_pair_query_gradients.constants(plan.tile, problem.num_slots),
+        WITH_SHARED=plan.query_tile is not None,
     )

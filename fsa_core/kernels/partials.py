@@ -403,7 +403,9 @@ def _attending_on_hopper(problem: Problem, plan: ForwardPlan) -> BoundKernel:
 
     shared = exact_dims(attention_constants(problem, plan))
     return hopper_partials.attend_pairs.bind(
-        **shared, **hopper_partials.constants(plan.tile), WITH_SHARED=plan.query_tile is not None
+        **shared,
+        **hopper_partials.constants(plan.tile, problem.num_slots),
+        WITH_SHARED=plan.query_tile is not None,
     )
 
 

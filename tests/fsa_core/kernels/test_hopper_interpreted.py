@@ -269,7 +269,7 @@ def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     constants = hopper_partials.constants
     monkeypatch.setattr(partials, "multiprocessors", lambda _device: 3)
     monkeypatch.setattr(
-        hopper_partials, "constants", lambda tile: constants(tile) | {"launch_cooperative_grid": False}
+        hopper_partials, "constants", lambda *sizes: constants(*sizes) | {"launch_cooperative_grid": False}
     )
     partials._attending_on_hopper.cache_clear()
     yield

@@ -281,9 +281,13 @@ def _add_first_slots(
             if WEIGHED:
                 place = number * SLOTS + (batch * BATCH + i)
                 weight = weights.index(place).load(gl.SliceLayout(1, layout))
-                a, b = weight[:, None] * a, weight[:, None] * b
-            even += a
-            odd += b
+                # One rounding, as in the twin: what is added to has been multiplied as well, and the compiler
+                # might round either product.
+                even = gl.fma(weight[:, None], a, even)
+                odd = gl.fma(weight[:, None], b, odd)
+            else:
+                even += a
+                odd += b
         if batch + BATCHES < SLOTS // BATCH:
             copy_batch(ring, slot_ptrs, slot_bits, batch + BATCHES, STRIDE)
         else:

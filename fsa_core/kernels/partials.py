@@ -344,9 +344,10 @@ def _merge(
             )
             weight_a, weight_b = tl.exp2(lse_a - shift), tl.exp2(lse_b - shift)
             row_sum += weight_a
-            acc += weight_a[:, None] * out_a.to(tl.float32)
+            # One rounding: so it is in the kernel for Hopper, which has to find the same bits.
+            acc = tl.fma(weight_a[:, None], out_a.to(tl.float32), acc)
             row_sum += weight_b
-            acc += weight_b[:, None] * out_b.to(tl.float32)
+            acc = tl.fma(weight_b[:, None], out_b.to(tl.float32), acc)
     acc *= reciprocal(row_sum)[:, None]
     tl.store(answer_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & value_mask[None, :])
     tl.store(lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)

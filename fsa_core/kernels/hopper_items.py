@@ -10,8 +10,9 @@ not matter.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from fsa_core.kernels.hopper_chunks import BUFFERS, buffer_rows, chunk_of, chunks_of
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
 from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
 from fsa_core.kernels.primitives import find_segment_sequence
@@ -236,6 +237,104 @@ def copy_items(
 
 
 @gluon.jit
+def multiply_chunks(
+    of_tile: gl.constexpr,
+    at_row: gl.constexpr,
+    x_ptr,
+    given,
+    index,
+    sequences,
+    schedule,
+    meeting,
+    blocks,
+    tiles,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Every second tile of each chunk by ``of_tile``, as soon as there is a buffer for what comes of them:
+    ``at_row`` of ``x_ptr`` and the buffer's first row. ``given`` is what ``of_tile`` takes besides.
+    """
+    written, free, _gathered, _released = meeting
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
+    # Tiles, runs and chunks before.
+    n = 0
+    run = 0
+    met = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, heads = chunk_of(schedule, c)
+        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
+            buffer = met % BUFFERS
+            of_buffer = at_row(x_ptr, buffer * rows_of_buffer)
+            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
+            n, run = _multiply_items(
+                of_tile, of_buffer, given, index, sequences, chunk, tokens, heads[1], blocks, tiles, n, run,
+                HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, GROUP,
+            )  # fmt: skip
+            mbarrier.arrive(written.index(buffer), count=1)
+            met += 1
+
+
+@gluon.jit
+def _multiply_items(
+    of_tile: gl.constexpr,
+    of_buffer,
+    given,
+    index,
+    sequences,
+    chunk,
+    tokens,
+    num_heads,
+    blocks,
+    tiles,
+    n,
+    run,
+    HEADS_PER_PAIR: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Every second tile of a chunk. ``n`` tiles and ``run`` runs were before them; returns how many are."""
+    first_token, num_tokens, num_slots = tokens
+    k_blocks, v_blocks, keys_ready, keys_free = blocks
+    q_tiles, _pair_tiles, ready, _free = tiles
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
+    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    for head in range(num_heads):
+        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
+        head_place = head * num_tokens
+        at_once = tiles_at_once(all_tiles)
+        first_tile = gl.program_id(0) * at_once
+        if first_tile < all_tiles:
+            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
+            while first_tile < all_tiles:
+                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
+                _first, num_pairs, num_tiles, first_tile = of_run
+                block_start, _start, k_length, q_shift = of_block
+                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
+                first_position = first_token + q_shift
+                is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
+                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
+                k, v = k_blocks.index(run % 2), v_blocks.index(run % 2)
+                for tile in range((n + GROUP) % 2, num_tiles, 2):
+                    stage = (n + tile) % STAGES
+                    mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
+                    fence_async_shared()
+                    of_tile(
+                        of_buffer, given, tiles, stage, k, v, (head_place, num_slots),
+                        num_pairs - tile * PAIRS, is_cut, (block_start, first_position, k_length),
+                        HEADS_PER_PAIR, CAUSAL, GROUP,
+                    )  # fmt: skip
+                mbarrier.arrive(keys_free.index(run % 2), count=1)
+                n += num_tiles
+                run += 1
+    return n, run
+
+
+@gluon.jit
 def in_tile(first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
     """Which rows of a tile, whose first pair is the run's ``first``, there are."""
     pair = rows // HEADS_PER_PAIR
@@ -266,16 +365,23 @@ def hides(block_start, first_position, k_length, BLOCK_SIZE: gl.constexpr, CAUSA
 
 
 @gluon.jit
-def visible(pairs, block_start, first_position, k_length, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
-    """Which of a block's keys the rows of ``pairs`` see. Keys past the end come after every token."""
+def visible(pairs, block, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which keys of a block the rows of ``pairs`` see, with its first key, the position of the chunk's first
+    token and how many keys its sequence has. Keys past the end come after every token.
+    """
+    block_start, first_position, k_length = block
     keys = block_start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, pairs.type.layout.parent))
     last_key = (pairs >> SLOT_BITS) + first_position if CAUSAL else pairs * 0 + (k_length - 1)
     return keys[None, :] <= last_key[:, None]
 
 
 @gluon.jit
-def places_of(pairs, rows, head_place, num_slots, HEADS_PER_PAIR: gl.constexpr):
-    """Where the numbers of rows lie that have one a row: [heads, tokens, slots, HEADS_PER_PAIR]."""
+def places_of(pairs, rows, head, HEADS_PER_PAIR: gl.constexpr):
+    """Where the numbers of rows lie that have one a row: [heads, tokens, slots, HEADS_PER_PAIR].
+
+    ``head``: how many tokens the heads before have, and how many slots a token.
+    """
+    head_place, num_slots = head
     place = (head_place + (pairs >> SLOT_BITS)) * num_slots + (pairs & SLOT_MASK)
     return place * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
 

@@ -10,7 +10,6 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -18,9 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_chunks import (
-    BUFFERS,
     any_items,
-    buffer_rows,
     chunk_of,
     chunks_of,
     new_meeting,
@@ -28,15 +25,10 @@ from fsa_core.kernels.hopper_chunks import (
 from fsa_core.kernels.hopper_items import (
     ROWS_LAYOUT,
     copy_items,
-    head_index,
-    hides,
-    load_run,
-    most_items,
+    multiply_chunks,
     new_items,
     places_of,
-    run_of,
     store_places,
-    tiles_at_once,
     visible,
 )
 from fsa_core.kernels.hopper_merges import (
@@ -62,36 +54,34 @@ REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 96, 96
 
 
 @gluon.jit
-def _share_items(
+def _at_row(shares, row):
+    """Shares from a row on."""
+    shares_ptr, HEAD_DIM = shares
+    return shares_ptr + row * HEAD_DIM
+
+
+@gluon.jit
+def _share_tile(
     shares_ptr,
-    index,
-    sequences,
-    chunk,
-    tokens,
-    num_heads,
-    blocks,
+    given,
     tiles,
-    beside,
-    scale,
-    n,
-    run,
+    stage,
+    k,
+    v,
+    head,
+    num_pairs,
+    is_cut,
+    block,
     HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of a chunk: its rows' shares of grad_q.
-
-    ``n`` tiles and ``run`` runs were before them; returns how many are.
-    """
-    first_token, num_tokens, num_slots = tokens
-    k_blocks, v_blocks, keys_ready, keys_free = blocks
-    q_tiles, pair_tiles, ready, free = tiles
+    """A tile's rows' shares of grad_q; arguments as ``hopper_partials._attend_tile`` has them."""
+    beside, scale = given
+    q_tiles, pair_tiles, _ready, free = tiles
     out_tiles, lse_tiles, delta_tiles = beside
-    STAGES: gl.constexpr = q_tiles.shape[0]
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    BLOCK_SIZE: gl.constexpr = k.shape[0]
+    HEAD_DIM: gl.constexpr = k.shape[1]
     dtype: gl.constexpr = q_tiles.dtype
     share_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, share_layout, 2)
@@ -100,56 +90,28 @@ def _share_items(
     zeros = gl.zeros([SIDE, BLOCK_SIZE], gl.float32, scores_layout)
     no_share = gl.zeros([SIDE, HEAD_DIM], gl.float32, share_layout)
     share_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
-    for head in range(num_heads):
-        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
-        head_place = head * num_tokens
-        at_once = tiles_at_once(all_tiles)
-        first_tile = gl.program_id(0) * at_once
-        if first_tile < all_tiles:
-            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-            while first_tile < all_tiles:
-                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
-                _first, num_pairs, num_tiles, first_tile = of_run
-                block_start, _start, k_length, q_shift = of_block
-                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-                first_position = first_token + q_shift
-                is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
-                k, v = k_blocks.index(run % 2), v_blocks.index(run % 2)
-                for tile in range((n + GROUP) % 2, num_tiles, 2):
-                    stage = (n + tile) % STAGES
-                    mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
-                    fence_async_shared()
-                    scores = warpgroup_mma(
-                        q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True
-                    )
-                    grad_weights = warpgroup_mma(
-                        out_tiles.index(stage), v.permute([1, 0]), zeros, use_acc=False, is_async=True
-                    )
-                    share_pairs = pair_tiles.index(stage).load(share_rows.type.layout)
-                    shift = row_shift(lse_tiles.index(stage).load(row_layout))
-                    delta = delta_tiles.index(stage).load(row_layout)
-                    scores = warpgroup_mma_wait(1, deps=[scores])
-                    weights = gl.exp2(scores * (scale * LOG2_E) - shift[:, None])
-                    if is_cut:
-                        pairs = pair_tiles.index(stage).load(row_layout)
-                        seen = visible(pairs, block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                        weights = gl.where(seen, weights, 0.0)
-                    grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
-                    grad_scores = weights * (grad_weights - delta[:, None])
-                    left = gl.convert_layout(grad_scores.to(dtype), left_layout)
-                    share = warpgroup_mma(left, k, no_share, use_acc=False, is_async=True)
-                    places = places_of(share_pairs, share_rows, head_place, num_slots, HEADS_PER_PAIR)
-                    # Scaled here: a share that was not might overflow float16.
-                    share = warpgroup_mma_wait(0, deps=[share]) * scale
-                    num_left = num_pairs - tile * PAIRS
-                    # By way of the rows of q, which are read.
-                    store_places(shares_ptr, share, q_tiles.index(stage), places, num_left, HEADS_PER_PAIR)
-                    mbarrier.arrive(free.index(stage), count=1)
-                mbarrier.arrive(keys_free.index(run % 2), count=1)
-                n += num_tiles
-                run += 1
-    return n, run
+    scores = warpgroup_mma(q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    grad_weights = warpgroup_mma(
+        out_tiles.index(stage), v.permute([1, 0]), zeros, use_acc=False, is_async=True
+    )
+    share_pairs = pair_tiles.index(stage).load(share_rows.type.layout)
+    shift = row_shift(lse_tiles.index(stage).load(row_layout))
+    delta = delta_tiles.index(stage).load(row_layout)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    weights = gl.exp2(scores * (scale * LOG2_E) - shift[:, None])
+    if is_cut:
+        pairs = pair_tiles.index(stage).load(row_layout)
+        weights = gl.where(visible(pairs, block, BLOCK_SIZE, CAUSAL), weights, 0.0)
+    grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
+    grad_scores = weights * (grad_weights - delta[:, None])
+    left = gl.convert_layout(grad_scores.to(dtype), left_layout)
+    share = warpgroup_mma(left, k, no_share, use_acc=False, is_async=True)
+    places = places_of(share_pairs, share_rows, head, HEADS_PER_PAIR)
+    # Scaled here: a share that was not might overflow float16.
+    share = warpgroup_mma_wait(0, deps=[share]) * scale
+    # By way of the rows of q, which are read.
+    store_places(shares_ptr, share, q_tiles.index(stage), places, num_pairs, HEADS_PER_PAIR)
+    mbarrier.arrive(free.index(stage), count=1)
 
 
 @gluon.jit
@@ -200,46 +162,6 @@ def _sum_tile(
     )  # fmt: skip
     x = whole(even, odd, layout)
     store_answers(grad_q_ptr + first_rows[1] * DIM, x, places, any_bits, WITH_SHARED)
-
-
-@gluon.jit
-def _share_chunks(
-    shares_ptr,
-    index,
-    sequences,
-    schedule,
-    meeting,
-    blocks,
-    tiles,
-    beside,
-    scale,
-    HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Every second tile of each chunk, as soon as there is a buffer for what comes of them."""
-    written, free, _gathered, _released = meeting
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    # Tiles, runs and chunks before.
-    n = 0
-    run = 0
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
-            buffer = met % BUFFERS
-            of_buffer = shares_ptr + buffer * rows_of_buffer * HEAD_DIM
-            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
-            n, run = _share_items(
-                of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, beside, scale,
-                n, run, HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, GROUP,
-            )  # fmt: skip
-            mbarrier.arrive(written.index(buffer), count=1)
-            met += 1
 
 
 @gluon.jit
@@ -370,15 +292,15 @@ def of_pairs(
     ring = new_ring(dtype, HEAD_DIM, BATCHES)
     gl.warp_specialize(
         [
-            (_share_chunks, (
-                shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
-                gl.constexpr(0),
+            (multiply_chunks, (
+                gl.constexpr(_share_tile), gl.constexpr(_at_row), (shares_ptr, HEAD_DIM), (beside, scale),
+                index, sequences, schedule, meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL,
+                WITH_SHARED, gl.constexpr(0),
             )),
-            (_share_chunks, (
-                shares_ptr, index, sequences, schedule, meeting, blocks, tiles, beside, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
-                gl.constexpr(1),
+            (multiply_chunks, (
+                gl.constexpr(_share_tile), gl.constexpr(_at_row), (shares_ptr, HEAD_DIM), (beside, scale),
+                index, sequences, schedule, meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL,
+                WITH_SHARED, gl.constexpr(1),
             )),
             (_copy_chunks, (
                 pointers, index, sequences, schedule, (first_head, num_delta_heads), blocks, tiles, beside,

@@ -12,16 +12,13 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from fsa_core.kernels.hopper_chunks import (
-    BUFFERS,
     any_items,
-    buffer_rows,
     chunk_of,
     chunks_of,
     new_meeting,
@@ -29,15 +26,10 @@ from fsa_core.kernels.hopper_chunks import (
 from fsa_core.kernels.hopper_items import (
     ROWS_LAYOUT,
     copy_items,
-    head_index,
-    hides,
-    load_run,
-    most_items,
+    multiply_chunks,
     new_items,
     places_of,
-    run_of,
     store_places,
-    tiles_at_once,
     visible,
 )
 from fsa_core.kernels.hopper_merges import (
@@ -73,36 +65,38 @@ REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
 
 
 @gluon.jit
-def _attend_items(
-    answers,
-    index,
-    sequences,
-    chunk,
-    tokens,
-    num_heads,
-    blocks,
+def _at_row(partials, row):
+    """Both kinds of partials from a row on."""
+    out_ptr, lse_ptr, VALUE_DIM = partials
+    return out_ptr + row * VALUE_DIM, lse_ptr + row
+
+
+@gluon.jit
+def _attend_tile(
+    partials,
+    given,
     tiles,
-    out_tiles,
-    scale,
-    n,
-    run,
+    stage,
+    k,
+    v,
+    head,
+    num_pairs,
+    is_cut,
+    block,
     HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of a chunk: its rows' outputs, normalised, and log-sum-exps in log2 units.
+    """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units. A tile has
+    ``num_pairs`` pairs, or as many as there is room for.
 
-    ``n`` tiles and ``run`` runs were before them; returns how many are.
+    ``head`` is as ``places_of`` has it, ``block`` as ``visible`` has it. ``is_cut``: a row does not see all.
     """
-    out_ptr, lse_ptr = answers
-    first_token, num_tokens, num_slots = tokens
-    k_blocks, v_blocks, keys_ready, keys_free = blocks
-    q_tiles, pair_tiles, ready, free = tiles
-    STAGES: gl.constexpr = q_tiles.shape[0]
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
+    out_ptr, lse_ptr = partials
+    out_tiles, scale = given
+    q_tiles, pair_tiles, _ready, free = tiles
+    BLOCK_SIZE: gl.constexpr = k.shape[0]
+    VALUE_DIM: gl.constexpr = v.shape[1]
     dtype: gl.constexpr = q_tiles.dtype
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
@@ -111,53 +105,27 @@ def _attend_items(
     no_out = gl.zeros([SIDE, VALUE_DIM], gl.float32, out_layout)
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
     out_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
-    for head in range(num_heads):
-        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
-        head_place = head * num_tokens
-        at_once = tiles_at_once(all_tiles)
-        first_tile = gl.program_id(0) * at_once
-        if first_tile < all_tiles:
-            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-            while first_tile < all_tiles:
-                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
-                _first, num_pairs, num_tiles, first_tile = of_run
-                block_start, _start, k_length, q_shift = of_block
-                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-                first_position = first_token + q_shift
-                is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
-                k, v = k_blocks.index(run % 2).permute([1, 0]), v_blocks.index(run % 2)
-                for tile in range((n + GROUP) % 2, num_tiles, 2):
-                    stage = (n + tile) % STAGES
-                    mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
-                    fence_async_shared()
-                    scores = warpgroup_mma(q_tiles.index(stage), k, zeros, use_acc=False, is_async=True)
-                    pairs = pair_tiles.index(stage).load(rows.type.layout)
-                    out_pairs = pair_tiles.index(stage).load(out_rows.type.layout)
-                    scores = warpgroup_mma_wait(0, deps=[scores])
-                    mbarrier.arrive(free.index(stage), count=1)
-                    if is_cut:
-                        seen = visible(pairs, block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                        scores = gl.where(seen, scores, float("-inf"))
-                    row_max = gl.max(scores, 1)
-                    finite = gl.where(row_max == float("-inf"), 0.0, row_max)
-                    weights = gl.exp2(scores * scale - (finite * scale)[:, None])
-                    row_sum = gl.sum(weights, 1)
-                    left = gl.convert_layout(weights.to(dtype), weights_layout)
-                    out = warpgroup_mma(left, v, no_out, use_acc=False, is_async=True)
-                    num_left = num_pairs - tile * PAIRS
-                    pair = rows // HEADS_PER_PAIR
-                    lse_ptrs = lse_ptr + places_of(pairs, rows, head_place, num_slots, HEADS_PER_PAIR)
-                    lse = row_max * scale + gl.log2(row_sum)
-                    gl.store(lse_ptrs, lse, mask=(pair < PAIRS) & (pair < num_left))
-                    share = gl.convert_layout(share_of(row_sum), gl.SliceLayout(1, out_layout))
-                    places = places_of(out_pairs, out_rows, head_place, num_slots, HEADS_PER_PAIR)
-                    out = warpgroup_mma_wait(0, deps=[out]) * share[:, None]
-                    store_places(out_ptr, out, out_tiles.index(GROUP), places, num_left, HEADS_PER_PAIR)
-                mbarrier.arrive(keys_free.index(run % 2), count=1)
-                n += num_tiles
-                run += 1
-    return n, run
+    scores = warpgroup_mma(q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    pairs = pair_tiles.index(stage).load(rows.type.layout)
+    out_pairs = pair_tiles.index(stage).load(out_rows.type.layout)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(free.index(stage), count=1)
+    if is_cut:
+        scores = gl.where(visible(pairs, block, BLOCK_SIZE, CAUSAL), scores, float("-inf"))
+    row_max = gl.max(scores, 1)
+    finite = gl.where(row_max == float("-inf"), 0.0, row_max)
+    weights = gl.exp2(scores * scale - (finite * scale)[:, None])
+    row_sum = gl.sum(weights, 1)
+    left = gl.convert_layout(weights.to(dtype), weights_layout)
+    out = warpgroup_mma(left, v, no_out, use_acc=False, is_async=True)
+    pair = rows // HEADS_PER_PAIR
+    lse_ptrs = lse_ptr + places_of(pairs, rows, head, HEADS_PER_PAIR)
+    lse = row_max * scale + gl.log2(row_sum)
+    gl.store(lse_ptrs, lse, mask=(pair < SIDE // HEADS_PER_PAIR) & (pair < num_pairs))
+    share = gl.convert_layout(share_of(row_sum), gl.SliceLayout(1, out_layout))
+    places = places_of(out_pairs, out_rows, head, HEADS_PER_PAIR)
+    out = warpgroup_mma_wait(0, deps=[out]) * share[:, None]
+    store_places(out_ptr, out, out_tiles.index(GROUP), places, num_pairs, HEADS_PER_PAIR)
 
 
 @gluon.jit
@@ -300,48 +268,6 @@ def _merge_tile(
 
 
 @gluon.jit
-def _attend_chunks(
-    partials,
-    index,
-    sequences,
-    schedule,
-    meeting,
-    blocks,
-    tiles,
-    out_tiles,
-    scale,
-    HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Every second tile of each chunk, as soon as there is a buffer for what comes of them."""
-    out_ptr, lse_ptr = partials
-    written, free, _gathered, _released = meeting
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    # Tiles, runs and chunks before.
-    n = 0
-    run = 0
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
-            buffer = met % BUFFERS
-            first_row = buffer * rows_of_buffer
-            of_buffer = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
-            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
-            n, run = _attend_items(
-                of_buffer, index, sequences, chunk, tokens, heads[1], blocks, tiles, out_tiles, scale, n,
-                run, HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, GROUP,
-            )  # fmt: skip
-            mbarrier.arrive(written.index(buffer), count=1)
-            met += 1
-
-
-@gluon.jit
 def _copy_chunks(
     pointers,
     index,
@@ -450,18 +376,19 @@ def attend_pairs(
         num_slots, max_items,
     )  # fmt: skip
     pointers = (q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr)
-    partials = (partial_out_ptr, partial_lse_ptr)
     answers = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
     gl.warp_specialize(
         [
-            (_attend_chunks, (
-                partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
+            (multiply_chunks, (
+                gl.constexpr(_attend_tile), gl.constexpr(_at_row),
+                (partial_out_ptr, partial_lse_ptr, VALUE_DIM), (out_tiles, scale), index, sequences, schedule,
+                meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, WITH_SHARED,
                 gl.constexpr(0),
             )),
-            (_attend_chunks, (
-                partials, index, sequences, schedule, meeting, blocks, tiles, out_tiles, scale,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, VALUE_DIM, BLOCK_SIZE, CAUSAL, WITH_SHARED,
+            (multiply_chunks, (
+                gl.constexpr(_attend_tile), gl.constexpr(_at_row),
+                (partial_out_ptr, partial_lse_ptr, VALUE_DIM), (out_tiles, scale), index, sequences, schedule,
+                meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, WITH_SHARED,
                 gl.constexpr(1),
             )),
             (_copy_chunks, (

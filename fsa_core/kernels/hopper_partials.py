@@ -87,10 +87,10 @@ def _attend_tile(
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units. A tile has
-    ``num_pairs`` pairs, or as many as there is room for.
+    """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units.
 
-    ``head`` is as ``places_of`` has it, ``block`` as ``visible`` has it. ``is_cut``: a row does not see all.
+    A tile has ``num_pairs`` pairs, or as many as there is room for. ``head`` is as ``places_of`` has
+    it, ``block`` as ``visible`` has it. ``is_cut``: a row does not see all.
     """
     out_ptr, lse_ptr = partials
     out_tiles, scale = given

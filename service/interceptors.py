@@ -20,6 +20,8 @@ log = logging.getLogger("fsa.access")
 
 Behaviour = Callable[[bytes, Context], Awaitable[bytes]]
 
+# A client's deadline begins before the server's, by what sending takes; it cancels at its own.
+SENDING_SECONDS = 0.05
 # Requests that were taken and failed later; every other failure is a refusal.
 _NOT_REJECTED = ("INTERNAL", "CANCELLED", "DEADLINE_EXCEEDED", "WORKER_LOST", "DEVICE_MEMORY_EXHAUSTED")
 
@@ -52,8 +54,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             try:
                 response = await behaviour(raw, context)
             except asyncio.CancelledError:
-                late = remaining is not None and time.perf_counter() - started >= remaining
-                error = FsaError("DEADLINE_EXCEEDED" if late else "CANCELLED", "the client is gone")
+                reason = reason_of_cancel(time.perf_counter() - started, remaining)
+                error = FsaError(reason, "the client is gone")
                 raise
             except Exception as cause:
                 error = self._client_error(cause)
@@ -91,6 +93,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if error.reason not in _NOT_REJECTED:
                 self._metrics.count_rejected(error.reason)
         log.info("request" if error is None else error.message, extra=fields)
+
+
+def reason_of_cancel(seconds: float, remaining: float | None) -> str:
+    """Why a client went after ``seconds``; ``remaining`` there were until its deadline, if it has one."""
+    is_late = remaining is not None and seconds >= remaining - SENDING_SECONDS
+    return "DEADLINE_EXCEEDED" if is_late else "CANCELLED"
 
 
 def _request_id(details: grpc.HandlerCallDetails) -> str:

@@ -17,5 +17,7 @@ from service.interceptors import reason_of_cancel
         (59.0, None, "CANCELLED"),
     ],
 )
-def test_a_client_that_goes_at_its_deadline_was_late(seconds: float, remaining: float, reason: str) -> None:
+def test_a_client_that_goes_at_its_deadline_was_late(
+    seconds: float, remaining: float | None, reason: str
+) -> None:
     assert reason_of_cancel(seconds, remaining) == reason

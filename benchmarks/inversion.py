@@ -31,7 +31,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         pairs=int32(heads, tokens * slots),
         offsets=int32(rows, forward.segments + 1),
         item_offsets=int32(rows, forward.segments + 1),
-        item_segment=int32(rows, forward.max_items),
+        items=int32(rows, forward.max_items, 1),
     )
     sizes = torch.tensor([heads, num_chunks, forward.chunk_tokens, tokens, slots])
 
@@ -39,7 +39,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         invert(
             inversion, x.block_indices, x.cu_seqlens, x.cu_seqlens, first_token=0, num_tokens=tokens,
             first_head=0, num_heads=heads, chunk_tokens=forward.chunk_tokens, block_size=x.block_size,
-            pairs_per_item=forward.tile.pairs_per_item,
+            pairs_per_item=forward.tile.pairs_per_item, causal=True,
         )  # fmt: skip
         return inversion.pairs, inversion.offsets, sizes
 

@@ -48,6 +48,8 @@ BUFFERED_BYTES = 160 * 2**20
 CHUNKS_AT_LEAST = 4
 # Of their tiles; and how many slots a word has bits for.
 BUFFERED_ROWS, USED_BITS = 64, 32
+# Of a work item there, what the kernel has to know of it.
+RECORD_INTS = 4
 MIN_BUFFER_BYTES = 16 * 2**20
 # How many tiles are put in order at a time, by as many classes of how much they walk.
 ORDERED_TILES, STEP_BINS = 2048, 256
@@ -173,7 +175,8 @@ def plan_forward(
     max_items = _max_items(p, chunk_tokens, tile)
     index_ints = chunk_tokens * (held_ints + used_words)
     if _has_partials(path):
-        index_ints += (counter_ints(num_segments(p)) + 2) * num_segments(p) + 2 + max_items
+        item_ints = max_items * (RECORD_INTS if is_buffered else 1)
+        index_ints += (counter_ints(num_segments(p)) + 2) * num_segments(p) + 2 + item_ints
     # Sequences start tiles of their own, and a group's borders cut two more.
     extra_tiles = p.num_sequences + 2
     extra_bytes = 0 if walked is None else extra_tiles * list_bytes + STEP_BINS * INT32_BYTES
@@ -275,9 +278,10 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
         entry_bytes += INT32_BYTES + 2 * MASK_BYTES
     listed_bytes = entry_bytes * p.num_slots + (LIST_INTS + 1) * INT32_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
-    held_bytes = INT32_BYTES * (3 * p.num_slots + items + -(-p.num_slots // USED_BITS)) + listed_bytes
+    held_ints = 3 * p.num_slots + RECORD_INTS * items + -(-p.num_slots // USED_BITS)
+    held_bytes = INT32_BYTES * held_ints + listed_bytes
     list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 1) * INT32_BYTES
-    fixed_ints = (counter_ints(num_segments(p)) + 3) * num_segments(p) + 2 + STEP_BINS
+    fixed_ints = (counter_ints(num_segments(p)) + 2 + RECORD_INTS) * num_segments(p) + 2 + STEP_BINS
     fixed_bytes = INT32_BYTES * fixed_ints
     fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)
     all_held = p.num_q_tokens * index_heads * held_bytes

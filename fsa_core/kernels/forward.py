@@ -81,7 +81,7 @@ def _forward(
                 workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
                 num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
                 chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-                pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
+                pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
                 mark_unused=tile is None and not plan.is_buffered,
             )  # fmt: skip
             attend_group(p, plan, group, workspace, used, *tensors)

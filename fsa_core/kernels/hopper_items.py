@@ -1,26 +1,42 @@
 """What kernels that walk pairs by their blocks have in common on Hopper, in Gluon.
 
-A work item of the index is one tile here: 64 rows that chose a block. A program takes as many tiles of each
-head as the others, those of one block in a run. One group of four warps copies: the block's keys and values,
-then the tiles, as many ahead as shared memory has room for, also those of the next run. Two multiply, every
+A work item of the index is one tile here: 64 rows that chose a block; a record says what it is. A program
+takes as many tiles of each head as the others, those of one block in a run. One group of four warps copies: a
+block's keys and values, then the tiles, as many ahead as shared memory has room for. Two multiply, every
 second tile each. What a row gives is written where its pair has its place, so that the order of tiles does
 not matter.
+
+What a tile is, only the copying group finds out. It leaves a note of three numbers beside the rows, so that
+those that multiply look at nothing else.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+)
 
-from fsa_core.kernels.hopper_chunks import BUFFERS, buffer_rows, chunk_of, chunks_of
+from fsa_core.kernels.hopper_chunks import BUFFERS
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
-from fsa_core.kernels.index import SLOT_BITS, SLOT_MASK
-from fsa_core.kernels.primitives import find_segment_sequence
+from fsa_core.kernels.index import RECORD_INTS, RECORD_PAIRS_BIT, SLOT_BITS, SLOT_MASK
 
 # How often a program takes its share of a head's tiles; in 1, 4 or 8 parts is slower.
 ROUNDS = gl.constexpr(2)
 # A warp copies or writes four half rows at once, 16 bytes a thread.
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+# A note says in its first number what comes: a tile, the end of a chunk or of all. Of a tile, in the bits
+# above, which of the two places has its keys, whether its group reads them for the last time, and how many
+# pairs it has.
+TILE, CHUNK_ENDS, ALL_ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+PLACE_BIT, LAST_BIT, PAIRS_BIT = gl.constexpr(2), gl.constexpr(3), gl.constexpr(4)
+# Its second number is how far the chunk's first token sees into the block, as a key of it; its third the
+# first row of partials of its head.
+NOTE_INTS = gl.constexpr(4)
+# Every thread has all of it.
+NOTE_LAYOUT = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 
 
 @gluon.jit
@@ -31,53 +47,40 @@ def tiles_at_once(num_tiles):
 
 
 @gluon.jit
-def load_run(index, sequences, tile, num_tiles, BLOCK_SIZE: gl.constexpr):
-    """What lies in memory of the block that a tile is of, as it lies there: nothing is computed of it before
-    it is needed. Of a tile that is not: of the last.
+def _load_record(records_ptr, tile, end):
+    """What a tile is (``index.Inversion.items``), a number a thread; from ``end`` on, what the last is.
+
+    What all threads share would go to a uniform register, and be waited for at once.
     """
-    offsets_ptr, item_offsets_ptr, item_segment_ptr = index
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps = sequences
-    segment = gl.load(item_segment_ptr + gl.minimum(tile, num_tiles - 1))
-    sequence = find_segment_sequence(cu_seqlens_k_ptr, segment, num_sequences, search_steps, BLOCK_SIZE)
-    keys = (gl.load(cu_seqlens_k_ptr + sequence), gl.load(cu_seqlens_k_ptr + sequence + 1))
-    pairs = (gl.load(offsets_ptr + segment), gl.load(offsets_ptr + segment + 1))
-    tiles = (gl.load(item_offsets_ptr + segment), gl.load(item_offsets_ptr + segment + 1))
-    return segment, sequence, keys, gl.load(cu_seqlens_q_ptr + sequence + 1), pairs, tiles
+    number = gl.arange(0, RECORD_INTS, gl.BlockedLayout([1], [32], [COPYING_WARPS], [0]))
+    return gl.load(records_ptr + (gl.minimum(tile, end - 1) * RECORD_INTS + number))
 
 
 @gluon.jit
-def run_of(loaded, tile, at_once, all_tiles, HEADS_PER_PAIR: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """From ``tile`` on a program's tiles of one block: the first pair, how many pairs and how many tiles, and
-    the tile after them; the block's first key in its sequence, the first packed key of that, how many it has,
-    and what turns a packed query token into a position.
-    """
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
-    segment, sequence, keys, q_end, pairs, tiles = loaded
-    block_start = (segment - (keys[0] // BLOCK_SIZE + sequence)) * BLOCK_SIZE
-    k_length = keys[1] - keys[0]
-    end = gl.minimum(gl.minimum((tile // at_once + 1) * at_once, all_tiles), tiles[1])
-    num_tiles = end - tile
-    next_tile = gl.where(end % at_once == 0, end + (gl.num_programs(0) - 1) * at_once, end)
-    first_pair = pairs[0] + (tile - tiles[0]) * PAIRS
-    num_pairs = gl.minimum(pairs[1] - first_pair, num_tiles * PAIRS)
-    return (first_pair, num_pairs, num_tiles, next_tile), (block_start, keys[0], k_length, k_length - q_end)
+def _numbers_of(record):
+    """A tile's first pair, counts, first key and how far it is seen."""
+    return _number_of(record, 0), _number_of(record, 1), _number_of(record, 2), _number_of(record, 3)
+
+
+@gluon.jit
+def _number_of(numbers, place: gl.constexpr):
+    """One of a few."""
+    places = gl.arange(0, numbers.shape[0], numbers.type.layout)
+    return gl.sum(gl.where(places == place, numbers, 0), 0)
 
 
 @gluon.jit
 def head_index(index, chunk, head, INDEX_PER_HEAD: gl.constexpr):
-    """Of a head of the chunk: its lists, its pairs and how many tiles it has."""
-    pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr = index
+    """Of a head of the chunk: the records of its tiles, its pairs and how many tiles it has."""
+    pairs_ptr, item_offsets_ptr, records_ptr = index
     first_index_head, num_chunks, number, num_segments, group_tokens, chunk_tokens, num_slots, max_items = (
         chunk
     )
     index_head = first_index_head + head if INDEX_PER_HEAD else 0
     row = index_head * num_chunks + number
-    offsets_ptr += row * (num_segments + 1)
-    item_offsets_ptr += row * (num_segments + 1)
-    item_segment_ptr += row.to(gl.int64) * max_items
+    records_ptr += row.to(gl.int64) * max_items * RECORD_INTS
     pairs_ptr += (index_head * group_tokens.to(gl.int64) + number * chunk_tokens) * num_slots
-    lists = (offsets_ptr, item_offsets_ptr, item_segment_ptr)
-    return lists, pairs_ptr, gl.load(item_offsets_ptr + num_segments)
+    return records_ptr, pairs_ptr, gl.load(item_offsets_ptr + row * (num_segments + 1) + num_segments)
 
 
 @gluon.jit
@@ -85,7 +88,7 @@ def most_items(index, chunk, num_heads, INDEX_PER_HEAD: gl.constexpr):
     """Of any head. Where query tiles left nothing, most chunks have none."""
     most = 0
     for head in range(num_heads):
-        _lists, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
+        _records, _pairs, num_items = head_index(index, chunk, head, INDEX_PER_HEAD)
         most = gl.maximum(most, num_items)
     return most
 
@@ -98,8 +101,8 @@ def new_items(
     BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Room for two blocks' keys and values and for tiles of rows of q with their pairs; what says that they
-    are there, and that they are read.
+    """Room for two blocks' keys and values, and what says that they are read. Room for tiles of rows of q
+    with their pairs and notes; what says that a tile is there, and its keys, and that it is read.
     """
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
@@ -108,27 +111,87 @@ def new_items(
     v_blocks = gl.allocate_shared_memory(dtype, [2, BLOCK_SIZE, VALUE_DIM], v_layout)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
     pair_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, SIDE], flat)
-    keys_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    notes = gl.allocate_shared_memory(gl.int32, [STAGES, NOTE_INTS], flat)
     keys_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(2):
-        mbarrier.init(keys_ready.index(place), count=32 * COPYING_WARPS)
         mbarrier.init(keys_free.index(place), count=2)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS)
+        # By each copying thread when its copies arrive, and by one when the note is written.
+        mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS + 1)
         # A tile is one group's.
         mbarrier.init(free.index(stage), count=1)
-    return (k_blocks, v_blocks, keys_ready, keys_free), (q_tiles, pair_tiles, ready, free)
+    return (k_blocks, v_blocks, keys_free), (q_tiles, pair_tiles, notes, ready, free)
+
+
+@gluon.jit
+def _write_note(tiles, n, word, seen, first_row):
+    """What comes as tile ``n``; all that has been copied for it is under way."""
+    notes, ready = tiles[2], tiles[3]
+    STAGES: gl.constexpr = notes.shape[0]
+    stage = n % STAGES
+    number = gl.arange(0, NOTE_INTS, NOTE_LAYOUT)
+    note = gl.where(number == 0, word, gl.where(number == 1, seen, first_row))
+    notes.index(stage).store(note)
+    async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+    mbarrier.arrive(ready.index(stage), count=1)
+
+
+@gluon.jit
+def read_note(tiles, n):
+    """The note of what comes as tile ``n``, when it has come, and its keys."""
+    notes, ready = tiles[2], tiles[3]
+    STAGES: gl.constexpr = notes.shape[0]
+    stage = n % STAGES
+    mbarrier.wait(ready.index(stage), (n // STAGES) & 1)
+    note = notes.index(stage).load(NOTE_LAYOUT)
+    return _number_of(note, 0), _number_of(note, 1), _number_of(note, 2)
+
+
+@gluon.jit
+def kind_of(note):
+    return note[0] & ((1 << PLACE_BIT) - 1)
+
+
+@gluon.jit
+def keys_of(note):
+    """Which place has a tile's keys."""
+    return (note[0] >> PLACE_BIT) & 1
+
+
+@gluon.jit
+def pairs_of(note):
+    """How many pairs a tile has."""
+    return note[0] >> PAIRS_BIT
+
+
+@gluon.jit
+def release_keys(blocks, note):
+    """A tile's keys and values have been read."""
+    mbarrier.arrive(blocks[2].index(keys_of(note)), count=1, pred=((note[0] >> LAST_BIT) & 1) != 0)
+
+
+@gluon.jit
+def note_end(tiles, n, KIND: gl.constexpr):
+    """Tells both groups that a chunk ends, or all; returns how many tiles are before the next."""
+    free = tiles[4]
+    STAGES: gl.constexpr = tiles[0].shape[0]
+    for _ in gl.static_range(2):
+        mbarrier.wait(free.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
+        _write_note(tiles, n, KIND, 0, 0)
+        n += 1
+    return n
 
 
 @gluon.jit
 def copy_items(
     pointers,
     index,
-    sequences,
     chunk,
     heads,
+    tokens,
+    first_row,
     blocks,
     tiles,
     beside,
@@ -148,73 +211,76 @@ def copy_items(
     """Copies keys and values of each run, and its tiles in turn: rows of q, and the pair of each row.
 
     WITH_GRADIENTS also rows of grad_out, and of each row lse and delta, to ``beside``. Pointers to rows are
-    to those of the chunk's first token and head. ``n`` tiles and ``run`` runs were before; returns how many
-    are.
+    to those of the chunk's first token and head, whose pairs have their places from ``first_row`` on. ``n``
+    tiles and ``run`` runs were before; returns how many are.
     """
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     first_head, num_heads = heads
-    k_blocks, v_blocks, keys_ready, keys_free = blocks
-    q_tiles, pair_tiles, ready, free = tiles
+    _first_token, num_tokens, num_slots = tokens
+    k_blocks, v_blocks, keys_free = blocks
+    q_tiles, pair_tiles, _notes, _ready, free = tiles
     STAGES: gl.constexpr = q_tiles.shape[0]
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
     block_keys = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, ROWS_LAYOUT))
     flat_rows = gl.arange(0, SIDE, flat)
+    k_rows = block_keys * (NUM_KV_HEADS * HEAD_DIM)
+    v_rows = block_keys * (NUM_KV_HEADS * VALUE_DIM)
     for head in range(num_heads):
-        lists, pairs_ptr, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
+        records_ptr, pairs_ptr, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
         kv_head = (first_head + head) // TILE_HEADS_PER_KV_HEAD
         head_row = head * HEADS_PER_PAIR
+        head_place = first_row + head * num_tokens * num_slots * HEADS_PER_PAIR
         at_once = tiles_at_once(all_tiles)
-        first_tile = gl.program_id(0) * at_once
-        if first_tile < all_tiles:
-            # What lies in memory is asked for a run ahead, so that nothing waits for it: first pairs, then
-            # the tiles of a run that come later, two at a time.
-            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-            this, this_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
-            later = load_run(lists, sequences, this[3], all_tiles, BLOCK_SIZE)
-            pairs, next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
-            flat_pairs, next_flat_pairs = pairs, next_pairs
-            if WITH_GRADIENTS:
-                flat_pairs, next_flat_pairs = first_pairs(pairs_ptr, this, flat_rows, HEADS_PER_PAIR)
-            while first_tile < all_tiles:
-                first_pair, num_pairs, num_tiles, first_tile = this
-                block_start, k_start, k_length, _shift = this_block
-                this, this_block = run_of(later, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
-                later = load_run(lists, sequences, this[3], all_tiles, BLOCK_SIZE)
-                run_pairs, run_next_pairs = first_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
-                run_flat_pairs, run_next_flat_pairs = run_pairs, run_next_pairs
+        for part in range(ROUNDS):
+            first_tile = (part * gl.num_programs(0) + gl.program_id(0)) * at_once
+            end = gl.minimum(first_tile + at_once, all_tiles)
+            if first_tile < end:
+                # What lies in memory is asked for ahead, so that nothing waits for it: what a tile is four
+                # tiles ahead, its pairs two.
+                this = _load_record(records_ptr, first_tile, end)
+                following = _load_record(records_ptr, first_tile + 1, end)
+                second = _load_record(records_ptr, first_tile + 2, end)
+                third = _load_record(records_ptr, first_tile + 3, end)
+                this, following, second = _numbers_of(this), _numbers_of(following), _numbers_of(second)
+                pairs = _tile_pairs(pairs_ptr, this, rows, HEADS_PER_PAIR)
+                next_pairs = _tile_pairs(pairs_ptr, following, rows, HEADS_PER_PAIR)
+                flat_pairs, next_flat_pairs = pairs, next_pairs
                 if WITH_GRADIENTS:
-                    run_flat_pairs, run_next_flat_pairs = first_pairs(
-                        pairs_ptr, this, flat_rows, HEADS_PER_PAIR
-                    )
-                key_row = (k_start + block_start).to(gl.int64) * NUM_KV_HEADS + kv_head
-                keys, place = block_keys < k_length - block_start, run % 2
-                mbarrier.wait(keys_free.index(place), ((run // 2) & 1) ^ 1)
-                k_rows = block_keys * (NUM_KV_HEADS * HEAD_DIM)
-                v_rows = block_keys * (NUM_KV_HEADS * VALUE_DIM)
-                block_k_ptr, block_v_ptr = k_ptr + key_row * HEAD_DIM, v_ptr + key_row * VALUE_DIM
-                copy_rows(block_k_ptr, k_blocks.index(place), k_rows, keys, HEAD_DIM, ROWS_LAYOUT)
-                copy_rows(block_v_ptr, v_blocks.index(place), v_rows, keys, VALUE_DIM, ROWS_LAYOUT)
-                async_copy.mbarrier_arrive(keys_ready.index(place), increment_count=False)
-                run += 1
-                for tile in range(num_tiles):
+                    flat_pairs = _tile_pairs(pairs_ptr, this, flat_rows, HEADS_PER_PAIR)
+                    next_flat_pairs = _tile_pairs(pairs_ptr, following, flat_rows, HEADS_PER_PAIR)
+                held_key = -1
+                for tile in range(first_tile, end):
+                    first_pair, counts, first_key, seen = this
+                    if first_key != held_key:
+                        place = run % 2
+                        mbarrier.wait(keys_free.index(place), ((run // 2) & 1) ^ 1)
+                        key_row = first_key.to(gl.int64) * NUM_KV_HEADS + kv_head
+                        keys = block_keys < (counts & ((1 << RECORD_PAIRS_BIT) - 1))
+                        k_block, v_block = k_blocks.index(place), v_blocks.index(place)
+                        copy_rows(k_ptr + key_row * HEAD_DIM, k_block, k_rows, keys, HEAD_DIM, ROWS_LAYOUT)
+                        copy_rows(v_ptr + key_row * VALUE_DIM, v_block, v_rows, keys, VALUE_DIM, ROWS_LAYOUT)
+                        # Of the group that has no tile of this run.
+                        is_single = (tile + 1 == end) | (following[2] != first_key)
+                        mbarrier.arrive(keys_free.index(place), count=1, pred=is_single)
+                        held_key = first_key
+                        run += 1
+                    # Before the next one is asked for: two would lie in two registers, and moving the newer
+                    # would be waiting for it.
+                    later = _numbers_of(third)
+                    third = _load_record(records_ptr, tile + 4, end)
                     stage = n % STAGES
-                    first = tile * PAIRS
-                    mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
-                    flat_mask = in_tile(first, num_pairs, flat_rows, HEADS_PER_PAIR)
+                    num_pairs = counts >> RECORD_PAIRS_BIT
+                    mask = in_tile(num_pairs, rows, HEADS_PER_PAIR)
+                    flat_mask = in_tile(num_pairs, flat_rows, HEADS_PER_PAIR)
                     q_rows = (pairs >> SLOT_BITS) * NUM_Q_HEADS + (head_row + rows % HEADS_PER_PAIR)
                     flat_tokens = flat_pairs >> SLOT_BITS
-                    pair_ptrs = pairs_ptr + (first_pair + first + flat_rows // HEADS_PER_PAIR)
+                    pair_ptrs = pairs_ptr + (first_pair + flat_rows // HEADS_PER_PAIR)
                     pairs = next_pairs
-                    next_pairs = tile_pairs(
-                        pairs_ptr, first_pair, first + 2 * PAIRS, num_pairs, rows, HEADS_PER_PAIR
-                    )
+                    next_pairs = _tile_pairs(pairs_ptr, second, rows, HEADS_PER_PAIR)
                     if WITH_GRADIENTS:
                         flat_pairs = next_flat_pairs
-                        next_flat_pairs = tile_pairs(
-                            pairs_ptr, first_pair, first + 2 * PAIRS, num_pairs, flat_rows, HEADS_PER_PAIR
-                        )
+                        next_flat_pairs = _tile_pairs(pairs_ptr, second, flat_rows, HEADS_PER_PAIR)
                     mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
                     copy_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, mask, HEAD_DIM, ROWS_LAYOUT)
                     async_copy.async_copy_global_to_shared(pair_tiles.index(stage), pair_ptrs, flat_mask)
@@ -229,161 +295,86 @@ def copy_items(
                         async_copy.async_copy_global_to_shared(
                             delta_tiles.index(stage), delta_ptrs, flat_mask
                         )
-                    async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+                    is_last = (tile + 2 >= end) | (second[2] != first_key)
+                    word = TILE + ((run - 1) % 2 << PLACE_BIT) + (num_pairs << PAIRS_BIT)
+                    word += gl.where(is_last, 1 << LAST_BIT, 0)
+                    _write_note(tiles, n, word, seen, head_place)
                     n += 1
-                pairs, next_pairs = run_pairs, run_next_pairs
-                flat_pairs, next_flat_pairs = run_flat_pairs, run_next_flat_pairs
+                    this, following, second = following, second, later
     return n, run
 
 
 @gluon.jit
 def multiply_chunks(
     of_tile: gl.constexpr,
-    at_row: gl.constexpr,
-    x_ptr,
     given,
-    index,
-    sequences,
-    schedule,
     meeting,
     blocks,
     tiles,
     HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
     CAUSAL: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Every second tile of each chunk by ``of_tile``, as soon as there is a buffer for what comes of them:
-    ``at_row`` of ``x_ptr`` and the buffer's first row. ``given`` is what ``of_tile`` takes besides.
-    """
+    """Every second tile of each chunk by ``of_tile``, as soon as there is a buffer for what comes of them."""
+    free_tiles = tiles[4]
     written, free, _gathered, _released = meeting
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR)
-    # Tiles, runs and chunks before.
-    n = 0
-    run = 0
+    STAGES: gl.constexpr = tiles[0].shape[0]
+    # Tiles and chunks before.
+    n = 0 + GROUP
     met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        if not WITH_SHARED or most_items(index, chunk, heads[1], INDEX_PER_HEAD) > 0:
-            buffer = met % BUFFERS
-            of_buffer = at_row(x_ptr, buffer * rows_of_buffer)
-            mbarrier.wait(free.index(buffer), ((met // BUFFERS) & 1) ^ 1)
-            n, run = _multiply_items(
-                of_tile, of_buffer, given, index, sequences, chunk, tokens, heads[1], blocks, tiles, n, run,
-                HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, GROUP,
-            )  # fmt: skip
-            mbarrier.arrive(written.index(buffer), count=1)
-            met += 1
+    note = read_note(tiles, n)
+    while kind_of(note) != ALL_ENDS:
+        while kind_of(note) == TILE:
+            of_tile(given, blocks, tiles, n % STAGES, note, HEADS_PER_PAIR, CAUSAL, GROUP)
+            n += 2
+            note = read_note(tiles, n)
+        mbarrier.arrive(free_tiles.index(n % STAGES), count=1)
+        mbarrier.arrive(written.index(met % BUFFERS), count=1)
+        met += 1
+        mbarrier.wait(free.index(met % BUFFERS), ((met // BUFFERS) & 1) ^ 1)
+        n += 2
+        note = read_note(tiles, n)
 
 
 @gluon.jit
-def _multiply_items(
-    of_tile: gl.constexpr,
-    of_buffer,
-    given,
-    index,
-    sequences,
-    chunk,
-    tokens,
-    num_heads,
-    blocks,
-    tiles,
-    n,
-    run,
-    HEADS_PER_PAIR: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Every second tile of a chunk. ``n`` tiles and ``run`` runs were before them; returns how many are."""
-    first_token, num_tokens, num_slots = tokens
-    k_blocks, v_blocks, keys_ready, keys_free = blocks
-    q_tiles, _pair_tiles, ready, _free = tiles
-    STAGES: gl.constexpr = q_tiles.shape[0]
+def begin_scores(blocks, tiles, stage, note):
+    """Begins to multiply a tile's scores."""
+    q_tiles, k_blocks = tiles[0], blocks[0]
     BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
-    for head in range(num_heads):
-        lists, _pairs, all_tiles = head_index(index, chunk, head, INDEX_PER_HEAD)
-        head_place = head * num_tokens
-        at_once = tiles_at_once(all_tiles)
-        first_tile = gl.program_id(0) * at_once
-        if first_tile < all_tiles:
-            loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-            while first_tile < all_tiles:
-                of_run, of_block = run_of(loaded, first_tile, at_once, all_tiles, HEADS_PER_PAIR, BLOCK_SIZE)
-                _first, num_pairs, num_tiles, first_tile = of_run
-                block_start, _start, k_length, q_shift = of_block
-                loaded = load_run(lists, sequences, first_tile, all_tiles, BLOCK_SIZE)
-                first_position = first_token + q_shift
-                is_cut = hides(block_start, first_position, k_length, BLOCK_SIZE, CAUSAL)
-                mbarrier.wait(keys_ready.index(run % 2), (run // 2) & 1)
-                k, v = k_blocks.index(run % 2), v_blocks.index(run % 2)
-                for tile in range((n + GROUP) % 2, num_tiles, 2):
-                    stage = (n + tile) % STAGES
-                    mbarrier.wait(ready.index(stage), ((n + tile) // STAGES) & 1)
-                    fence_async_shared()
-                    of_tile(
-                        of_buffer, given, tiles, stage, k, v, (head_place, num_slots),
-                        num_pairs - tile * PAIRS, is_cut, (block_start, first_position, k_length),
-                        HEADS_PER_PAIR, CAUSAL, GROUP,
-                    )  # fmt: skip
-                mbarrier.arrive(keys_free.index(run % 2), count=1)
-                n += num_tiles
-                run += 1
-    return n, run
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
+    fence_async_shared()
+    k = k_blocks.index(keys_of(note)).permute([1, 0])
+    zeros = gl.zeros([SIDE, BLOCK_SIZE], gl.float32, layout)
+    return warpgroup_mma(q_tiles.index(stage), k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def in_tile(first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
-    """Which rows of a tile, whose first pair is the run's ``first``, there are."""
+def in_tile(num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
+    """Which rows of a tile there are."""
     pair = rows // HEADS_PER_PAIR
-    return (pair < SIDE // HEADS_PER_PAIR) & (first + pair < num_pairs)
+    return (pair < SIDE // HEADS_PER_PAIR) & (pair < num_pairs)
 
 
 @gluon.jit
-def tile_pairs(pairs_ptr, first_pair, first, num_pairs, rows, HEADS_PER_PAIR: gl.constexpr):
-    """The pair of each row of the run's tile whose first pair is ``first``."""
-    mask = in_tile(first, num_pairs, rows, HEADS_PER_PAIR)
-    return gl.load(pairs_ptr + (first_pair + first + rows // HEADS_PER_PAIR), mask=mask, other=0)
+def _tile_pairs(pairs_ptr, record, rows, HEADS_PER_PAIR: gl.constexpr):
+    """The pair of each row of a tile."""
+    mask = in_tile(record[1] >> RECORD_PAIRS_BIT, rows, HEADS_PER_PAIR)
+    return gl.load(pairs_ptr + (record[0] + rows // HEADS_PER_PAIR), mask=mask, other=0)
 
 
 @gluon.jit
-def first_pairs(pairs_ptr, run, rows, HEADS_PER_PAIR: gl.constexpr):
-    """Those of a run's first two tiles."""
-    first_pair, num_pairs = run[0], run[1]
-    PAIRS: gl.constexpr = SIDE // HEADS_PER_PAIR
-    a = tile_pairs(pairs_ptr, first_pair, 0, num_pairs, rows, HEADS_PER_PAIR)
-    return a, tile_pairs(pairs_ptr, first_pair, PAIRS, num_pairs, rows, HEADS_PER_PAIR)
-
-
-@gluon.jit
-def hides(block_start, first_position, k_length, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
-    """Whether some row may not see some key of a block; the chunk's first token sees least."""
-    last_key = block_start + (BLOCK_SIZE - 1)
-    return last_key > first_position if CAUSAL else last_key >= k_length
-
-
-@gluon.jit
-def visible(pairs, block, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
-    """Which keys of a block the rows of ``pairs`` see, with its first key, the position of the chunk's first
-    token and how many keys its sequence has. Keys past the end come after every token.
-    """
-    block_start, first_position, k_length = block
-    keys = block_start + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, pairs.type.layout.parent))
-    last_key = (pairs >> SLOT_BITS) + first_position if CAUSAL else pairs * 0 + (k_length - 1)
+def visible(pairs, seen, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
+    """Which keys of a block the rows of ``pairs`` see. Keys past the end come after every token."""
+    keys = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, pairs.type.layout.parent))
+    last_key = (pairs >> SLOT_BITS) + seen if CAUSAL else pairs * 0 + seen
     return keys[None, :] <= last_key[:, None]
 
 
 @gluon.jit
-def places_of(pairs, rows, head, HEADS_PER_PAIR: gl.constexpr):
-    """Where the numbers of rows lie that have one a row: [heads, tokens, slots, HEADS_PER_PAIR].
-
-    ``head``: how many tokens the heads before have, and how many slots a token.
-    """
-    head_place, num_slots = head
-    place = (head_place + (pairs >> SLOT_BITS)) * num_slots + (pairs & SLOT_MASK)
-    return place * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
+def places_of(pairs, rows, first_row, num_slots, HEADS_PER_PAIR: gl.constexpr):
+    """Where rows have their numbers: [tokens, slots, HEADS_PER_PAIR] from ``first_row`` on."""
+    place = (pairs >> SLOT_BITS) * num_slots + (pairs & SLOT_MASK)
+    return first_row + place * HEADS_PER_PAIR + rows % HEADS_PER_PAIR
 
 
 @gluon.jit
@@ -391,8 +382,7 @@ def store_places(x_ptr, x, tile, places, num_pairs, HEADS_PER_PAIR: gl.constexpr
     """Writes x [SIDE, dim], of pairs that exist, to rows at ``places``; by way of ``tile``, shared memory."""
     DIM: gl.constexpr = x.shape[1]
     tile.store(x.to(tile.dtype))
-    pair = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT)) // HEADS_PER_PAIR
-    exists = (pair < SIDE // HEADS_PER_PAIR) & (pair < num_pairs)
+    exists = in_tile(num_pairs, gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT)), HEADS_PER_PAIR)
     dims = gl.arange(0, DIM, gl.SliceLayout(0, ROWS_LAYOUT))
     ptrs = x_ptr + ((places * DIM)[:, None] + dims[None, :])
     gl.store(ptrs, tile.load(ROWS_LAYOUT), mask=exists[:, None])

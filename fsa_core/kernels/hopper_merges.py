@@ -132,6 +132,14 @@ def copy_batch(ring, ptrs, bits, batch: gl.constexpr, SLOT_STRIDE: gl.constexpr)
 
 
 @gluon.jit
+def _begin_tile(ring, ptrs, bits, SLOT_STRIDE: gl.constexpr):
+    """Begins to copy as many slots of a tile as there is room for."""
+    BATCHES: gl.constexpr = len(ring) // BATCH
+    for batch in gl.static_range(BATCHES):
+        copy_batch(ring, ptrs, bits, batch, SLOT_STRIDE)
+
+
+@gluon.jit
 def halves(x, layout: gl.constexpr):
     """Of x [rows, dims] in float32 every even and every odd number, which a thread has beside each other."""
     pairs = gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2])
@@ -334,11 +342,10 @@ def merge_chunks(
             row = tokens[0].to(gl.int64) * NUM_Q_HEADS + heads[0] * HEADS_PER_PAIR
             first_rows = (buffer * rows_of_buffer, row)
             of_buffer, of_chunk = x_ptr + buffer * rows_of_buffer * DIM, answers_ptr + row * DIM
-            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
-            meet(meeting, counter_ptr, 2 * met)
             num_tiles = (num_tokens * num_heads * HEADS_PER_PAIR + (ROWS - 1)) // ROWS
             step = gl.num_programs(0) * TILES
             turn = 0
+            # While the others still write.
             wanted = _look_through(
                 gl.program_id(0), used_ptr, (bits, places), chunk, tokens, num_heads, turn, NUM_Q_HEADS,
                 HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
@@ -349,12 +356,21 @@ def merge_chunks(
                 gl.program_id(0), bits.index(0), of_buffer, num_slots, layout, DIM, HEADS_PER_PAIR
             )
             held = gl.zeros([ROWS, DIM], ring[0].dtype, layout)
+            mbarrier.wait(written.index(buffer), (met // BUFFERS) & 1)
+            meet(meeting, counter_ptr, 2 * met)
+            if (wanted & 2) != 0:
+                _begin_tile(ring, slot_ptrs, slot_bits, HEADS_PER_PAIR * DIM)
+                if WITH_SHARED:
+                    held = _answers_of_tile(of_chunk, places.index(0), True, layout, DIM)
+                # As if the tile before had begun it.
+                wanted |= 1
             for first_tile in range(gl.program_id(0), num_tiles, step):
-                following = _look_through(
-                    first_tile + step, used_ptr, (bits, places), chunk, tokens, num_heads, turn ^ 1,
-                    NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
-                )  # fmt: skip
-                wanted |= following << (TILES + 1)
+                if first_tile + step < num_tiles:
+                    following = _look_through(
+                        first_tile + step, used_ptr, (bits, places), chunk, tokens, num_heads, turn ^ 1,
+                        NUM_Q_HEADS, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
+                    )  # fmt: skip
+                    wanted |= following << (TILES + 1)
                 prepare(
                     given, first_rows, first_tile, all_rows(bits).index(turn), all_rows(places).index(turn),
                     used_ptr, chunk, tokens, HEADS_PER_PAIR, INDEX_PER_HEAD, WITH_SHARED, MORE_SLOTS,
@@ -371,9 +387,7 @@ def merge_chunks(
                     if ((wanted >> (number + 1)) & 1) != 0:
                         begun, begins = (wanted >> number) & 1, (wanted >> (number + 2)) & 1
                         if begun == 0:
-                            BATCHES: gl.constexpr = len(ring) // BATCH
-                            for batch in gl.static_range(BATCHES):
-                                copy_batch(ring, slot_ptrs, slot_bits, batch, HEADS_PER_PAIR * DIM)
+                            _begin_tile(ring, slot_ptrs, slot_bits, HEADS_PER_PAIR * DIM)
                             if WITH_SHARED:
                                 held = _answers_of_tile(of_chunk, places.index(place), True, layout, DIM)
                         if WITH_SHARED:

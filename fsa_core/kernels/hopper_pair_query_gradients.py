@@ -17,17 +17,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_chunks import (
+    BUFFERS,
     any_items,
+    buffer_rows,
     chunk_of,
     chunks_of,
     new_meeting,
 )
 from fsa_core.kernels.hopper_items import (
+    ALL_ENDS,
+    CHUNK_ENDS,
     ROWS_LAYOUT,
+    begin_scores,
     copy_items,
+    keys_of,
+    most_items,
     multiply_chunks,
     new_items,
+    note_end,
+    pairs_of,
     places_of,
+    release_keys,
     store_places,
     visible,
 )
@@ -54,34 +64,23 @@ REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 96, 96
 
 
 @gluon.jit
-def _at_row(shares, row):
-    """Shares from a row on."""
-    shares_ptr, HEAD_DIM = shares
-    return shares_ptr + row * HEAD_DIM
-
-
-@gluon.jit
 def _share_tile(
-    shares_ptr,
     given,
+    blocks,
     tiles,
     stage,
-    k,
-    v,
-    head,
-    num_pairs,
-    is_cut,
-    block,
+    note,
     HEADS_PER_PAIR: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """A tile's rows' shares of grad_q; arguments as ``hopper_partials._attend_tile`` has them."""
-    beside, scale = given
-    q_tiles, pair_tiles, _ready, free = tiles
+    shares_ptr, beside, scale, num_slots = given
+    k_blocks, v_blocks, _keys_free = blocks
+    q_tiles, pair_tiles, _notes, _ready, free = tiles
     out_tiles, lse_tiles, delta_tiles = beside
-    BLOCK_SIZE: gl.constexpr = k.shape[0]
-    HEAD_DIM: gl.constexpr = k.shape[1]
+    BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
+    HEAD_DIM: gl.constexpr = k_blocks.shape[2]
     dtype: gl.constexpr = q_tiles.dtype
     share_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, share_layout, 2)
@@ -90,27 +89,30 @@ def _share_tile(
     zeros = gl.zeros([SIDE, BLOCK_SIZE], gl.float32, scores_layout)
     no_share = gl.zeros([SIDE, HEAD_DIM], gl.float32, share_layout)
     share_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
-    scores = warpgroup_mma(q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    grad_weights = warpgroup_mma(
-        out_tiles.index(stage), v.permute([1, 0]), zeros, use_acc=False, is_async=True
-    )
+    _word, seen, first_row = note
+    place = keys_of(note)
+    scores = begin_scores(blocks, tiles, stage, note)
+    v = v_blocks.index(place).permute([1, 0])
+    grad_weights = warpgroup_mma(out_tiles.index(stage), v, zeros, use_acc=False, is_async=True)
     share_pairs = pair_tiles.index(stage).load(share_rows.type.layout)
     shift = row_shift(lse_tiles.index(stage).load(row_layout))
     delta = delta_tiles.index(stage).load(row_layout)
     scores = warpgroup_mma_wait(1, deps=[scores])
     weights = gl.exp2(scores * (scale * LOG2_E) - shift[:, None])
-    if is_cut:
+    # The chunk's first token sees least.
+    if seen < BLOCK_SIZE - 1:
         pairs = pair_tiles.index(stage).load(row_layout)
-        weights = gl.where(visible(pairs, block, BLOCK_SIZE, CAUSAL), weights, 0.0)
+        weights = gl.where(visible(pairs, seen, BLOCK_SIZE, CAUSAL), weights, 0.0)
     grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
     grad_scores = weights * (grad_weights - delta[:, None])
     left = gl.convert_layout(grad_scores.to(dtype), left_layout)
-    share = warpgroup_mma(left, k, no_share, use_acc=False, is_async=True)
-    places = places_of(share_pairs, share_rows, head, HEADS_PER_PAIR)
+    share = warpgroup_mma(left, k_blocks.index(place), no_share, use_acc=False, is_async=True)
+    places = places_of(share_pairs, share_rows, first_row, num_slots, HEADS_PER_PAIR)
     # Scaled here: a share that was not might overflow float16.
     share = warpgroup_mma_wait(0, deps=[share]) * scale
+    release_keys(blocks, note)
     # By way of the rows of q, which are read.
-    store_places(shares_ptr, share, q_tiles.index(stage), places, num_pairs, HEADS_PER_PAIR)
+    store_places(shares_ptr, share, q_tiles.index(stage), places, pairs_of(note), HEADS_PER_PAIR)
     mbarrier.arrive(free.index(stage), count=1)
 
 
@@ -168,7 +170,6 @@ def _sum_tile(
 def _copy_chunks(
     pointers,
     index,
-    sequences,
     schedule,
     heads,
     blocks,
@@ -182,28 +183,35 @@ def _copy_chunks(
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
 ):
     """What the tiles of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
     first_head, num_delta_heads = heads
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR).to(gl.int32)
     n = 0
     run = 0
+    met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, of_chunk = chunk_of(schedule, c)
-        first_token, _num_tokens, _slots = tokens
         chunk_head, num_heads = of_chunk
-        first = chunk_head * HEADS_PER_PAIR
-        row = first_token.to(gl.int64) * NUM_Q_HEADS + first
-        delta_row = first_token.to(gl.int64) * num_delta_heads + first
-        rows = (
-            q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
-            delta_ptr + delta_row,
-        )  # fmt: skip
-        n, run = copy_items(
-            rows, index, sequences, chunk, (first_head + chunk_head, num_heads), blocks, tiles, beside,
-            num_delta_heads, n, run, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD,
-            INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE, gl.constexpr(True),
-        )  # fmt: skip
+        if not WITH_SHARED or most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0:
+            first = chunk_head * HEADS_PER_PAIR
+            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + first
+            delta_row = tokens[0].to(gl.int64) * num_delta_heads + first
+            rows = (
+                q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
+                delta_ptr + delta_row,
+            )  # fmt: skip
+            n, run = copy_items(
+                rows, index, chunk, (first_head + chunk_head, num_heads), tokens,
+                met % BUFFERS * rows_of_buffer, blocks, tiles, beside, num_delta_heads, n, run, NUM_Q_HEADS,
+                NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM,
+                BLOCK_SIZE, gl.constexpr(True),
+            )  # fmt: skip
+            n = note_end(tiles, n, CHUNK_ENDS)
+            met += 1
+    note_end(tiles, n, ALL_ENDS)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -218,11 +226,8 @@ def of_pairs(
     counts_ptr,
     used_ptr,
     pairs_ptr,
-    offsets_ptr,
     item_offsets_ptr,
-    item_segment_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
+    records_ptr,
     grad_q_ptr,
     scale,
     first_token,
@@ -232,8 +237,6 @@ def of_pairs(
     num_heads,
     chunk_heads,
     num_slots,
-    num_sequences,
-    search_steps,
     num_segments,
     num_chunks,
     group_tokens,
@@ -264,7 +267,7 @@ def of_pairs(
     and afterwards.
     """
     counter_ptr = counts_ptr + 1
-    index = (pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr)
+    index = (pairs_ptr, item_offsets_ptr, records_ptr)
     # Before what a program of four groups takes to begin.
     if WITH_SHARED:  # noqa: SIM102 - the first condition is known when the kernel is compiled
         if not any_items(item_offsets_ptr, num_chunks * (num_heads if INDEX_PER_HEAD else 1), num_segments):
@@ -282,7 +285,6 @@ def of_pairs(
         q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + first_row * VALUE_DIM, lse_ptr + first_row,
         delta_ptr + (first_row - first_delta_head),
     )  # fmt: skip
-    sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
     schedule = (
         first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_tokens,
         num_slots, max_items,
@@ -293,19 +295,17 @@ def of_pairs(
     gl.warp_specialize(
         [
             (multiply_chunks, (
-                gl.constexpr(_share_tile), gl.constexpr(_at_row), (shares_ptr, HEAD_DIM), (beside, scale),
-                index, sequences, schedule, meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL,
-                WITH_SHARED, gl.constexpr(0),
+                gl.constexpr(_share_tile), (shares_ptr, beside, scale, num_slots), meeting, blocks, tiles,
+                HEADS_PER_PAIR, CAUSAL, gl.constexpr(0),
             )),
             (multiply_chunks, (
-                gl.constexpr(_share_tile), gl.constexpr(_at_row), (shares_ptr, HEAD_DIM), (beside, scale),
-                index, sequences, schedule, meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL,
-                WITH_SHARED, gl.constexpr(1),
+                gl.constexpr(_share_tile), (shares_ptr, beside, scale, num_slots), meeting, blocks, tiles,
+                HEADS_PER_PAIR, CAUSAL, gl.constexpr(1),
             )),
             (_copy_chunks, (
-                pointers, index, sequences, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
+                pointers, index, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
-                VALUE_DIM, BLOCK_SIZE,
+                VALUE_DIM, BLOCK_SIZE, WITH_SHARED,
             )),
             (merge_chunks, (
                 gl.constexpr(_as_they_are), gl.constexpr(_sum_tile), shares_ptr, grad_q_ptr, grad_q_ptr,

@@ -18,17 +18,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fsa_core.kernels.hopper_chunks import (
+    BUFFERS,
     any_items,
+    buffer_rows,
     chunk_of,
     chunks_of,
     new_meeting,
 )
 from fsa_core.kernels.hopper_items import (
+    ALL_ENDS,
+    CHUNK_ENDS,
     ROWS_LAYOUT,
+    begin_scores,
     copy_items,
+    keys_of,
+    most_items,
     multiply_chunks,
     new_items,
+    note_end,
+    pairs_of,
     places_of,
+    release_keys,
     store_places,
     visible,
 )
@@ -65,66 +75,53 @@ REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
 
 
 @gluon.jit
-def _at_row(partials, row):
-    """Both kinds of partials from a row on."""
-    out_ptr, lse_ptr, VALUE_DIM = partials
-    return out_ptr + row * VALUE_DIM, lse_ptr + row
-
-
-@gluon.jit
 def _attend_tile(
-    partials,
     given,
+    blocks,
     tiles,
     stage,
-    k,
-    v,
-    head,
-    num_pairs,
-    is_cut,
-    block,
+    note,
     HEADS_PER_PAIR: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units.
-
-    A tile has ``num_pairs`` pairs, or as many as there is room for. ``head`` is as ``places_of`` has
-    it, ``block`` as ``visible`` has it. ``is_cut``: a row does not see all.
-    """
-    out_ptr, lse_ptr = partials
-    out_tiles, scale = given
-    q_tiles, pair_tiles, _ready, free = tiles
-    BLOCK_SIZE: gl.constexpr = k.shape[0]
-    VALUE_DIM: gl.constexpr = v.shape[1]
+    """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units."""
+    out_ptr, lse_ptr, out_tiles, scale, num_slots = given
+    k_blocks, v_blocks, _keys_free = blocks
+    q_tiles, pair_tiles, _notes, _ready, free = tiles
+    BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
+    VALUE_DIM: gl.constexpr = v_blocks.shape[2]
     dtype: gl.constexpr = q_tiles.dtype
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
-    zeros = gl.zeros([SIDE, BLOCK_SIZE], gl.float32, scores_layout)
     no_out = gl.zeros([SIDE, VALUE_DIM], gl.float32, out_layout)
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, scores_layout))
     out_rows = gl.arange(0, SIDE, gl.SliceLayout(1, ROWS_LAYOUT))
-    scores = warpgroup_mma(q_tiles.index(stage), k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    _word, seen, first_row = note
+    num_pairs = pairs_of(note)
+    scores = begin_scores(blocks, tiles, stage, note)
     pairs = pair_tiles.index(stage).load(rows.type.layout)
     out_pairs = pair_tiles.index(stage).load(out_rows.type.layout)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(free.index(stage), count=1)
-    if is_cut:
-        scores = gl.where(visible(pairs, block, BLOCK_SIZE, CAUSAL), scores, float("-inf"))
+    # The chunk's first token sees least.
+    if seen < BLOCK_SIZE - 1:
+        scores = gl.where(visible(pairs, seen, BLOCK_SIZE, CAUSAL), scores, float("-inf"))
     row_max = gl.max(scores, 1)
     finite = gl.where(row_max == float("-inf"), 0.0, row_max)
     weights = gl.exp2(scores * scale - (finite * scale)[:, None])
     row_sum = gl.sum(weights, 1)
     left = gl.convert_layout(weights.to(dtype), weights_layout)
-    out = warpgroup_mma(left, v, no_out, use_acc=False, is_async=True)
+    out = warpgroup_mma(left, v_blocks.index(keys_of(note)), no_out, use_acc=False, is_async=True)
     pair = rows // HEADS_PER_PAIR
-    lse_ptrs = lse_ptr + places_of(pairs, rows, head, HEADS_PER_PAIR)
+    lse_ptrs = lse_ptr + places_of(pairs, rows, first_row, num_slots, HEADS_PER_PAIR)
     lse = row_max * scale + gl.log2(row_sum)
     gl.store(lse_ptrs, lse, mask=(pair < SIDE // HEADS_PER_PAIR) & (pair < num_pairs))
     share = gl.convert_layout(share_of(row_sum), gl.SliceLayout(1, out_layout))
-    places = places_of(out_pairs, out_rows, head, HEADS_PER_PAIR)
+    places = places_of(out_pairs, out_rows, first_row, num_slots, HEADS_PER_PAIR)
     out = warpgroup_mma_wait(0, deps=[out]) * share[:, None]
+    release_keys(blocks, note)
     store_places(out_ptr, out, out_tiles.index(GROUP), places, num_pairs, HEADS_PER_PAIR)
 
 
@@ -271,7 +268,6 @@ def _merge_tile(
 def _copy_chunks(
     pointers,
     index,
-    sequences,
     schedule,
     first_head,
     blocks,
@@ -284,22 +280,29 @@ def _copy_chunks(
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
 ):
     """What the tiles of every chunk need, one after the other."""
     q_ptr, k_ptr, v_ptr = pointers
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR).to(gl.int32)
     n = 0
     run = 0
+    met = 0
     for c in range(chunks_of(schedule)):
         chunk, tokens, heads = chunk_of(schedule, c)
-        first_token, _num_tokens, _slots = tokens
         chunk_head, num_heads = heads
-        row = first_token.to(gl.int64) * NUM_Q_HEADS + chunk_head * HEADS_PER_PAIR
-        of_chunk = (q_ptr + row * HEAD_DIM, k_ptr, v_ptr, q_ptr, q_ptr, q_ptr)
-        n, run = copy_items(
-            of_chunk, index, sequences, chunk, (first_head + chunk_head, num_heads), blocks, tiles, (), 0, n,
-            run, NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD,
-            HEAD_DIM, VALUE_DIM, BLOCK_SIZE, gl.constexpr(False),
-        )  # fmt: skip
+        if not WITH_SHARED or most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0:
+            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + chunk_head * HEADS_PER_PAIR
+            of_chunk = (q_ptr + row * HEAD_DIM, k_ptr, v_ptr, q_ptr, q_ptr, q_ptr)
+            n, run = copy_items(
+                of_chunk, index, chunk, (first_head + chunk_head, num_heads), tokens,
+                met % BUFFERS * rows_of_buffer, blocks, tiles, (), 0, n, run, NUM_Q_HEADS, NUM_KV_HEADS,
+                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
+                gl.constexpr(False),
+            )  # fmt: skip
+            n = note_end(tiles, n, CHUNK_ENDS)
+            met += 1
+    note_end(tiles, n, ALL_ENDS)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -312,11 +315,8 @@ def attend_pairs(
     counts_ptr,
     used_ptr,
     pairs_ptr,
-    offsets_ptr,
     item_offsets_ptr,
-    item_segment_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
+    records_ptr,
     out_ptr,
     lse_ptr,
     scale,
@@ -327,8 +327,6 @@ def attend_pairs(
     num_heads,
     chunk_heads,
     num_slots,
-    num_sequences,
-    search_steps,
     num_segments,
     num_chunks,
     group_tokens,
@@ -356,7 +354,7 @@ def attend_pairs(
     and afterwards.
     """
     counter_ptr = counts_ptr + 1
-    index = (pairs_ptr, offsets_ptr, item_offsets_ptr, item_segment_ptr)
+    index = (pairs_ptr, item_offsets_ptr, records_ptr)
     # Before what a program of four groups takes to begin.
     if WITH_SHARED:  # noqa: SIM102 - the first condition is known when the kernel is compiled
         if not any_items(item_offsets_ptr, num_chunks * (num_heads if INDEX_PER_HEAD else 1), num_segments):
@@ -370,30 +368,27 @@ def attend_pairs(
     weights = gl.allocate_shared_memory(gl.float32, [TILES * SLOTS, ROWS], flat)
     ring = new_ring(dtype, VALUE_DIM, BATCHES)
     first_row = first_head * HEADS_PER_PAIR
-    sequences = (cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps)
     schedule = (
         first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_tokens,
         num_slots, max_items,
     )  # fmt: skip
     pointers = (q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr)
     answers = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
+    attended = (partial_out_ptr, partial_lse_ptr, out_tiles, scale, num_slots)
     gl.warp_specialize(
         [
             (multiply_chunks, (
-                gl.constexpr(_attend_tile), gl.constexpr(_at_row),
-                (partial_out_ptr, partial_lse_ptr, VALUE_DIM), (out_tiles, scale), index, sequences, schedule,
-                meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, WITH_SHARED,
+                gl.constexpr(_attend_tile), attended, meeting, blocks, tiles, HEADS_PER_PAIR, CAUSAL,
                 gl.constexpr(0),
             )),
             (multiply_chunks, (
-                gl.constexpr(_attend_tile), gl.constexpr(_at_row),
-                (partial_out_ptr, partial_lse_ptr, VALUE_DIM), (out_tiles, scale), index, sequences, schedule,
-                meeting, blocks, tiles, HEADS_PER_PAIR, INDEX_PER_HEAD, CAUSAL, WITH_SHARED,
+                gl.constexpr(_attend_tile), attended, meeting, blocks, tiles, HEADS_PER_PAIR, CAUSAL,
                 gl.constexpr(1),
             )),
             (_copy_chunks, (
-                pointers, index, sequences, schedule, first_head, blocks, tiles, NUM_Q_HEADS, NUM_KV_HEADS,
+                pointers, index, schedule, first_head, blocks, tiles, NUM_Q_HEADS, NUM_KV_HEADS,
                 HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
+                WITH_SHARED,
             )),
             (merge_chunks, (
                 gl.constexpr(_weigh_tiles), gl.constexpr(_merge_tile), partial_out_ptr, answers[0],

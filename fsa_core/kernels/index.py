@@ -5,7 +5,7 @@ sequence, chosen by the tokens of one chunk under one index head. Three launches
 
 1. count: rank every pair inside its segment, and size the segments;
 2. scan: where each segment's pairs, and the work items cut from them, begin;
-3. scatter: write the pairs, and name the segment of each work item.
+3. scatter: write the pairs, and of each work item its segment, or a record of what it is.
 
 A work item is a fixed number of pairs of one segment, so a popular block is many items and no item is longer
 than another. The order of pairs inside a segment varies from run to run
@@ -21,7 +21,7 @@ import triton.language as tl
 
 from fsa_core import plan
 from fsa_core.kernels.launch import BoundKernel, kernel
-from fsa_core.kernels.primitives import load_segments
+from fsa_core.kernels.primitives import find_sequence, first_segment, load_segments
 from fsa_core.kernels.replay import Memory
 from fsa_core.sizes import search_steps
 
@@ -31,6 +31,8 @@ SEGMENTS_IN_TILE = 1024
 # A pair is one int32, token << SLOT_BITS | slot: the partial kernel would otherwise divide for every row.
 SLOT_BITS = tl.constexpr(plan.SLOT_BITS)
 SLOT_MASK = tl.constexpr((1 << plan.SLOT_BITS) - 1)
+RECORD_INTS = tl.constexpr(plan.RECORD_INTS)
+RECORD_PAIRS_BIT = tl.constexpr(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,10 @@ class Inversion:
     used [heads, tokens, words]: a bit for each slot, set if it selects something; or no words.
     pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
     offsets, item_offsets [heads * chunks, segments + 1]: where segments begin in the chunk's pairs and items.
-    item_segment [heads * chunks, max_items]: the segment that a work item belongs to.
+    items [heads * chunks, max_items, 1]: the segment that a work item belongs to. Or [..., RECORD_INTS], a
+    record: its first pair in the chunk; how many keys its block has and, from bit RECORD_PAIRS_BIT on, how
+    many pairs it has; the block's first packed key; how far the chunk's first token sees into the block, as a
+    key of it.
     """
 
     counts: torch.Tensor
@@ -53,7 +58,7 @@ class Inversion:
     pairs: torch.Tensor
     offsets: torch.Tensor
     item_offsets: torch.Tensor
-    item_segment: torch.Tensor
+    items: torch.Tensor
 
 
 def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor | Memory) -> Inversion:
@@ -71,7 +76,7 @@ def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor 
         pairs=int32(index_heads, sizes.group_tokens * num_slots),
         offsets=int32(rows, sizes.segments + 1),
         item_offsets=int32(rows, sizes.segments + 1),
-        item_segment=int32(rows, sizes.max_items),
+        items=int32(rows, sizes.max_items, plan.RECORD_INTS if sizes.is_buffered else 1),
     )
 
 
@@ -199,6 +204,40 @@ def _store_words(used_ptr, valid, num_tokens, words, group_words, TOKENS: tl.con
     tl.store(used_ptr + ((tokens * words)[:, None] + word[None, :]), bits, mask=mask)
 
 
+@triton.jit
+def _store_records(
+    records,
+    starts_item,
+    offset,
+    rank,
+    end,
+    segments,
+    packed_tokens,
+    first_token_of_chunk,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    num_sequences,
+    search_steps,
+    BLOCK_SIZE: tl.constexpr,
+    PAIRS_PER_ITEM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Writes the record of each item that a pair starts. A segment's pairs lie from ``offset`` to ``end``."""
+    sequences = find_sequence(cu_seqlens_q_ptr, packed_tokens, num_sequences, search_steps)
+    k_start = tl.load(cu_seqlens_k_ptr + sequences)
+    k_length = tl.load(cu_seqlens_k_ptr + sequences + 1) - k_start
+    q_end = tl.load(cu_seqlens_q_ptr + sequences + 1)
+    first = first_segment(cu_seqlens_k_ptr, sequences, BLOCK_SIZE)
+    block_start = (segments - first[:, None]) * BLOCK_SIZE
+    last_key = first_token_of_chunk + k_length - q_end if CAUSAL else k_length - 1
+    num_keys = tl.minimum(k_length[:, None] - block_start, BLOCK_SIZE)
+    num_pairs = tl.minimum(end - offset - rank, PAIRS_PER_ITEM)
+    tl.store(records, offset + rank, mask=starts_item)
+    tl.store(records + 1, num_keys | (num_pairs << RECORD_PAIRS_BIT), mask=starts_item)
+    tl.store(records + 2, k_start[:, None] + block_start, mask=starts_item)
+    tl.store(records + 3, last_key[:, None] - block_start, mask=starts_item)
+
+
 @kernel
 def _scatter(
     indices_ptr,
@@ -208,7 +247,7 @@ def _scatter(
     offsets_ptr,
     item_offsets_ptr,
     pairs_ptr,
-    item_segment_ptr,
+    items_ptr,
     used_ptr,
     first_token,
     first_row_token,
@@ -230,6 +269,8 @@ def _scatter(
     SLOTS: tl.constexpr,
     MARK_UNUSED: tl.constexpr,
     WITH_WORDS: tl.constexpr,
+    WITH_RECORDS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     rows, segments, _, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
@@ -255,10 +296,20 @@ def _scatter(
     pairs = (tokens << SLOT_BITS)[:, None] | slots[None, :]
     chunk_start = (chunk_token * num_slots)[:, None]
     tl.store(pairs_ptr + first_pair + chunk_start + offset + rank, pairs, mask=valid)
-    # The first pair of a work item names its segment.
+    # The first pair of a work item says what the item is.
     starts_item = valid & (rank % PAIRS_PER_ITEM == 0)
     item = tl.load(item_offsets_ptr + entries, mask=starts_item, other=0) + rank // PAIRS_PER_ITEM
-    tl.store(item_segment_ptr + rows.to(tl.int64)[:, None] * max_items + item, segments, mask=starts_item)
+    item += rows.to(tl.int64)[:, None] * max_items
+    if WITH_RECORDS:
+        end = tl.load(offsets_ptr + entries + 1, mask=starts_item, other=0)
+        _store_records(
+            items_ptr + item * RECORD_INTS, starts_item, offset, rank, end, segments,
+            first_token + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), first_token + chunk_token,
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, search_steps, BLOCK_SIZE, PAIRS_PER_ITEM,
+            CAUSAL,
+        )  # fmt: skip
+    else:
+        tl.store(items_ptr + item, segments, mask=starts_item)
 
 
 def invert(
@@ -274,6 +325,7 @@ def invert(
     chunk_tokens: int,
     block_size: int,
     pairs_per_item: int,
+    causal: bool,
     first_row_token: int = 0,
     mark_unused: bool = True,
 ) -> None:
@@ -297,8 +349,10 @@ def invert(
         num_sequences, search_steps(num_sequences), num_segments, num_chunks, first_head,
         inversion.pairs.shape[1],
     )  # fmt: skip
-    words = inversion.used.shape[2]
-    count, scan, scatter = _kernels(block_size, pairs_per_item, tokens, slots, mark_unused, words > 0)
+    words, numbers = inversion.used.shape[2], inversion.items.shape[2]
+    count, scan, scatter = _kernels(
+        block_size, pairs_per_item, tokens, slots, mark_unused, words > 0, numbers > 1, causal
+    )
     count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, counter_ints
     )  # fmt: skip
@@ -307,19 +361,26 @@ def invert(
     )  # fmt: skip
     scatter[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
-        inversion.pairs, inversion.item_segment, inversion.used, *sizes, inversion.item_segment.shape[1],
-        words,
+        inversion.pairs, inversion.items, inversion.used, *sizes, inversion.items.shape[1], words,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _kernels(
-    block_size: int, pairs_per_item: int, tokens: int, slots: int, mark_unused: bool, with_words: bool
+    block_size: int,
+    pairs_per_item: int,
+    tokens: int,
+    slots: int,
+    mark_unused: bool,
+    with_words: bool,
+    with_records: bool,
+    causal: bool,
 ) -> tuple[BoundKernel, ...]:
     """The three kernels with their constants."""
     tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots, "MARK_UNUSED": mark_unused}
+    item = {"PAIRS_PER_ITEM": pairs_per_item, "WITH_RECORDS": with_records}
     return (
         _count.bind(**tile),
         _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE),
-        _scatter.bind(**tile, PAIRS_PER_ITEM=pairs_per_item, WITH_WORDS=with_words),
+        _scatter.bind(**tile, **item, WITH_WORDS=with_words, CAUSAL=causal and with_records),
     )

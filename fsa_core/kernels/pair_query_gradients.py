@@ -236,19 +236,18 @@ def gradients_of_pairs(
     group_pairs = inversion.pairs.shape[1]
     if plan.is_buffered:
         _pairs_on_hopper(p, plan)[(min(multiprocessors(given.q.device), plan.max_items),)](
-            *given.tensors, shares, inversion.counts, inversion.used, inversion.pairs, inversion.offsets,
-            inversion.item_offsets, inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, grad_q,
-            p.softmax_scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
-            group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
-            plan.group_chunks, plan.group_tokens, plan.max_items, given.first_delta_head,
-            given.delta.shape[1],
+            *given.tensors, shares, inversion.counts, inversion.used, inversion.pairs,
+            inversion.item_offsets, inversion.items, grad_q, p.softmax_scale, group.first_token,
+            group.num_tokens, plan.chunk_tokens, group.first_head, group.num_heads, plan.chunk_heads,
+            p.num_slots, plan.segments, plan.group_chunks, plan.group_tokens, plan.max_items,
+            given.first_delta_head, given.delta.shape[1],
         )  # fmt: skip
         return
     programs = min(plan.max_items, mixed_programs(given.q.device)) if is_mixed else plan.max_items
     for c in chunks(plan, group):
         of_pairs[programs, c.num_heads](
             *given.tensors, shares, inversion.pairs, inversion.offsets, inversion.item_offsets,
-            inversion.item_segment, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale, c.first_token,
+            inversion.items, given.cu_seqlens_q, given.cu_seqlens_k, p.softmax_scale, c.first_token,
             c.num_tokens, plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments,
             plan.group_chunks, group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
             given.first_delta_head, given.delta.shape[1],

@@ -375,17 +375,16 @@ def attend_group(
     if plan.is_buffered:
         _attending_on_hopper(p, plan)[(min(multiprocessors(q.device), plan.max_items),)](
             q, k, v, partial_out, partial_lse, inversion.counts, inversion.used, inversion.pairs,
-            inversion.offsets, inversion.item_offsets, inversion.item_segment, cu_seqlens_q, cu_seqlens_k,
-            out, lse, scale, group.first_token, group.num_tokens, plan.chunk_tokens, group.first_head,
-            group.num_heads, plan.chunk_heads, p.num_slots, p.num_sequences, steps, plan.segments,
-            plan.group_chunks, plan.group_tokens, plan.max_items,
+            inversion.item_offsets, inversion.items, out, lse, scale, group.first_token, group.num_tokens,
+            plan.chunk_tokens, group.first_head, group.num_heads, plan.chunk_heads, p.num_slots,
+            plan.segments, plan.group_chunks, plan.group_tokens, plan.max_items,
         )  # fmt: skip
         return
     programs = min(plan.max_items, mixed_programs(q.device)) if is_mixed else plan.max_items
     for c in chunks(plan, group):
         attend[programs, c.num_heads](
             q, k, v, partial_out, partial_lse, inversion.pairs, inversion.offsets, inversion.item_offsets,
-            inversion.item_segment, cu_seqlens_q, cu_seqlens_k, scale, c.first_token, c.num_tokens,
+            inversion.items, cu_seqlens_q, cu_seqlens_k, scale, c.first_token, c.num_tokens,
             plan.chunk_tokens, p.num_slots, p.num_sequences, steps, plan.segments, plan.group_chunks,
             group_pairs, plan.max_items, c.first_head, c.first_index_head, c.number,
         )  # fmt: skip

@@ -62,7 +62,7 @@ def query_gradients(
                 inversion, ids, given.cu_seqlens_q, given.cu_seqlens_k, first_token=group.first_token,
                 num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
                 chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-                pairs_per_item=plan.tile.pairs_per_item, first_row_token=first_row_token,
+                pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
                 mark_unused=agreement is None and not plan.is_buffered,
             )  # fmt: skip
             gradients_of_pairs(p, plan, group, inversion, used, shares, given, grad_q)

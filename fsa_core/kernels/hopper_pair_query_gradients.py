@@ -60,7 +60,7 @@ from fsa_core.tiles import TileShape
 STAGES, BATCHES = 3, 4
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
-REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 96, 96
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 144, 96, 128
 
 
 @gluon.jit

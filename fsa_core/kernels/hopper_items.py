@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from fsa_core.kernels.hopper_chunks import BUFFERS
+from fsa_core.kernels.hopper_chunks import BUFFERS, buffer_rows, chunk_of, chunks_of
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
 from fsa_core.kernels.index import RECORD_INTS, RECORD_PAIRS_BIT, SLOT_BITS, SLOT_MASK
 
@@ -173,7 +173,7 @@ def release_keys(blocks, note):
 
 
 @gluon.jit
-def note_end(tiles, n, KIND: gl.constexpr):
+def _note_end(tiles, n, KIND: gl.constexpr):
     """Tells both groups that a chunk ends, or all; returns how many tiles are before the next."""
     free = tiles[4]
     STAGES: gl.constexpr = tiles[0].shape[0]
@@ -185,7 +185,61 @@ def note_end(tiles, n, KIND: gl.constexpr):
 
 
 @gluon.jit
-def copy_items(
+def copy_chunks(
+    pointers,
+    index,
+    schedule,
+    heads,
+    blocks,
+    tiles,
+    beside,
+    NUM_Q_HEADS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr,
+    HEADS_PER_PAIR: gl.constexpr,
+    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
+    INDEX_PER_HEAD: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    WITH_SHARED: gl.constexpr,
+    WITH_GRADIENTS: gl.constexpr,
+):
+    """What the tiles of every chunk need, one after the other.
+
+    ``pointers``: to q, k, v and, WITH_GRADIENTS, to grad_out, lse and delta, which else are of any kind.
+    ``heads``: the first one, and how many delta has.
+    """
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
+    first_head, num_delta_heads = heads
+    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR).to(gl.int32)
+    # Tiles, runs and chunks before.
+    n = 0
+    run = 0
+    met = 0
+    for c in range(chunks_of(schedule)):
+        chunk, tokens, of_chunk = chunk_of(schedule, c)
+        chunk_head, num_heads = of_chunk
+        if not WITH_SHARED or most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0:
+            first = chunk_head * HEADS_PER_PAIR
+            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + first
+            delta_row = tokens[0].to(gl.int64) * num_delta_heads + first
+            rows = (
+                q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
+                delta_ptr + delta_row,
+            )  # fmt: skip
+            n, run = _copy_items(
+                rows, index, chunk, (first_head + chunk_head, num_heads), tokens,
+                met % BUFFERS * rows_of_buffer, blocks, tiles, beside, num_delta_heads, n, run, NUM_Q_HEADS,
+                NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM,
+                BLOCK_SIZE, WITH_GRADIENTS,
+            )  # fmt: skip
+            n = _note_end(tiles, n, CHUNK_ENDS)
+            met += 1
+    _note_end(tiles, n, ALL_ENDS)
+
+
+@gluon.jit
+def _copy_items(
     pointers,
     index,
     chunk,

@@ -17,24 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_chunks import (
-    BUFFERS,
     any_items,
-    buffer_rows,
-    chunk_of,
-    chunks_of,
     new_meeting,
 )
 from fsa_core.kernels.hopper_items import (
-    ALL_ENDS,
-    CHUNK_ENDS,
     ROWS_LAYOUT,
     begin_scores,
-    copy_items,
+    copy_chunks,
     keys_of,
-    most_items,
     multiply_chunks,
     new_items,
-    note_end,
     pairs_of,
     places_of,
     release_keys,
@@ -166,54 +158,6 @@ def _sum_tile(
     store_answers(grad_q_ptr + first_rows[1] * DIM, x, places, any_bits, WITH_SHARED)
 
 
-@gluon.jit
-def _copy_chunks(
-    pointers,
-    index,
-    schedule,
-    heads,
-    blocks,
-    tiles,
-    beside,
-    NUM_Q_HEADS: gl.constexpr,
-    NUM_KV_HEADS: gl.constexpr,
-    HEADS_PER_PAIR: gl.constexpr,
-    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-):
-    """What the tiles of every chunk need, one after the other."""
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
-    first_head, num_delta_heads = heads
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR).to(gl.int32)
-    n = 0
-    run = 0
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, of_chunk = chunk_of(schedule, c)
-        chunk_head, num_heads = of_chunk
-        if not WITH_SHARED or most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0:
-            first = chunk_head * HEADS_PER_PAIR
-            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + first
-            delta_row = tokens[0].to(gl.int64) * num_delta_heads + first
-            rows = (
-                q_ptr + row * HEAD_DIM, k_ptr, v_ptr, grad_out_ptr + row * VALUE_DIM, lse_ptr + row,
-                delta_ptr + delta_row,
-            )  # fmt: skip
-            n, run = copy_items(
-                rows, index, chunk, (first_head + chunk_head, num_heads), tokens,
-                met % BUFFERS * rows_of_buffer, blocks, tiles, beside, num_delta_heads, n, run, NUM_Q_HEADS,
-                NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM,
-                BLOCK_SIZE, gl.constexpr(True),
-            )  # fmt: skip
-            n = note_end(tiles, n, CHUNK_ENDS)
-            met += 1
-    note_end(tiles, n, ALL_ENDS)
-
-
 @partial(kernel, jit=gluon.jit)
 def of_pairs(
     q_ptr,
@@ -302,10 +246,10 @@ def of_pairs(
                 gl.constexpr(_share_tile), (shares_ptr, beside, scale, num_slots), meeting, blocks, tiles,
                 HEADS_PER_PAIR, CAUSAL, gl.constexpr(1),
             )),
-            (_copy_chunks, (
+            (copy_chunks, (
                 pointers, index, schedule, (first_head, num_delta_heads), blocks, tiles, beside,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
-                VALUE_DIM, BLOCK_SIZE, WITH_SHARED,
+                VALUE_DIM, BLOCK_SIZE, WITH_SHARED, gl.constexpr(True),
             )),
             (merge_chunks, (
                 gl.constexpr(_as_they_are), gl.constexpr(_sum_tile), shares_ptr, grad_q_ptr, grad_q_ptr,

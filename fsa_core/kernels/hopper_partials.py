@@ -18,24 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fsa_core.kernels.hopper_chunks import (
-    BUFFERS,
     any_items,
-    buffer_rows,
-    chunk_of,
-    chunks_of,
     new_meeting,
 )
 from fsa_core.kernels.hopper_items import (
-    ALL_ENDS,
-    CHUNK_ENDS,
     ROWS_LAYOUT,
     begin_scores,
-    copy_items,
+    copy_chunks,
     keys_of,
-    most_items,
     multiply_chunks,
     new_items,
-    note_end,
     pairs_of,
     places_of,
     release_keys,
@@ -264,47 +256,6 @@ def _merge_tile(
     store_answers(answers[0] + first_rows[1] * DIM, x, places, any_bits, WITH_SHARED)
 
 
-@gluon.jit
-def _copy_chunks(
-    pointers,
-    index,
-    schedule,
-    first_head,
-    blocks,
-    tiles,
-    NUM_Q_HEADS: gl.constexpr,
-    NUM_KV_HEADS: gl.constexpr,
-    HEADS_PER_PAIR: gl.constexpr,
-    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    WITH_SHARED: gl.constexpr,
-):
-    """What the tiles of every chunk need, one after the other."""
-    q_ptr, k_ptr, v_ptr = pointers
-    rows_of_buffer = buffer_rows(schedule, HEADS_PER_PAIR).to(gl.int32)
-    n = 0
-    run = 0
-    met = 0
-    for c in range(chunks_of(schedule)):
-        chunk, tokens, heads = chunk_of(schedule, c)
-        chunk_head, num_heads = heads
-        if not WITH_SHARED or most_items(index, chunk, num_heads, INDEX_PER_HEAD) > 0:
-            row = tokens[0].to(gl.int64) * NUM_Q_HEADS + chunk_head * HEADS_PER_PAIR
-            of_chunk = (q_ptr + row * HEAD_DIM, k_ptr, v_ptr, q_ptr, q_ptr, q_ptr)
-            n, run = copy_items(
-                of_chunk, index, chunk, (first_head + chunk_head, num_heads), tokens,
-                met % BUFFERS * rows_of_buffer, blocks, tiles, (), 0, n, run, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
-                gl.constexpr(False),
-            )  # fmt: skip
-            n = note_end(tiles, n, CHUNK_ENDS)
-            met += 1
-    note_end(tiles, n, ALL_ENDS)
-
-
 @partial(kernel, jit=gluon.jit)
 def attend_pairs(
     q_ptr,
@@ -372,7 +323,7 @@ def attend_pairs(
         first_token, num_tokens, chunk_tokens, num_heads, chunk_heads, num_chunks, num_segments, group_tokens,
         num_slots, max_items,
     )  # fmt: skip
-    pointers = (q_ptr + first_row * HEAD_DIM, k_ptr, v_ptr)
+    q_ptr += first_row * HEAD_DIM
     answers = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
     attended = (partial_out_ptr, partial_lse_ptr, out_tiles, scale, num_slots)
     gl.warp_specialize(
@@ -385,10 +336,10 @@ def attend_pairs(
                 gl.constexpr(_attend_tile), attended, meeting, blocks, tiles, HEADS_PER_PAIR, CAUSAL,
                 gl.constexpr(1),
             )),
-            (_copy_chunks, (
-                pointers, index, schedule, first_head, blocks, tiles, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
-                WITH_SHARED,
+            (copy_chunks, (
+                (q_ptr, k_ptr, v_ptr, q_ptr, lse_ptr, lse_ptr), index, schedule, (first_head, 0), blocks,
+                tiles, (), NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD,
+                HEAD_DIM, VALUE_DIM, BLOCK_SIZE, WITH_SHARED, gl.constexpr(False),
             )),
             (merge_chunks, (
                 gl.constexpr(_weigh_tiles), gl.constexpr(_merge_tile), partial_out_ptr, answers[0],

@@ -379,7 +379,7 @@ def multiply_chunks(
     note = read_note(tiles, n)
     while kind_of(note) != ALL_ENDS:
         while kind_of(note) == TILE:
-            of_tile(given, blocks, tiles, n % STAGES, note, HEADS_PER_PAIR, CAUSAL, GROUP)
+            of_tile(given, blocks, tiles, n % STAGES, note, HEADS_PER_PAIR, CAUSAL)
             n += 2
             note = read_note(tiles, n)
         mbarrier.arrive(free_tiles.index(n % STAGES), count=1)

@@ -64,7 +64,6 @@ def _share_tile(
     note,
     HEADS_PER_PAIR: gl.constexpr,
     CAUSAL: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """A tile's rows' shares of grad_q; arguments as ``hopper_partials._attend_tile`` has them."""
     shares_ptr, beside, scale, num_slots = given

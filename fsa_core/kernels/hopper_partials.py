@@ -75,10 +75,9 @@ def _attend_tile(
     note,
     HEADS_PER_PAIR: gl.constexpr,
     CAUSAL: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """Outputs of a tile's rows, normalised, and log-sum-exps in log2 units."""
-    out_ptr, lse_ptr, out_tiles, scale, num_slots = given
+    out_ptr, lse_ptr, out_tile, scale, num_slots = given
     k_blocks, v_blocks, _keys_free = blocks
     q_tiles, pair_tiles, _notes, _ready, free = tiles
     BLOCK_SIZE: gl.constexpr = k_blocks.shape[1]
@@ -114,7 +113,7 @@ def _attend_tile(
     places = places_of(out_pairs, out_rows, first_row, num_slots, HEADS_PER_PAIR)
     out = warpgroup_mma_wait(0, deps=[out]) * share[:, None]
     release_keys(blocks, note)
-    store_places(out_ptr, out, out_tiles.index(GROUP), places, num_pairs, HEADS_PER_PAIR)
+    store_places(out_ptr, out, out_tile, places, num_pairs, HEADS_PER_PAIR)
 
 
 @gluon.jit
@@ -325,16 +324,17 @@ def attend_pairs(
     )  # fmt: skip
     q_ptr += first_row * HEAD_DIM
     answers = (out_ptr + first_row * VALUE_DIM, lse_ptr + first_row)
-    attended = (partial_out_ptr, partial_lse_ptr, out_tiles, scale, num_slots)
     gl.warp_specialize(
         [
             (multiply_chunks, (
-                gl.constexpr(_attend_tile), attended, meeting, blocks, tiles, HEADS_PER_PAIR, CAUSAL,
-                gl.constexpr(0),
+                gl.constexpr(_attend_tile),
+                (partial_out_ptr, partial_lse_ptr, out_tiles.index(0), scale, num_slots), meeting, blocks,
+                tiles, HEADS_PER_PAIR, CAUSAL, gl.constexpr(0),
             )),
             (multiply_chunks, (
-                gl.constexpr(_attend_tile), attended, meeting, blocks, tiles, HEADS_PER_PAIR, CAUSAL,
-                gl.constexpr(1),
+                gl.constexpr(_attend_tile),
+                (partial_out_ptr, partial_lse_ptr, out_tiles.index(1), scale, num_slots), meeting, blocks,
+                tiles, HEADS_PER_PAIR, CAUSAL, gl.constexpr(1),
             )),
             (copy_chunks, (
                 (q_ptr, k_ptr, v_ptr, q_ptr, lse_ptr, lse_ptr), index, schedule, (first_head, 0), blocks,

@@ -23,7 +23,7 @@ from fsa_core.kernels.hopper_chunks import BUFFERS, buffer_rows, chunk_of, chunk
 from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
 from fsa_core.kernels.index import RECORD_INTS, RECORD_PAIRS_BIT, SLOT_BITS, SLOT_MASK
 
-# How often a program takes its share of a head's tiles; in 1, 4 or 8 parts is slower.
+# How often a program takes its share of a head's tiles; in 4 or 8 parts is slower.
 ROUNDS = gl.constexpr(2)
 # A warp copies or writes four half rows at once, 16 bytes a thread.
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

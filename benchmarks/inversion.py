@@ -1,4 +1,4 @@
-"""The inversion of block_indices alone, as the forward pass does it before it attends."""
+"""The inversion of block_indices alone, as the forward pass on ``kv_major`` does it before it attends."""
 
 import torch
 
@@ -6,7 +6,10 @@ from benchmarks.cases import Stage
 from benchmarks.contenders import Answer, Run
 from benchmarks.inputs import Inputs
 from fsa_core import plan
+from fsa_core.kernels import hopper
+from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.index import Inversion, invert
+from fsa_core.kernels.partials import MOST_KEYS
 from fsa_core.validation import validate_selected
 
 
@@ -16,7 +19,8 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         x.q, x.k, x.v, x.block_indices, block_size=x.block_size, check_values=False,
         cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=True, query_block_size=1,
     )  # fmt: skip
-    forward = plan.plan_forward(problem)
+    buffers = chunk_buffers(problem, x.q.device, MOST_KEYS, hopper.MIN_FORWARD_BYTES)
+    forward = plan.plan_forward(problem, buffers=buffers)
     heads, tokens, slots = x.block_indices.shape
     num_chunks = -(-tokens // forward.chunk_tokens)
     rows = heads * num_chunks
@@ -27,11 +31,11 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
     inversion = Inversion(
         counts=int32(rows, forward.segments, plan.counter_ints(forward.segments)),
         ranks=int32(heads, tokens, slots),
-        used=int32(heads, tokens, 0),
+        used=int32(heads, tokens, forward.used_words),
         pairs=int32(heads, tokens * slots),
         offsets=int32(rows, forward.segments + 1),
         item_offsets=int32(rows, forward.segments + 1),
-        items=int32(rows, forward.max_items, 1),
+        items=int32(rows, forward.max_items, plan.RECORD_INTS if forward.is_buffered else 1),
     )
     sizes = torch.tensor([heads, num_chunks, forward.chunk_tokens, tokens, slots])
 
@@ -39,7 +43,7 @@ def prepare_inversion(x: Inputs, stage: Stage) -> Run:
         invert(
             inversion, x.block_indices, x.cu_seqlens, x.cu_seqlens, first_token=0, num_tokens=tokens,
             first_head=0, num_heads=heads, chunk_tokens=forward.chunk_tokens, block_size=x.block_size,
-            pairs_per_item=forward.tile.pairs_per_item, causal=True,
+            pairs_per_item=forward.tile.pairs_per_item, causal=True, mark_unused=not forward.is_buffered,
         )  # fmt: skip
         return inversion.pairs, inversion.offsets, sizes
 

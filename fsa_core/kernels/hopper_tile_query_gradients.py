@@ -15,7 +15,8 @@ from fsa_core.kernels.hopper_query_gradients import (
     copy_gradient_rows,
     new_gradient_shared,
 )
-from fsa_core.kernels.hopper_query_tiles import bits_of_rows, find_tile, masks_of_half, tile_constants
+from fsa_core.kernels.hopper_query_tiles import bits_of_rows, masks_of_half, tile_constants
+from fsa_core.kernels.hopper_tile_notes import find_tile, new_notes, read_note, write_last_note, write_note
 from fsa_core.kernels.hopper_tiles import (
     COPYING_WARPS,
     ROWS,
@@ -42,6 +43,7 @@ def _copy_tiles(
     where,
     shared,
     beside,
+    notes,
     num_work,
     first_delta_head,
     num_delta_heads,
@@ -60,11 +62,14 @@ def _copy_tiles(
     n = 0
     taken = 0
     for turn in range(0, num_turns(num_work)):
-        head, first, end, _shift, k_length, first_row, entry, _whole, num_steps, is_asked = find_tile(
+        note, first_row, is_asked = find_tile(
             turn, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
-            TOKENS, MAX_SHARED,
+            TOKENS,
         )  # fmt: skip
         if is_asked:
+            head, first, end, _shift, k_length, list_place, _whole, num_steps = note
+            write_note(notes, taken, note)
+            entry = list_place.to(gl.int64) * MAX_SHARED
             first_head = head * HEADS_PER_PAIR
             first_place = first.to(gl.int64) * NUM_Q_HEADS + first_head
             first_delta = first.to(gl.int64) * num_delta_heads + (first_head - first_delta_head)
@@ -82,22 +87,20 @@ def _copy_tiles(
                 num_steps, k_length, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
             )  # fmt: skip
             n += num_steps
+    write_last_note(notes, taken)
 
 
 @gluon.jit
 def _add_tiles(
     grad_q_ptr,
     lists,
-    where,
+    first_token,
     shared,
     beside,
-    num_work,
+    notes,
     scale,
     NUM_Q_HEADS: gl.constexpr,
-    NUM_KV_HEADS: gl.constexpr,
     HEADS_PER_PAIR: gl.constexpr,
-    TILE_HEADS_PER_KV_HEAD: gl.constexpr,
-    INDEX_PER_HEAD: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -113,37 +116,35 @@ def _add_tiles(
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     tile_token = (HALF * SIDE + gl.arange(0, SIDE, row_layout)) // HEADS_PER_PAIR
     tile_bit, half_bits = bits_of_rows(tile_token, TOKENS, HEADS_PER_PAIR, IS_PAIR, HALF)
-    first_token = where[0][0]
     n = 0
     taken = 0
-    for turn in range(0, num_turns(num_work)):
-        head, first, end, q_shift, k_length, _row, entry, num_whole, num_steps, is_asked = find_tile(
-            turn, num_work, lists, where, TILE_HEADS_PER_KV_HEAD, NUM_KV_HEADS, INDEX_PER_HEAD, BLOCK_SIZE,
-            TOKENS, MAX_SHARED,
+    note = read_note(notes, taken)
+    while note[7] >= 0:
+        head, first, end, q_shift, k_length, list_place, num_whole, num_steps = note
+        entry = list_place.to(gl.int64) * MAX_SHARED
+        # Keys past the end of the sequence come after every token.
+        last_key = first + tile_token + q_shift if CAUSAL else tile_token * 0 + k_length - 1
+        mbarrier.wait(q_ready.index(HALF), taken & 1)
+        taken += 1
+        q = q_tiles.index(HALF)
+        shift = row_shift(lse_tiles.index(HALF).load(row_layout))
+        delta = delta_tiles.index(HALF).load(row_layout)
+        grad_q = add_gradient_steps(
+            lists[0] + entry, masks_of_half(lists[1], entry, MAX_SHARED, IS_PAIR, HALF), shared, q,
+            out_tiles.index(HALF), shift, delta, n, num_steps, 0, num_whole, last_key, tile_bit,
+            half_bits, scale, HEAD_DIM, BLOCK_SIZE, 0,
         )  # fmt: skip
-        if is_asked:
-            # Keys past the end of the sequence come after every token.
-            last_key = first + tile_token + q_shift if CAUSAL else tile_token * 0 + k_length - 1
-            mbarrier.wait(q_ready.index(HALF), taken & 1)
-            taken += 1
-            q = q_tiles.index(HALF)
-            shift = row_shift(lse_tiles.index(HALF).load(row_layout))
-            delta = delta_tiles.index(HALF).load(row_layout)
-            grad_q = add_gradient_steps(
-                lists[0] + entry, masks_of_half(lists[1], entry, MAX_SHARED, IS_PAIR, HALF), shared, q,
-                out_tiles.index(HALF), shift, delta, n, num_steps, 0, num_whole, last_key, tile_bit,
-                half_bits, scale, HEAD_DIM, BLOCK_SIZE, 0,
-            )  # fmt: skip
-            n += num_steps
-            first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
-            # Where q was.
-            grad_rows = by_rows(grad_q * scale, q)
-            mbarrier.arrive(q_free.index(HALF), count=1)
-            # A tile at the border of a group of tokens is walked by both groups; each writes its own.
-            store_rows(
-                grad_q_ptr + first_place * HEAD_DIM, grad_rows, first_token - first, end - first, NUM_Q_HEADS,
-                HEADS_PER_PAIR, TOKENS, HALF,
-            )  # fmt: skip
+        n += num_steps
+        first_place = first.to(gl.int64) * NUM_Q_HEADS + head * HEADS_PER_PAIR
+        # Where q was.
+        grad_rows = by_rows(grad_q * scale, q)
+        mbarrier.arrive(q_free.index(HALF), count=1)
+        # A tile at the border of a group of tokens is walked by both groups; each writes its own.
+        store_rows(
+            grad_q_ptr + first_place * HEAD_DIM, grad_rows, first_token - first, end - first, NUM_Q_HEADS,
+            HEADS_PER_PAIR, TOKENS, HALF,
+        )  # fmt: skip
+        note = read_note(notes, taken)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -189,6 +190,7 @@ def of_tiles(
 ):
     """Arguments as of ``_of_tiles``, and what else ``hopper_query_tiles.attend`` has."""
     shared, beside = new_gradient_shared(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM)
+    notes = new_notes()
     pointers = (q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr)
     lists = (blocks_ptr, masks_ptr, counts_ptr, order_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr)
     tokens = (first_token, num_tokens, num_sequences, search_steps)
@@ -197,17 +199,15 @@ def of_tiles(
     gl.warp_specialize(
         [
             (_add_tiles, (
-                grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, IS_PAIR, gl.constexpr(0),
+                grad_q_ptr, lists, first_token, shared, beside, notes, scale, NUM_Q_HEADS, HEADS_PER_PAIR,
+                HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED, IS_PAIR, gl.constexpr(0),
             )),
             (_add_tiles, (
-                grad_q_ptr, lists, where, shared, beside, num_work, scale, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS,
-                MAX_SHARED, IS_PAIR, gl.constexpr(1),
+                grad_q_ptr, lists, first_token, shared, beside, notes, scale, NUM_Q_HEADS, HEADS_PER_PAIR,
+                HEAD_DIM, BLOCK_SIZE, CAUSAL, TOKENS, MAX_SHARED, IS_PAIR, gl.constexpr(1),
             )),
             (_copy_tiles, (
-                pointers, lists, where, shared, beside, num_work, first_delta_head, num_delta_heads,
+                pointers, lists, where, shared, beside, notes, num_work, first_delta_head, num_delta_heads,
                 NUM_Q_HEADS, NUM_KV_HEADS, HEADS_PER_PAIR, TILE_HEADS_PER_KV_HEAD, INDEX_PER_HEAD, HEAD_DIM,
                 VALUE_DIM, BLOCK_SIZE, TOKENS, MAX_SHARED,
             )),

@@ -142,16 +142,21 @@ def copy_steps(
     NUM_STAGES: gl.constexpr = k_tiles.shape[0]
     PARTS: gl.constexpr = BLOCK_SIZE // SIDE
     keys = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
-    block = 0
+    # A block a thread: what all share would go to a uniform register, and be waited for at once.
+    thread = gl.arange(0, 2, gl.BlockedLayout([1], [32], [COPYING_WARPS], [0]))
+    listed = thread * 0
     if BLOCK_SIZE:
-        block = gl.load(blocks_ptr, mask=num_steps > 0, other=0)
+        listed = gl.load(blocks_ptr + thread, mask=thread * PARTS < num_steps, other=0)
     for step in range(num_steps):
         stage = (n + step) % NUM_STAGES
         first_key = step * SIDE
         if BLOCK_SIZE:
+            block = gl.sum(gl.where(thread == 0, listed, 0), 0)
             first_key = block * BLOCK_SIZE + step % PARTS * SIDE
             # On its way while this one's keys are.
-            block = gl.load(blocks_ptr + (step + 1) // PARTS, mask=step + 1 < num_steps, other=0)
+            next_step = step + 1
+            exists = next_step + thread * PARTS < num_steps
+            listed = gl.load(blocks_ptr + (next_step // PARTS + thread), mask=exists, other=0)
         exists = keys < num_keys - first_key
         first_row = first_key.to(gl.int64) * NUM_KV_HEADS
         mbarrier.wait(free.index(stage), (((n + step) // NUM_STAGES) & 1) ^ 1)

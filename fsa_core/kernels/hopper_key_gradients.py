@@ -1,12 +1,12 @@
 """The gradients of k and v for Hopper: what ``key_gradients._gradients`` computes, item by item, in Gluon.
 
-A program is three groups of four warps. One gathers the rows of q and grad_out that chose the block, a tile
-of 64 at a time, as many tiles ahead as shared memory has room for. Two multiply: one takes the even tiles
-of the item and the other the odd ones, each with gradients of its own in registers, so that the matrix units
-have work while one of them computes weights. At the end the second hands its gradients to the first.
+A program is four groups of four warps. One gathers the rows of q and grad_out that chose the block, a tile
+of 64 at a time, as many tiles ahead as shared memory has room for. Two weigh, one the even tiles of the item
+and the other the odd ones: they leave a tile's weights and the gradients of its scores in shared memory. One
+adds what these give to the gradients of the keys, which it has in registers. It has nothing else to do, and
+those that weigh have no sums to keep, so that the matrix units have work while weights are computed.
 
-Which tile a row is in depends on its place among the pairs of its block alone, so the bits are the same on
-every run.
+Tiles are added in the order of the block's pairs, as in the twin: the bits are the same.
 """
 
 from functools import partial
@@ -15,14 +15,18 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from fsa_core.backward_plan import KeyPlan
 from fsa_core.kernels.hopper_row_shares import (
     COPYING_WARPS,
     SCORES,
     SIDE,
-    add_products,
     begin_scores,
     new_row_tiles,
     store_keys,
@@ -34,10 +38,10 @@ from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_block
 from fsa_core.problem import Problem
 
-STAGES = 4
-# Registers of a multiplying and a gathering thread; those of the first multiplying group are what is left of
-# 504. With fewer the loop of products spills.
-REGISTERS, GATHERING_REGISTERS = 232, 40
+STAGES = 5
+# Of a weighing and of a gathering thread; those of an adding one are what is left of 512. With fewer the loop
+# that weighs spills.
+WEIGHING_REGISTERS, GATHERING_REGISTERS = 136, 56
 
 
 @gluon.jit
@@ -95,25 +99,33 @@ def _gather(
 
 
 @gluon.jit
-def _add_tiles(
+def _weigh_tiles(
     item,
     tiles,
+    given,
     block,
     HEAD_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
     PAIRS: gl.constexpr,
     SLOT_BITS: gl.constexpr,
-    STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     FIRST: gl.constexpr,
 ):
-    """Of tile FIRST and every second after: grad_k [SIDE, HEAD_DIM], not scaled, grad_v [SIDE, VALUE_DIM]."""
+    """Of tile FIRST and every second after: weights and gradients of scores, [SIDE keys, SIDE rows]."""
     pairs_ptr, num_pairs, first_key, q_shift, k_length, scale = item
-    k, v = block
     row_tiles, pair_tiles = tiles
     q_tiles, out_tiles, lse_tiles, delta_tiles, ready, free = row_tiles
+    weight_tiles, score_tiles, are_given = given
+    k_ptr, v, v_ready, num_keys, k_row = block
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    dtype: gl.constexpr = q_tiles.dtype
+    # Keys in registers: shared memory is read for q alone. Those of v would not fit beside them.
+    k_layout: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    rows = gl.arange(0, SIDE, gl.SliceLayout(1, k_layout))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, k_layout))
+    k_ptrs = k_ptr + ((rows * k_row)[:, None] + dims[None, :])
+    k = gl.load(k_ptrs, mask=(rows < num_keys)[:, None], other=0.0)
+    mbarrier.wait(v_ready, 0)
     keys = first_key + gl.arange(0, SIDE, gl.SliceLayout(1, SCORES))
-    grad_k, grad_v = zero_gradients(HEAD_DIM, VALUE_DIM)
     # The token that sees the last key, and with it all of them.
     all_seen = first_key + SIDE - 1 - q_shift
     for tile in range(FIRST, (num_pairs + PAIRS - 1) // PAIRS, 2):
@@ -122,8 +134,7 @@ def _add_tiles(
         is_cut = (gl.load(pairs_ptr + tile * PAIRS) >> SLOT_BITS) < all_seen if CAUSAL else True
         mbarrier.wait(ready.index(stage), (tile // STAGES) & 1)
         fence_async_shared()
-        q, grad_out = q_tiles.index(stage), out_tiles.index(stage)
-        scores, grad_weights = begin_scores(k, v, q, grad_out)
+        scores, grad_weights = begin_scores(k, v, q_tiles.index(stage), out_tiles.index(stage))
         weights = weigh(scores, lse_tiles.index(stage), scale)
         # Keys past the end of the sequence come after every token.
         if CAUSAL:
@@ -133,53 +144,66 @@ def _add_tiles(
                 weights = gl.where(keys[:, None] <= positions[None, :], weights, 0.0)
         else:
             weights = gl.where((keys < k_length)[:, None], weights, 0.0)
-        delta_tile = delta_tiles.index(stage)
-        grad_k, grad_v = add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out)
-        mbarrier.arrive(free.index(stage), count=1)
-    return grad_k, grad_v
+        # What this group gave last has been added when the rows of that tile have been given up, to those of
+        # the tile that is STAGES after it.
+        heir = tile + (STAGES - 2)
+        mbarrier.wait(free.index(heir % STAGES), ((heir // STAGES) & 1) ^ 1)
+        weight_tiles.index(FIRST).store(weights.to(dtype))
+        delta = delta_tiles.index(stage).load(gl.SliceLayout(0, SCORES))
+        grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
+        score_tiles.index(FIRST).store((weights * (grad_weights - delta[None, :])).to(dtype))
+        mbarrier.arrive(are_given.index(FIRST), count=1)
 
 
 @gluon.jit
-def _add_half(
+def _add_tiles(
     item,
     tiles,
-    keys,
-    sums,
-    done,
+    given,
+    block,
+    answers,
     NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     PAIRS: gl.constexpr,
-    SLOT_BITS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    FIRST: gl.constexpr,
+    WITH_SUMS: gl.constexpr,
 ):
-    """The gradients of the even tiles, or leaves those of the odd ones in ``sums``, which lie where the tiles
-    were, once the other group has read its last.
-
-    The first group copies the block's keys and the second its values, while the first tiles come.
-    """
-    k_ptr, v_ptr, num_keys, k, v, keys_ready = keys
+    """Copies the block's values; adds up its gradients from what is given of each tile, and writes them."""
+    _pairs_ptr, num_pairs, _first_key, _q_shift, _k_length, scale = item
+    q_tiles, out_tiles, _lse_tiles, _delta_tiles, _ready, free = tiles[0]
+    weight_tiles, score_tiles, are_given = given
+    v_ptr, v, v_ready, num_keys = block
+    STAGES: gl.constexpr = q_tiles.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     rows = gl.arange(0, SIDE, gl.SliceLayout(1, layout))
-    if FIRST == 0:
-        copy_rows(k_ptr, k, rows * (NUM_KV_HEADS * HEAD_DIM), rows < num_keys, HEAD_DIM, layout)
+    copy_rows(v_ptr, v, rows * (NUM_KV_HEADS * VALUE_DIM), rows < num_keys, VALUE_DIM, layout)
+    async_copy.mbarrier_arrive(v_ready, increment_count=False)
+    grad_k, grad_v = zero_gradients(HEAD_DIM, VALUE_DIM)
+    for tile in range((num_pairs + PAIRS - 1) // PAIRS):
+        stage = tile % STAGES
+        giver = tile % 2
+        # Whoever gives it has waited for the rows.
+        mbarrier.wait(are_given.index(giver), (tile // 2) & 1)
+        fence_async_shared()
+        grad_v = warpgroup_mma(weight_tiles.index(giver), out_tiles.index(stage), grad_v, is_async=True)
+        grad_k = warpgroup_mma(score_tiles.index(giver), q_tiles.index(stage), grad_k, is_async=True)
+        grad_v, grad_k = warpgroup_mma_wait(0, deps=[grad_v, grad_k])
+        mbarrier.arrive(free.index(stage), count=1)
+    of_k, of_v = answers
+    _write(grad_k, of_k, scale, WITH_SUMS)
+    _write(grad_v, of_v, 1.0, WITH_SUMS)
+
+
+@gluon.jit
+def _write(sums, answer, scale, WITH_SUMS: gl.constexpr):
+    """Writes what an item adds: apart if its block has several items, else as the gradients or into a sum."""
+    num_items, num_keys, split_ptr, sum_ptr, answer_ptr, width, row = answer
+    if num_items > 1:
+        store_keys(split_ptr, num_keys, sums, width, False)
+    elif WITH_SUMS:
+        store_keys(sum_ptr, num_keys, sums, width, True)
     else:
-        copy_rows(v_ptr, v, rows * (NUM_KV_HEADS * VALUE_DIM), rows < num_keys, VALUE_DIM, layout)
-    async_copy.mbarrier_arrive(keys_ready, increment_count=False)
-    mbarrier.wait(keys_ready, 0)
-    grad_k, grad_v = _add_tiles(
-        item, tiles, (k, v), HEAD_DIM, VALUE_DIM, PAIRS, SLOT_BITS, STAGES, CAUSAL, FIRST
-    )
-    if FIRST == 0:
-        mbarrier.arrive(done, count=1)
-        return grad_k, grad_v
-    else:
-        mbarrier.wait(done, 0)
-        k_sum, v_sum = sums
-        k_sum.store(grad_k)
-        v_sum.store(grad_v)
+        store_keys(answer_ptr, num_keys, sums * scale, row, False)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -235,7 +259,7 @@ def gradients(
     WITH_SUMS: gl.constexpr,
     SLOT_BITS: gl.constexpr,
     STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    WEIGHING_REGISTERS: gl.constexpr,
     GATHERING_REGISTERS: gl.constexpr,
 ):
     """One work item under SIDE keys of its block; arguments as those of ``_gradients``, without shares."""
@@ -280,64 +304,58 @@ def gradients(
     first_key = block_start + first_part_key
     num_keys = k_length - first_key
     first_key_row = (k_start + first_key).to(gl.int64) * NUM_KV_HEADS + kv_head
-    k_row: gl.constexpr = NUM_KV_HEADS * HEAD_DIM
-    v_row: gl.constexpr = NUM_KV_HEADS * VALUE_DIM
-    dtype: gl.constexpr = k_ptr.dtype.element_ty
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
-    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
-    k = gl.allocate_shared_memory(dtype, [SIDE, HEAD_DIM], k_layout)
-    v = gl.allocate_shared_memory(dtype, [SIDE, VALUE_DIM], v_layout)
-    keys_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    # Every thread of both multiplying groups arrives when its own copies have.
-    mbarrier.init(keys_ready, count=2 * 4 * 32)
-    k_ptr += first_key_row * HEAD_DIM
-    v_ptr += first_key_row * VALUE_DIM
-    keys = (k_ptr, v_ptr, num_keys, k, v, keys_ready)
-    # A tile is one group's.
-    row_tiles = new_row_tiles(q_ptr.dtype.element_ty, HEAD_DIM, VALUE_DIM, STAGES, 1)
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    # A stage is free when its tile has been added.
+    row_tiles = new_row_tiles(dtype, HEAD_DIM, VALUE_DIM, STAGES, 1)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = (row_tiles, gl.allocate_shared_memory(gl.int32, [STAGES, SIDE], flat))
-    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(done, count=1)
-    sum_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    k_sum = row_tiles[0]._reinterpret(gl.float32, [SIDE, HEAD_DIM], sum_layout)
-    v_sum = row_tiles[1]._reinterpret(gl.float32, [SIDE, VALUE_DIM], sum_layout)
+    # Of each weighing group, the tile that it gives.
+    weight_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, SIDE], dtype)
+    weight_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, SIDE], weight_layout)
+    score_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, SIDE], weight_layout)
+    are_given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for giver in gl.static_range(2):
+        mbarrier.init(are_given.index(giver), count=1)
+    given = (weight_tiles, score_tiles, are_given)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
+    v = gl.allocate_shared_memory(dtype, [SIDE, VALUE_DIM], v_layout)
+    v_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # Each thread of the group that adds arrives when its own copies have.
+    mbarrier.init(v_ready, count=4 * 32)
     pointers = (q_ptr, grad_out_ptr, lse_ptr, delta_ptr, pairs_ptr)
     item_of_block = (pairs_ptr, num_pairs, first_key, q_shift, k_length, scale)
-    grad_k, grad_v = gl.warp_specialize(
+    k_row: gl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    v_row: gl.constexpr = NUM_KV_HEADS * VALUE_DIM
+    width: gl.constexpr = HEAD_DIM + VALUE_DIM
+    splits_ptr += ((group_head.to(gl.int64) * max_splits + split) * BLOCK_SIZE + first_part_key) * width
+    sum_block = group_head.to(gl.int64) * range_segments + range_segment
+    sums_ptr += (sum_block * BLOCK_SIZE + first_part_key) * width
+    k_place, v_place = first_key_row * HEAD_DIM, first_key_row * VALUE_DIM
+    of_k = (num_items, num_keys, splits_ptr, sums_ptr, grad_k_ptr + k_place, width, k_row)
+    of_v = (
+        num_items, num_keys, splits_ptr + HEAD_DIM, sums_ptr + HEAD_DIM, grad_v_ptr + v_place, width, v_row,
+    )  # fmt: skip
+    keys = (k_ptr + k_place, v, v_ready, num_keys, k_row)
+    gl.warp_specialize(
         [
-            (_add_half, (
-                item_of_block, tiles, keys, (k_sum, v_sum), done, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, PAIRS,
-                SLOT_BITS, STAGES, CAUSAL, gl.constexpr(0),
+            (_add_tiles, (
+                item_of_block, tiles, given, (v_ptr + v_place, v, v_ready, num_keys), (of_k, of_v),
+                NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, PAIRS, WITH_SUMS,
             )),
-            (_add_half, (
-                item_of_block, tiles, keys, (k_sum, v_sum), done, NUM_KV_HEADS, HEAD_DIM, VALUE_DIM, PAIRS,
-                SLOT_BITS, STAGES, CAUSAL, gl.constexpr(1),
+            (_weigh_tiles, (
+                item_of_block, tiles, given, keys, HEAD_DIM, PAIRS, SLOT_BITS, CAUSAL, gl.constexpr(0),
+            )),
+            (_weigh_tiles, (
+                item_of_block, tiles, given, keys, HEAD_DIM, PAIRS, SLOT_BITS, CAUSAL, gl.constexpr(1),
             )),
             (_gather, (
                 pointers, tiles, num_pairs, num_delta_heads, NUM_Q_HEADS, HEADS_PER_PAIR, HEAD_DIM, VALUE_DIM,
                 PAIRS, SLOT_BITS, STAGES,
             )),
         ],
-        [4, COPYING_WARPS],
-        [REGISTERS, GATHERING_REGISTERS],
+        [4, 4, COPYING_WARPS],
+        [WEIGHING_REGISTERS, WEIGHING_REGISTERS, GATHERING_REGISTERS],
     )  # fmt: skip
-    grad_k += k_sum.load(grad_k.type.layout)
-    grad_v += v_sum.load(grad_v.type.layout)
-
-    width: gl.constexpr = HEAD_DIM + VALUE_DIM
-    if num_items > 1:
-        splits_ptr += ((group_head.to(gl.int64) * max_splits + split) * BLOCK_SIZE + first_part_key) * width
-        store_keys(splits_ptr, num_keys, grad_k, width, False)
-        store_keys(splits_ptr + HEAD_DIM, num_keys, grad_v, width, False)
-    elif WITH_SUMS:
-        sum_block = group_head.to(gl.int64) * range_segments + range_segment
-        sums_ptr += (sum_block * BLOCK_SIZE + first_part_key) * width
-        store_keys(sums_ptr, num_keys, grad_k, width, True)
-        store_keys(sums_ptr + HEAD_DIM, num_keys, grad_v, width, True)
-    else:
-        store_keys(grad_k_ptr + first_key_row * HEAD_DIM, num_keys, grad_k * scale, k_row, False)
-        store_keys(grad_v_ptr + first_key_row * VALUE_DIM, num_keys, grad_v, v_row, False)
 
 
 def takes(problem: Problem, plan: KeyPlan) -> bool:
@@ -349,5 +367,6 @@ def takes(problem: Problem, plan: KeyPlan) -> bool:
 def constants() -> dict[str, Any]:
     """What a launch has besides the constants that it shares with ``_gradients``."""
     return {
-        "STAGES": STAGES, "REGISTERS": REGISTERS, "GATHERING_REGISTERS": GATHERING_REGISTERS, "num_warps": 4,
+        "STAGES": STAGES, "WEIGHING_REGISTERS": WEIGHING_REGISTERS,
+        "GATHERING_REGISTERS": GATHERING_REGISTERS, "num_warps": 4,
     }  # fmt: skip

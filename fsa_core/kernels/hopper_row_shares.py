@@ -66,10 +66,9 @@ def begin_scores(k, v, q, grad_out):
 @gluon.jit
 def weigh(scores, lse_tile, scale):
     """The weights of scores that are the last but one product begun."""
-    lse = lse_tile.load(gl.SliceLayout(0, SCORES))
-    # A row that sees no key has lse = -inf and no weights. Rows past the last have nothing but zeros in q
-    # and grad_out, and so no share in any sum.
-    shift = gl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
+    # Rows past the last have nothing but zeros in q and grad_out, and so no share in any sum. A row that sees
+    # no key has lse = -inf and infinite weights, all of them hidden.
+    shift = lse_tile.load(gl.SliceLayout(0, SCORES)) * LOG2_E
     scores = warpgroup_mma_wait(1, deps=[scores])
     return gl.exp2(scores * (scale * LOG2_E) - shift[None, :])
 

@@ -1,4 +1,4 @@
-"""The gradients of k and v by the kernel that is for Hopper alone, against the oracle.
+"""The gradients of k and v by the kernel that is for Hopper alone: its twin's bits, and the oracle's answer.
 
 Without such a GPU tests/hopper_grid.py compiles the kernel, and test_hopper_interpreted.py runs some
 cases.
@@ -12,7 +12,7 @@ import torch
 from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
 from fsa_core.kernels import hopper
-from fsa_core.plan import MIXED, PATHS
+from fsa_core.plan import KV_MAJOR, MIXED, PATHS
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 from tests.fsa_core.kernels.conftest import gradients
 
@@ -24,7 +24,9 @@ def _on_hopper(device: torch.device) -> None:
 
 
 @pytest.fixture
-def check(make_case: Callable, assert_gradients_close_to_oracle: Callable) -> Callable:
+def check(
+    make_case: Callable, by_twins: Callable[[], None], assert_gradients_close_to_oracle: Callable
+) -> Callable:
     from fsa_core.kernels import hopper_key_gradients
 
     def run(limit_bytes: int | None = None, path: str = MIXED, **options: object) -> Case:
@@ -35,6 +37,9 @@ def check(make_case: Callable, assert_gradients_close_to_oracle: Callable) -> Ca
         assert hopper_key_gradients.takes(case.problem, plan.keys)
         grads, given = gradients(case, path=path, **limit)
         assert_gradients_close_to_oracle(grads, case, *given)
+        by_twins()
+        twins, _ = gradients(case, path=path, **limit)
+        assert all(torch.equal(x, y) for x, y in zip(grads[1:], twins[1:], strict=True))
         return case
 
     return run
@@ -101,3 +106,11 @@ def test_the_same_bits_on_every_run(make_case: Callable) -> None:
     case = make_case(q_lens=(3000, 500), **options)
     (first, _), (again, _) = gradients(case, path=MIXED), gradients(case, path=MIXED)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_bits_of_five_products_in_seven(make_case: Callable) -> None:
+    """Whether shares of grad_q are made as well, which the twin does, is no matter to k and v."""
+    case = make_case(q_lens=(700, 90), head_dim=128, block_size=64, dtype=torch.bfloat16, num_slots=8)
+    assert plan_backward(case.problem, path=KV_MAJOR).keys.with_queries
+    (five, _), (seven, _) = gradients(case, path=KV_MAJOR), gradients(case, path=MIXED)
+    assert all(torch.equal(a, b) for a, b in zip(five[1:], seven[1:], strict=True))

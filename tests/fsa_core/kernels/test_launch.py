@@ -81,8 +81,9 @@ class Driver:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """The driver that Triton takes for the machine's."""
-    # What another test's driver compiled would be launched by that one.
-    for known in [x for x in gc.get_objects() if isinstance(x, BoundKernel)]:
+    # What another test's driver compiled would be launched by that one. Of a weak reference to what is gone,
+    # nothing but its own type may be asked.
+    for known in [x for x in gc.get_objects() if type(x) is BoundKernel]:
         known._remembered.clear()
         known._jitted.device_caches.clear()
     stand_in = Driver()

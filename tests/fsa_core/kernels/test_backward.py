@@ -88,7 +88,7 @@ def test_the_same_bits_on_every_run_and_a_plan_that_says_what_is_allocated(
 def test_five_products_and_seven_give_the_same_bits(make_case: Callable, device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("the interpreter multiplies with numpy, whose rows depend on their place in the matrix")
-    # Wider heads have, on Hopper, another kernel for seven products than for five.
+    # Of wider heads, which have another kernel for seven products on Hopper: test_hopper_key_gradients.py.
     case = make_case(q_lens=(900, 300), num_slots=8, block_size=64, dtype=torch.bfloat16, head_dim=32)
     limit = plan_backward(case.problem).workspace_bytes // 3
     once, twice = plan_backward(case.problem), plan_backward(case.problem, limit)

@@ -41,7 +41,7 @@ from fsa_core.problem import Problem
 STAGES = 5
 # Of a weighing and of a gathering thread; those of an adding one are what is left of 512. With fewer the loop
 # that weighs spills.
-WEIGHING_REGISTERS, GATHERING_REGISTERS = 136, 56
+WEIGHING_REGISTERS, GATHERING_REGISTERS = 136, 64
 
 
 @gluon.jit

@@ -7,7 +7,8 @@ What a step costs is reading the chosen blocks, once. No host synchronisation:
 2. a token's splits are added in order by their log-sum-exp, without atomics.
 
 Where there are few tokens a program takes one split, and merging is a launch of its own. Where there are
-enough to keep the GPU busy a program takes all splits of a row, one after the other, and merges them itself.
+enough to keep the GPU busy a program takes all splits of a row, one after the other, and merges them as they
+come.
 How slots are split follows from the sizes of a row alone and splits are merged alike in both, so that an
 answer is bitwise the same alone and in any company, and, up to MAX_SPLITS, with unused slots behind it.
 """
@@ -94,36 +95,18 @@ def _sequence_of(cu_seqlens_q_ptr, token, num_sequences):
 
 
 @triton.jit
-def _merged(
-    split_out_ptr,
-    split_lse_ptr,
-    rows,
-    row_mask,
-    places,
-    mask,
-    split_rows,
-    VALUE_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """Rows of all splits, added one after another, all in natural units: the answer's rows and their lse.
+def _with_split(acc, row_sum, row_max, split_out, split_lse):
+    """Rows of the splits so far and of one more, log-sum-exps in log2 units: what ``row_max`` and ``row_sum``
+    are of scores.
 
-    split_out [splits, split_rows, VALUE_DIM], of which ``places`` are the rows' numbers, and split_lse alike.
-    A row of one used split comes out as it went in, so that unused slots change no bit.
+    Added to no split (zeros, -inf) one comes out as it went in; one of no used slot changes no bit. What is
+    fused is said, and what is not has nothing to be fused with: all kernels round alike.
     """
-    row_max = tl.full(rows.shape, float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
-        row_max = tl.maximum(row_max, lse)
-    shift = finite(row_max)
-    row_sum = tl.zeros(rows.shape, tl.float32)
-    acc = tl.zeros(places.shape, tl.float32)
-    # Unrolled: no load waits for another.
-    for split in tl.static_range(SPLITS):
-        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
-        weight = tl.exp(lse - shift)
-        row_sum += weight
-        acc += weight[:, None] * tl.load(split_out_ptr + split * split_rows * VALUE_DIM + places, mask=mask)
-    return acc * reciprocal(row_sum)[:, None], row_max + tl.log(row_sum)
+    new_max = tl.maximum(row_max, split_lse)
+    shift = finite(new_max)
+    shrink, weight = tl.exp2(row_max - shift), tl.exp2(split_lse - shift)
+    weights = tl.broadcast_to(weight[:, None], split_out.shape)
+    return tl.fma(weights, split_out, acc * shrink[:, None]), tl.fma(row_sum, shrink, weight), new_max
 
 
 @kernel
@@ -131,8 +114,6 @@ def _attend_slots(
     q_ptr,
     k_ptr,
     v_ptr,
-    split_out_ptr,
-    split_lse_ptr,
     out_ptr,
     lse_ptr,
     page_table_ptr,
@@ -168,13 +149,14 @@ def _attend_slots(
     V_DIM: tl.constexpr,
     SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALL: tl.constexpr,
     ALL_SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """SPLITS splits of SLOTS slots of a token: split_out [splits, tokens, q heads, dim], normalised, and
-    split_lse, natural. If they are several, they are all of the row's: their merge is in out and lse.
+    """SPLITS splits of SLOTS slots of a token: out [splits, tokens, q heads, dim], normalised, and lse, in
+    log2 units. If these are ALL splits of a row, they are merged, and lse is natural.
 
     Ids and pages that name nothing the token may see select nothing, so that no index can reach memory it
     should not.
@@ -224,15 +206,14 @@ def _attend_slots(
     kv_head = (head // TILE_HEADS_PER_KV_HEAD).to(tl.int64)
     k_ptr += kv_head * K_HEAD
     v_ptr += kv_head * V_HEAD
-    split_rows = tl.num_programs(0).to(tl.int64) * NUM_Q_HEADS
-    places += tl.program_id(2) * split_rows
-    numbers = places[:, None] * VALUE_DIM + value_dims[None, :]
-    mask = row_mask[:, None] & value_mask[None, :]
+    places += tl.program_id(2) * (tl.num_programs(0).to(tl.int64) * NUM_Q_HEADS)
     steps: tl.constexpr = BLOCK_SIZE // KEYS
     num_steps = num_used * steps
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    # Those of the splits before.
+    all_max, all_sum, all_acc = row_max, row_sum, acc
     for step in tl.range(0, num_steps, num_stages=STAGES):
         here = slot == step // steps
         first_key = tl.sum(tl.where(here, first_keys, 0), 0) + step % steps * KEYS
@@ -254,31 +235,26 @@ def _attend_slots(
         row_max = new_max
         if SPLITS > 1:
             # The split's last step: the next one begins anew.
-            split = step // (SLOTS * steps)
             is_last = ((step + 1) % (SLOTS * steps) == 0) | (step + 1 == num_steps)
-            split_out = acc * reciprocal(row_sum)[:, None]
-            tl.store(split_out_ptr + split * split_rows * VALUE_DIM + numbers, split_out, mask=mask & is_last)
-            lse = (row_max + tl.log2(row_sum)) * LN_2
-            tl.store(split_lse_ptr + split * split_rows + places, lse, mask=row_mask & is_last)
+            more_acc, more_sum, more_max = _with_split(
+                all_acc, all_sum, all_max, acc * reciprocal(row_sum)[:, None], row_max + tl.log2(row_sum)
+            )
+            all_acc = tl.where(is_last, more_acc, all_acc)
+            all_sum = tl.where(is_last, more_sum, all_sum)
+            all_max = tl.where(is_last, more_max, all_max)
             row_max = tl.where(is_last, float("-inf"), row_max)
             row_sum = tl.where(is_last, 0.0, row_sum)
             acc = tl.where(is_last, 0.0, acc)
     if SPLITS > 1:
-        # Splits without a used slot behind the last that has one.
-        for split in range(tl.cdiv(num_used, SLOTS), SPLITS):
-            tl.store(split_out_ptr + split * split_rows * VALUE_DIM + numbers, acc, mask=mask)
-            tl.store(split_lse_ptr + split * split_rows + places, row_max, mask=row_mask)
-        # Other threads of the program wrote what this one reads.
-        tl.debug_barrier()
-        acc, lse = _merged(
-            split_out_ptr, split_lse_ptr, places, row_mask, numbers, mask, split_rows, VALUE_DIM, SPLITS
-        )
-        tl.store(out_ptr + numbers, acc.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(lse_ptr + places, lse, mask=row_mask)
-    else:
-        acc *= reciprocal(row_sum)[:, None]
-        tl.store(split_out_ptr + numbers, acc.to(split_out_ptr.dtype.element_ty), mask=mask)
-        tl.store(split_lse_ptr + places, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
+        row_max, row_sum, acc = all_max, all_sum, all_acc
+    lse = row_max + tl.log2(row_sum)
+    if ALL:
+        lse *= LN_2
+    acc *= reciprocal(row_sum)[:, None]
+    numbers = places[:, None] * VALUE_DIM + value_dims[None, :]
+    mask = row_mask[:, None] & value_mask[None, :]
+    tl.store(out_ptr + numbers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + places, lse, mask=row_mask)
 
 
 @kernel
@@ -293,18 +269,24 @@ def _merge_splits(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Merges the splits of ROWS (token, query head) rows."""
+    """Merges the splits of ROWS (token, query head) rows, whose log-sum-exps are in log2 units."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
     mask = row_mask[:, None] & (value_dims < VALUE_DIM)[None, :]
     places = rows[:, None] * VALUE_DIM + value_dims[None, :]
     split_rows = tl.cast(num_rows, tl.int64)
-    acc, lse = _merged(
-        split_out_ptr, split_lse_ptr, rows, row_mask, places, mask, split_rows, VALUE_DIM, SPLITS
-    )
-    tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + rows, lse, mask=row_mask)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, VALUE_DIM_PADDED), tl.float32)
+    # Unrolled: no load waits for another.
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(split_lse_ptr + split * split_rows + rows, mask=row_mask, other=float("-inf"))
+        out = tl.load(split_out_ptr + split * split_rows * VALUE_DIM + places, mask=mask, other=0.0)
+        acc, row_sum, row_max = _with_split(acc, row_sum, row_max, out, lse)
+    out = acc * reciprocal(row_sum)[:, None]
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=row_mask)
 
 
 def paged_selected_attention_forward(
@@ -319,7 +301,8 @@ def paged_selected_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A step over a paged cache; shapes as in ``fsa_core.decode``, q, block_indices and seq_lens contiguous.
 
-    Beside the answer it takes ``split(problem).num_splits`` times that in float32, if there is more than one.
+    Beside the answer it takes ``split(problem).num_splits`` times that in float32, if there is more than one
+    and too few rows for a program to take all of one.
     """
     page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
     starts = () if cu_seqlens_q is None else (cu_seqlens_q.contiguous(),)
@@ -354,20 +337,21 @@ def _forward(
     out, lse = memory.answer(*shape), memory.answer(*shape[:2], dtype=torch.float32)
     if p.num_q_tokens == 0:
         return
-    split_out, split_lse = out, lse
-    if cut.num_splits > 1:
-        split_out = memory.new_empty(cut.num_splits, *shape, dtype=torch.float32)
-        split_lse = memory.new_empty(cut.num_splits, *shape[:2], dtype=torch.float32)
     num_rows = max(p.index_heads, p.num_kv_heads) * cut.parts
     is_busy = p.num_q_tokens * num_rows >= ROWS_A_MULTIPROCESSOR * multiprocessors(q.device)
     at_once = cut.num_splits if is_busy else 1
+    is_merged = cut.num_splits > at_once
+    split_out, split_lse = out, lse
+    if is_merged:
+        split_out = memory.new_empty(cut.num_splits, *shape, dtype=torch.float32)
+        split_lse = memory.new_empty(cut.num_splits, *shape[:2], dtype=torch.float32)
     attend, merge = _kernels(p, cut, cache, at_once, one_token=not starts)
     attend[p.num_q_tokens, num_rows, cut.num_splits // at_once](
-        q, k_cache, v_cache, split_out, split_lse, out, lse, page_table, block_indices, seq_lens,
+        q, k_cache, v_cache, split_out, split_lse, page_table, block_indices, seq_lens,
         starts[0] if starts else seq_lens, p.softmax_scale * LOG2_E.value, p.num_sequences, p.num_slots,
         cache.num_pages, max_pages, page_table_stride,
     )  # fmt: skip
-    if cut.num_splits > at_once:
+    if is_merged:
         num_rows, rows = p.num_q_tokens * p.num_q_heads, _merged_rows(p)
         merge[(-(-num_rows // rows),)](split_out, split_lse, out, lse, num_rows)
 
@@ -391,8 +375,8 @@ def _kernels(
         TILE_HEADS_PER_KV_HEAD=num_units // p.num_kv_heads, HEADS=cut.heads, PARTS=cut.parts,
         HEAD_DIM=p.head_dim, HEAD_DIM_PADDED=padded_dim(p.head_dim), BLOCK_SIZE=p.block_size,
         PAGE_SIZE=cache.page_size, SLOTS=cut.slots, SPLITS=splits_at_once,
-        ALL_SLOTS=power_of_two(cut.slots * splits_at_once), ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES,
-        num_warps=cut.num_warps,
+        ALL=splits_at_once == cut.num_splits, ALL_SLOTS=power_of_two(cut.slots * splits_at_once),
+        ROWS=cut.rows, KEYS=cut.keys, STAGES=STAGES, num_warps=cut.num_warps,
     )  # fmt: skip
     merge = _merge_splits.bind(**of_values, SPLITS=cut.num_splits, ROWS=_merged_rows(p), num_warps=1)
     return attend, merge

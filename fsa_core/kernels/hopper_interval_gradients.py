@@ -14,13 +14,17 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from fsa_core.kernels.hopper_row_shares import (
     COPYING_WARPS,
     SCORES,
     SIDE,
-    add_products,
     begin_scores,
     new_row_tiles,
     store_keys,
@@ -137,6 +141,21 @@ def _hide(weights, ahead, row_tokens, STRIDE: gl.constexpr, REACH: gl.constexpr)
 
 
 @gluon.jit
+def _add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out):
+    """Adds the share of a tile's rows, that of grad_k not scaled."""
+    dtype: gl.constexpr = q.dtype
+    k_operand: gl.constexpr = gl.DotOperandLayout(0, grad_k.type.layout, 2)
+    v_operand: gl.constexpr = gl.DotOperandLayout(0, grad_v.type.layout, 2)
+    delta = delta_tile.load(gl.SliceLayout(0, SCORES))
+    grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
+    grad_scores = weights * (grad_weights - delta[None, :])
+    grad_v = warpgroup_mma(gl.convert_layout(weights.to(dtype), v_operand), grad_out, grad_v, is_async=True)
+    grad_k = warpgroup_mma(gl.convert_layout(grad_scores.to(dtype), k_operand), q, grad_k, is_async=True)
+    grad_v, grad_k = warpgroup_mma_wait(0, deps=[grad_v, grad_k])
+    return grad_k, grad_v
+
+
+@gluon.jit
 def _add_half(
     tiles,
     blocks,
@@ -179,7 +198,7 @@ def _add_half(
             if is_cut:
                 weights = _hide(weights, ahead, row_tokens, STRIDE, REACH)
             delta_tile = delta_tiles.index(stage)
-            grad_k, grad_v = add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out)
+            grad_k, grad_v = _add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out)
         mbarrier.arrive(free.index(stage), count=1)
     grad_k_ptr, grad_v_ptr, num_heads, num_windows = answers
     k_row, v_row = num_heads * HEAD_DIM, num_heads * VALUE_DIM

@@ -1,8 +1,8 @@
-"""What kernels of the gradients of keys have in common on Hopper, in Gluon: rows, and what they add.
+"""What kernels of the gradients of keys have in common on Hopper, in Gluon: rows, and their weights.
 
-Rows of q and grad_out come in tiles of 64 by asynchronous copies, with the lse and delta of each; a
-multiplying group of four warps adds what a tile gives to the gradients of its 64 keys, in registers. Keys lie
-down and rows across: weights and gradients of scores are then left operands as they are.
+Rows of q and grad_out come in tiles of 64 by asynchronous copies, with the lse and delta of each; what a tile
+gives is added to the gradients of 64 keys, which a group of four warps has in registers. Keys lie down and
+rows across: weights and gradients of scores are then left operands as they are.
 """
 
 from triton.experimental import gluon
@@ -71,21 +71,6 @@ def weigh(scores, lse_tile, scale):
     shift = lse_tile.load(gl.SliceLayout(0, SCORES)) * LOG2_E
     scores = warpgroup_mma_wait(1, deps=[scores])
     return gl.exp2(scores * (scale * LOG2_E) - shift[None, :])
-
-
-@gluon.jit
-def add_products(grad_k, grad_v, weights, grad_weights, delta_tile, q, grad_out):
-    """Adds the share of a tile's rows, that of grad_k not scaled."""
-    dtype: gl.constexpr = q.dtype
-    k_operand: gl.constexpr = gl.DotOperandLayout(0, grad_k.type.layout, 2)
-    v_operand: gl.constexpr = gl.DotOperandLayout(0, grad_v.type.layout, 2)
-    delta = delta_tile.load(gl.SliceLayout(0, SCORES))
-    grad_weights = warpgroup_mma_wait(0, deps=[grad_weights])
-    grad_scores = weights * (grad_weights - delta[None, :])
-    grad_v = warpgroup_mma(gl.convert_layout(weights.to(dtype), v_operand), grad_out, grad_v, is_async=True)
-    grad_k = warpgroup_mma(gl.convert_layout(grad_scores.to(dtype), k_operand), q, grad_k, is_async=True)
-    grad_v, grad_k = warpgroup_mma_wait(0, deps=[grad_v, grad_k])
-    return grad_k, grad_v
 
 
 @gluon.jit

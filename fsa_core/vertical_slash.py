@@ -117,15 +117,17 @@ class _Marks:
 
     def write(self, head: int, position: torch.Tensor, ids: torch.Tensor) -> None:
         """Fill int32 ``ids`` [rows, slots] of queries at ``position`` [rows]: ascending, then -1."""
-        position = position.int()
+        # Queries before the first key see as little as the one just before it.
+        position = position.int().clamp(min=-1)
         block = position.div(self.block_size, rounding_mode="floor")
-        # Within a block, rows differ only from the places on where a diagonal or a column begins or ends.
+        # Within a block of a sequence, rows differ only from the places on where a diagonal or a column begins
+        # or ends.
         changes = torch.zeros(self.block_size + 1, dtype=torch.bool, device=ids.device)
         for places in (self.from_place[head], self.to_place[head]):
             changes[places.clamp(0, self.block_size).long()] = True
         is_first = changes[position - block * self.block_size]
         is_first |= self.first_column[head][block.clamp(min=0)] == position
-        is_first[1:] |= block[1:] != block[:-1]
+        is_first[1:] |= (block[1:] != block[:-1]) | (position[1:] != position[:-1] + 1)
         is_first[:1] = True
         chosen = self._rows(head, position[is_first, None], block[is_first, None])
         torch.index_select(chosen[:, : ids.shape[1]], 0, is_first.cumsum(0) - 1, out=ids)

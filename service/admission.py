@@ -1,6 +1,7 @@
 """Who may come in: limits of one request, and budgets of all that are in flight."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from fsa_core.nsa import selecting
 from fsa_core.nsa.selecting import SelectingProblem
@@ -15,6 +16,19 @@ from service.job import Layout
 RETRY_AFTER_SECONDS = 0.1
 # Of windows that the server selects by, in keys: each of their strides is an addition a query and block.
 MAX_KERNEL_SIZE = 256
+
+
+class Sizes(Protocol):
+    """What a request's tensors say of its size: a Problem, or what is known before there is one."""
+
+    @property
+    def num_q_tokens(self) -> int: ...
+    @property
+    def num_k_tokens(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_q_heads(self) -> int: ...
 
 
 class Permit:
@@ -75,6 +89,10 @@ class Admission:
                 raise _exhausted("max_inflight_bytes", self._settings) from error
             raise
 
+    def check_sizes(self, sizes: Sizes) -> None:
+        """Raises FsaError(LIMIT_EXCEEDED) naming the first of ``sizes`` that no request may have."""
+        check_sizes(sizes, self._settings)
+
     def _check_budgets(self, cost: Cost) -> None:
         settings = self._settings
         _check("max_inflight_bytes", "bytes of host memory", cost.host_bytes, settings)
@@ -92,13 +110,17 @@ class Admission:
         self.workspace_bytes -= cost.workspace_bytes
 
 
+def check_sizes(sizes: Sizes, settings: Settings) -> None:
+    _check("max_tokens", "query tokens", sizes.num_q_tokens, settings)
+    _check("max_tokens", "key tokens", sizes.num_k_tokens, settings)
+    _check("max_sequences", "sequences", sizes.num_sequences, settings)
+    _check("max_q_heads", "query heads", sizes.num_q_heads, settings)
+
+
 def check_limits(problem: Problem, settings: Settings) -> None:
     """Raises FsaError(LIMIT_EXCEEDED) naming the first limit of one request that ``problem`` is over."""
     layout = Layout.of(problem)
-    _check("max_tokens", "query tokens", problem.num_q_tokens, settings)
-    _check("max_tokens", "key tokens", problem.num_k_tokens, settings)
-    _check("max_sequences", "sequences", problem.num_sequences, settings)
-    _check("max_q_heads", "query heads", problem.num_q_heads, settings)
+    check_sizes(problem, settings)
     _check("max_slots", "slots in a row of block indices", problem.num_slots, settings)
     _check("max_message_bytes", "bytes of answer", layout.answer_bytes, settings)
     if isinstance(problem, SelectingProblem):

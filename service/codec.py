@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,20 @@ class AttendCall:
         return isinstance(self.pattern, selection.Select) and self.pattern.return_block_indices
 
 
-def decode_attend(raw: bytes) -> AttendCall:
+@dataclass(frozen=True, slots=True)
+class DeclaredSizes:
+    """What a request says of its size, before anything of it is checked: no tensor need hold so much."""
+
+    num_q_tokens: int
+    num_k_tokens: int
+    num_sequences: int
+    num_q_heads: int
+
+
+def decode_attend(raw: bytes, check_sizes: Callable[[DeclaredSizes], None] = lambda _: None) -> AttendCall:
     """Everything that can be wrong with a request is found here.
+
+    ``check_sizes`` raises what is to be raised of sizes that would take long to look at.
 
     Raises FsaError with code INVALID_ARGUMENT; its reason is one of CODES or of InputError.
     """
@@ -56,7 +68,7 @@ def decode_attend(raw: bytes) -> AttendCall:
         text = f"request_id must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters without spaces"
         raise FsaError("INVALID_REQUEST_ID", text)
     try:
-        return _decode(message, payloads)
+        return _decode(message, payloads, check_sizes)
     except InputError as error:
         raise FsaError(
             error.reason, str(error), metadata=error.metadata, request_id=message.request_id
@@ -124,8 +136,15 @@ def encode_attend(
     return buffer.getvalue()
 
 
-def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path, memoryview]) -> AttendCall:
+def _decode(
+    message: attention_pb2.AttendRequest,
+    payloads: Mapping[strict.Path, memoryview],
+    check_sizes: Callable[[DeclaredSizes], None],
+) -> AttendCall:
     q, k, v = (tensors.read(name, message, (name,), payloads) for name in ("q", "k", "v"))
+    num_starts = max(len(message.cu_seqlens_q), len(message.cu_seqlens_k))
+    # Without tokens a tensor may have any number of heads, and a pattern of as many is no byte.
+    check_sizes(DeclaredSizes(_size(q, 0), _size(k, 0), max(num_starts - 1, 0), _size(q, 1)))
     cu_seqlens_q, cu_seqlens_k = _starts(message.cu_seqlens_q), _starts(message.cu_seqlens_k)
     pattern = selection.read(message.pattern, payloads)
     problem = selection.validate(
@@ -153,6 +172,11 @@ def _decode(message: attention_pb2.AttendRequest, payloads: Mapping[strict.Path,
         return_lse=message.return_lse,
         priority=message.priority,
     )
+
+
+def _size(x: torch.Tensor, dim: int) -> int:
+    """0 where there is no such dimension, which is refused as a rank."""
+    return x.shape[dim] if dim < x.dim() else 0
 
 
 def _starts(values: Sequence[int]) -> torch.Tensor | None:

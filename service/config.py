@@ -18,6 +18,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 # Protobuf and gRPC frame a message with signed 32-bit lengths.
 MAX_MESSAGE_BYTES = (2 << 30) - 1
+# What a worker is told of a batch fits one datagram.
+MAX_BATCH_REQUESTS = 1024
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -115,7 +117,9 @@ class Settings(BaseSettings):
     max_q_heads: PositiveInt = Field(default=256, description="Query heads in a request, at most.")
     max_slots: PositiveInt = Field(default=1024, description="Slots in a row of block indices, at most.")
 
-    max_batch_requests: PositiveInt = Field(default=64, description="Requests in one batch, at most.")
+    max_batch_requests: int = Field(
+        default=64, gt=0, le=MAX_BATCH_REQUESTS, description="Requests in one batch, at most."
+    )
     max_batch_tokens: PositiveInt = Field(
         default=65536,
         description="Query and key tokens in one batch, at most. A larger request rides alone.",

@@ -58,8 +58,8 @@ class DeviceWorker:
     def submit(self, batch: Sequence[Entry]) -> "asyncio.Future[JobResult]":
         """Runs the batch; the future is WorkerClient.submit's. Only while it ``has_room``."""
         num_tokens = sum(entry.num_tokens for entry in batch)
-        self.outstanding_tokens += num_tokens
         running = self.client.submit([entry.job for entry in batch])
+        self.outstanding_tokens += num_tokens
         running.add_done_callback(lambda _: self._done(num_tokens))
         return running
 

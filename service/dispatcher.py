@@ -126,7 +126,13 @@ class Dispatcher:
         num_tokens = sum(entry.num_tokens for entry in batch)
         futures = [self._queued.pop(entry) for entry in batch]
         self._metrics.observe_batch(len(batch), num_tokens)
-        running = worker.submit(batch)
+        try:
+            running = worker.submit(batch)
+        except Exception as error:
+            # It never reached the worker (too few file descriptors, say): nobody else would tell them.
+            for future in futures:
+                future.set_exception(error)
+            return
         running.add_done_callback(lambda done: _settle(done, futures, num_tokens))
 
     def _wake_when_due(self, now: float) -> None:

@@ -38,8 +38,11 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
+        if handler is None:
+            # Of whatever form its name is, gRPC says that there is no such method.
+            return handler
         _, service, method = handler_call_details.method.split("/", 2)
-        if handler is None or service != SERVICE_NAME:
+        if service != SERVICE_NAME:
             return handler
         behaviour = self._observed(method, handler.unary_unary, _request_id(handler_call_details))
         return grpc.unary_unary_rpc_method_handler(behaviour)

@@ -33,7 +33,8 @@ class Layout:
     """Where each tensor of one request lies, from the start of its slice: inputs, then outputs.
 
     The front end and the worker both derive it from the Problem, so it never crosses between them. ``gates``
-    are empty but for a gated sum, and ``block_indices`` are an output where the server chooses them.
+    are empty but for a gated sum, and ``block_indices`` are an output where the server chooses them; whether
+    they are an input is ``takes_blocks``, which offsets do not tell: a request may have no query.
     """
 
     q: Field
@@ -45,12 +46,14 @@ class Layout:
     block_indices: Field
     out: Field
     lse: Field
+    takes_blocks: bool
     input_bytes: int
     total_bytes: int
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
         p = problem
+        selects = isinstance(p, SelectingProblem)
         num_gates = 3 if isinstance(p, SelectingProblem) and p.is_gated else 0
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((p.num_q_tokens, p.num_q_heads, p.head_dim), p.dtype),
@@ -79,7 +82,8 @@ class Layout:
             block_indices,
             out,
             lse,
-            input_bytes=(block_indices if isinstance(p, SelectingProblem) else out).offset,
+            takes_blocks=not (selects or p.is_dense),
+            input_bytes=(block_indices if selects else out).offset,
             total_bytes=offset,
         )
 

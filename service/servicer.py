@@ -64,7 +64,7 @@ class AttentionServicer:
         deadline = _deadline(context)
         with self._active():
             self._check_size(raw)
-            call = await self._run(len(raw), codec.decode_attend, raw)
+            call = await self._run(len(raw), codec.decode_attend, raw, self._admission.check_sizes)
             request_id = call.request_id or telemetry.request_id()
             telemetry.set_request_id(request_id)
             permit = await self._admission.admit(call.problem)

@@ -17,6 +17,8 @@ from service.errors import FsaError
 
 # A request has a few dozen fields. Walking millions of empty ones would hold up everyone else.
 MAX_FIELDS = 20_000
+# Of a text, or of numbers one behind the other: millions of sequences.
+MAX_SCALAR_BYTES = 8 << 20
 
 _LENGTH_DELIMITED = 2
 _EMPTY = memoryview(b"")
@@ -30,7 +32,7 @@ def parse(message_type: type[M], raw: bytes) -> tuple[M, Mapping[Path, memoryvie
 
     As protobuf has it, the last of several values of a field counts.
 
-    Raises FsaError: MALFORMED_MESSAGE or UNKNOWN_FIELD.
+    Raises FsaError: MALFORMED_MESSAGE, UNKNOWN_FIELD or LIMIT_EXCEEDED.
     """
     cut = _Cut(message_type.DESCRIPTOR)
     try:
@@ -70,8 +72,18 @@ class _Cut:
                 below = self._walk(value, field.message_type, (*path, field.name))
                 parts += wire.length_delimited(number, below)
             else:
+                self._check_length(field.name, len(value))
                 parts.append(whole)
         return parts
+
+    @staticmethod
+    def _check_length(name: str, num_bytes: int) -> None:
+        if num_bytes > MAX_SCALAR_BYTES:
+            raise FsaError(
+                "LIMIT_EXCEEDED",
+                f"{name} takes {num_bytes} bytes; at most {MAX_SCALAR_BYTES} are read",
+                metadata={"limit": name, "value": str(num_bytes), "max": str(MAX_SCALAR_BYTES)},
+            )
 
 
 def _refuse_unknown_fields(message: Message) -> None:

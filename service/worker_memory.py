@@ -96,9 +96,7 @@ def pack_inputs(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> 
 
 def _pack_block_indices(layouts: Sequence[Layout], memories: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """int32 [index_heads, tokens, slots of the widest job]. Ids count from their own sequence: no shift."""
-    field = layouts[0].block_indices
-    is_input = field.offset < layouts[0].input_bytes
-    if not is_input or field.shape[0] == 0:
+    if not layouts[0].takes_blocks:
         return None
     num_slots = max(layout.block_indices.shape[2] for layout in layouts)
     rows = []

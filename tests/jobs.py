@@ -59,6 +59,13 @@ class Request:
         request._fill(seed, lengths_q, lengths_k)
         return request
 
+    @classmethod
+    def without_queries(cls, pool: ArenaPool, common: Problem) -> "Request":
+        problem = sized(common, [0], [5], num_slots=1)
+        request = cls(problem, pool.allocate(Layout.of(problem).total_bytes))
+        request._fill(0, [0], [5])
+        return request
+
     @property
     def job(self) -> Job:
         return Job(self.problem, self.lease.memory)

@@ -130,9 +130,13 @@ def test_ragged_rows_are_their_dense_mask(make_case, lens, heads, query_block_si
     assert torch.equal(mask_of(pattern, case), expected)
 
 
+# In sequences that follow one another, and before the first key, positions are no run.
+SLASH_LENS = PATTERN_LENS | {"decode": ((1, 1, 1), (32, 21, 90)), "more queries": ((60, 3), (16, 40))}
+
+
 @pytest.mark.usefixtures("entries_at_once")
 @pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("lens", PATTERN_LENS.values(), ids=PATTERN_LENS.keys())
+@pytest.mark.parametrize("lens", SLASH_LENS.values(), ids=SLASH_LENS.keys())
 def test_vertical_slash_is_its_dense_mask_widened_to_blocks(make_case, lens, heads):
     """Columns past a sequence's end, distances past its start, and pads name no key."""
     case = make_case(q_lens=lens[0], k_lens=lens[1])

@@ -11,7 +11,7 @@ from fsa_core.patterns import expand_query_blocks
 from service import codec, tensors
 from service.errors import FsaError
 from service.job import Field, Layout
-from service.pb.fsa.v1 import attention_pb2, tensor_pb2
+from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 from tests.serving import request_of, tensor_message, tensor_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -152,6 +152,26 @@ def test_the_first_bad_index_is_named_by_head_token_and_slot(make_case: Callable
         "slot": "2",
         "value": "99",
     }
+
+
+def test_sizes_are_refused_before_a_pattern_of_them_is_looked_at() -> None:
+    """Without tokens heads take no byte, and a mask of as many none either."""
+    heads = 1 << 40
+    empty = {"dtype": tensor_pb2.DTYPE_FLOAT16, "inline": b""}
+    q, k = (tensor_pb2.Tensor(shape=[0, h, 64], **empty) for h in (heads, 1))
+    mask = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_BOOL, shape=[heads, 0, 0], inline=b"")
+    block_mask = pattern_pb2.BlockMask(mask=mask, block_size=64, query_block_size=64)
+    request = attention_pb2.AttendRequest(q=q, k=k, v=k, cu_seqlens_q=[0] * 9, causal=True)
+    request.pattern.block_mask.CopyFrom(block_mask)
+    seen: list[codec.DeclaredSizes] = []
+
+    def check_sizes(sizes: codec.DeclaredSizes) -> None:
+        seen.append(sizes)
+        raise FsaError("LIMIT_EXCEEDED", "too many heads")
+
+    with pytest.raises(FsaError, match="too many heads"):
+        codec.decode_attend(request.SerializeToString(), check_sizes)
+    assert seen == [codec.DeclaredSizes(0, 0, 8, heads)]
 
 
 @pytest.mark.parametrize("field", ["q", "k", "v", "pattern"])

@@ -46,6 +46,7 @@ def test_the_environment_can_name_the_file(tmp_path: Path, monkeypatch: pytest.M
         ("max_message_bytes", 2**31),
         ("max_inflight_bytes", 1),
         ("max_inflight_requests", 0),
+        ("max_batch_requests", 1025),
         ("max_batch_delay_seconds", -1.0),
         ("log_level", "loud"),
         ("config", "/no/such/file.toml"),

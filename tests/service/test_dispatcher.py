@@ -245,6 +245,45 @@ def test_what_is_queued_when_a_worker_dies_waits_for_the_next_but_not_for_ever(
     assert all(each.is_answered(worker.client.spec.kind) for each in queued) == (not reason)
 
 
+def test_company_without_queries_changes_no_bit(line: Line) -> None:
+    busy = [line.request(seed) for seed in range(2)]
+    empty, request = Request.without_queries(line.arena, SELECTED), line.request(2)
+
+    async def scenario() -> None:
+        with line.frozen():
+            first = [asyncio.create_task(line.dispatcher.submit(each.job)) for each in busy]
+            await asyncio.sleep(0)
+            tasks = [asyncio.create_task(line.dispatcher.submit(each.job)) for each in (empty, request)]
+            await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*tasks)
+        assert [outcome.batch_requests for outcome in outcomes] == [2, 2]
+        await asyncio.gather(*first)
+
+    line.runner.run(scenario())
+    assert request.is_answered(line.worker.spec.kind)
+
+
+def test_a_batch_that_cannot_be_handed_over_fails_and_holds_nothing(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = line.request(1)
+
+    def no_descriptor_left(jobs: object) -> None:
+        raise OSError("too many open files")
+
+    async def scenario() -> None:
+        with monkeypatch.context() as patches:
+            patches.setattr(line.worker, "submit", no_descriptor_left)
+            with pytest.raises(OSError, match="too many"):
+                await asyncio.wait_for(line.dispatcher.submit(request.job), 60)
+        assert line.dispatcher.queue_depth == 0
+        assert all(worker.outstanding_tokens == 0 for worker in line.dispatcher.workers)
+        await line.dispatcher.submit(request.job)
+
+    line.runner.run(scenario())
+    assert request.is_answered(line.worker.spec.kind)
+
+
 def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:
     good, bad = line.request(1), line.request(2)
     out_of_bounds = replace(bad.job, memory=Slice(bad.lease.memory.segment, 1 << 40, 256))

@@ -315,6 +315,13 @@ def assert_reflection_lists(server: ServerProcess, service: str) -> None:
     assert service in ProtoReflectionDescriptorDatabase(server.channel).get_services()
 
 
+@pytest.mark.parametrize("method", ["/nothing", "/fsa.v1.AttentionService/Nothing", "/a.b/c"])
+def test_a_method_that_there_is_not_is_unimplemented(server: ServerProcess, method: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        server.call(b"", method=method)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_a_taken_port_is_a_clear_error(server: ServerProcess) -> None:
     settings = {"FSA_PORT": str(server.port), "FSA_METRICS_PORT": "0", "FSA_DEVICES": "cpu"}
     environment = {**os.environ, **settings}

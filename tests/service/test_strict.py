@@ -4,7 +4,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from service import strict
+from service import strict, wire
 from service.errors import FsaError
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
 
@@ -93,6 +93,13 @@ def test_a_field_that_is_not_known_is_named(raw: bytes, message: str, number: st
 )
 def test_bytes_that_are_no_message_are_malformed(raw: bytes) -> None:
     assert refusal(raw).reason == "MALFORMED_MESSAGE"
+
+
+def test_a_flood_of_numbers_in_one_field_is_refused_before_it_is_read() -> None:
+    numbers = bytes(strict.MAX_SCALAR_BYTES + 1)
+    raw = b"".join(map(bytes, wire.length_delimited(Request.CU_SEQLENS_Q_FIELD_NUMBER, [numbers])))
+    error = refusal(raw)
+    assert (error.reason, error.metadata["limit"]) == ("LIMIT_EXCEEDED", "cu_seqlens_q")
 
 
 def test_a_flood_of_tiny_fields_is_refused_quickly() -> None:

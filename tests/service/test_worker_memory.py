@@ -84,6 +84,16 @@ def test_narrow_selections_are_padded_to_the_widest(pool: ArenaPool, segments: S
         start += request.problem.num_q_tokens
 
 
+def test_a_job_without_queries_hides_no_selection(pool: ArenaPool, segments: Segments) -> None:
+    """Its indices take no byte, wherever it comes in the batch."""
+    empty, request = Request.without_queries(pool, SELECTED), Request.write(pool, SELECTED, 0)
+    for requests in ([empty, request], [request, empty]):
+        jobs = placed(segments, requests)
+        indices = pack_inputs([job.layout for job in jobs], [job.memory for job in jobs]).block_indices
+        assert indices is not None
+        assert torch.equal(indices[..., : request.problem.num_slots], request.tensor("block_indices"))
+
+
 def test_dense_jobs_have_no_selection(pool: ArenaPool, segments: Segments) -> None:
     jobs = placed(segments, [Request.write(pool, DENSE, seed) for seed in range(2)])
     assert pack_inputs([job.layout for job in jobs], [job.memory for job in jobs]).block_indices is None

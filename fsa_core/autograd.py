@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fsa_core.autocast import in_own_precision
 from fsa_core.problem import Problem
 
 Answer = tuple[torch.Tensor, torch.Tensor]
@@ -27,6 +28,7 @@ class Implementation:
     knows_none: bool = False
 
 
+@in_own_precision
 def differentiable_attention(
     implementation: Implementation,
     problem: Problem,
@@ -47,7 +49,7 @@ def _answer(
 ) -> Answer:
     if problem.num_q_tokens == 0:
         size = (0, problem.num_q_heads)
-        return q.new_empty(*size, problem.value_dim), torch.empty(size, device=q.device)
+        return q.new_empty(*size, problem.value_dim), torch.empty(size, dtype=torch.float32, device=q.device)
     out, lse = implementation.forward(problem, q, *others)
     return _as(out, q.dtype), _as(lse, torch.float32)
 
@@ -88,6 +90,7 @@ class _Attention(torch.autograd.Function):
         return None, None, *asked, *[None] * (len(tensors) - 5)
 
 
+@in_own_precision
 def _gradients(implementation: Implementation, problem: Problem, *tensors: Any) -> tuple[torch.Tensor, ...]:
     operands = tensors[:3]
     if problem.num_q_tokens == 0:

@@ -66,7 +66,7 @@ def selected_attention_cpu(
     """
     p, heads_per_unit = problem, Layout.of(problem).heads_per_unit
     out = q.new_zeros(p.num_q_tokens, p.num_q_heads, p.value_dim)
-    lse = torch.full((p.num_q_tokens, p.num_q_heads), -torch.inf)
+    lse = torch.full((p.num_q_tokens, p.num_q_heads), -torch.inf, dtype=torch.float32)
     cut = parts(
         p,
         block_indices,
@@ -160,7 +160,7 @@ def _merge(chunk: Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torc
     first = count.cumsum(0) - count
     row = torch.arange(num_rows).repeat_interleave(count)
     factor = partials.peak.index_select(0, place)
-    row_peak = torch.full((num_rows, heads), -torch.inf)
+    row_peak = torch.full((num_rows, heads), -torch.inf, dtype=torch.float32)
     row_peak.scatter_reduce_(0, row[:, None].expand_as(factor), factor, "amax")
     factor.sub_(row_peak.index_select(0, row)).exp_()
     weight = partials.weight.index_select(0, place).mul_(factor)

@@ -68,7 +68,7 @@ def selected_attention_cpu_backward(
     need more), beside the gradients in float32.
     """
     p, heads_per_unit = problem, Layout.of(problem).heads_per_unit
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
     cut = parts(
         p,
         block_indices,
@@ -79,7 +79,7 @@ def selected_attention_cpu_backward(
         limit_bytes=workspace_limit_bytes,
     )
     most_pairs = max((part.num_pairs for part in cut), default=0)
-    workspace = torch.empty(most_pairs, heads_per_unit, p.head_dim)
+    workspace = torch.empty(most_pairs, heads_per_unit, p.head_dim, dtype=torch.float32)
     scratch = Scratch()
     for part in cut:
         chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
@@ -116,13 +116,15 @@ def _fill(
     entries: list[torch.Tensor] = []
     for segments, masked in segment_runs(chunk):
         blocks = key_and_value_blocks(chunk, segments, masked, scratch)
-        of_keys, of_values = (torch.zeros(len(blocks), p.block_size, x) for x in (p.head_dim, p.value_dim))
+        of_keys, of_values = (
+            blocks.new_zeros(len(blocks), p.block_size, x) for x in (p.head_dim, p.value_dim)
+        )
         for tiles in tile_batches(chunk, segments):
             entry = tiles.entry.flatten()
             used = None if tiles.is_used is None else tiles.is_used.flatten().nonzero()[:, 0]
             num_used = entry.numel() if used is None else used.numel()
             here = partial_grad_q[done : done + num_used]
-            of_queries = here if used is None else torch.empty(entry.numel(), *here.shape[1:])
+            of_queries = here if used is None else here.new_empty(entry.numel(), *here.shape[1:])
             tile_blocks = blocks.index_select(0, tiles.segment)
             of_tile_keys, of_tile_values = _differentiate(
                 chunk, segments, rows, tiles, tile_blocks, masked, of_queries

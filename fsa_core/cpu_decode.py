@@ -25,7 +25,7 @@ def paged_selected_attention_cpu(
     """
     p = problem
     out = q.new_empty(p.num_q_tokens, p.num_q_heads, p.value_dim)
-    lse = torch.empty(p.num_q_tokens, p.num_q_heads)
+    lse = torch.empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     placed = place_queries(cu_seqlens_q, starts_of(seq_lens), p.num_q_tokens, causal=True)
     num_units = max(p.index_heads, p.num_kv_heads)
     token_bytes = 4 * num_units * p.num_slots * p.block_size * (p.head_dim + p.value_dim)

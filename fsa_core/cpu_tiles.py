@@ -93,7 +93,7 @@ class Scratch:
         """``shape`` floats with any content, the same memory as the last time."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size)
+            self._buffers[name] = torch.empty(size, dtype=torch.float32)
         return self._buffers[name][:size].view(shape)
 
 

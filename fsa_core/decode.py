@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from fsa_core.api import attend, resolve_backend
+from fsa_core.autocast import in_own_precision
 from fsa_core.cpu_decode import paged_selected_attention_cpu
 from fsa_core.packing import starts_of
 from fsa_core.paged_validation import validate_paged
@@ -12,6 +13,7 @@ from fsa_core.problem import Problem
 
 
 @torch.no_grad()
+@in_own_precision
 def paged_selected_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -38,7 +38,7 @@ def dense_attention_forward(
     if q.is_cuda and problem.num_k_tokens and problem.dtype != torch.float32:
         return _flash_cuda(problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
     out = q.new_zeros(problem.num_q_tokens, problem.num_q_heads, problem.value_dim)
-    lse = torch.full(out.shape[:2], -torch.inf, device=q.device)
+    lse = torch.full(out.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     attend = _rows_of_scores if q.is_cuda else _flash_cpu
     for rows, keys in sequence_spans(problem, cu_seqlens_q, cu_seqlens_k):
         out[rows], lse[rows] = attend(problem, q[rows], k[keys], v[keys])

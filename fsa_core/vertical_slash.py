@@ -120,7 +120,7 @@ class _Marks:
         # Queries before the first key see as little as the one just before it.
         position = position.int().clamp(min=-1)
         block = position.div(self.block_size, rounding_mode="floor")
-        # Within a block of a sequence, rows differ only from the places on where a diagonal or a column begins
+        # Within a block of a sequence, rows differ only from places on where a diagonal or a column begins
         # or ends.
         changes = torch.zeros(self.block_size + 1, dtype=torch.bool, device=ids.device)
         for places in (self.from_place[head], self.to_place[head]):

@@ -116,7 +116,7 @@ def _importance(
     q: [rows, num_q_heads, head_dim], k_cmp: [windows, num_kv_heads, head_dim], windows_seen: [rows].
     """
     num_windows, num_kv_heads, _ = k_cmp.shape
-    importance = torch.zeros(num_kv_heads, len(q), num_blocks, device=q.device)
+    importance = torch.zeros(num_kv_heads, len(q), num_blocks, dtype=torch.float32, device=q.device)
     if not num_windows:
         return importance
     is_hidden = torch.arange(num_windows, device=q.device) >= windows_seen[:, None]
@@ -144,7 +144,7 @@ def _sums_over_blocks(weights: torch.Tensor, num_blocks: int, config: NSAConfig)
     after = max(per_block * num_blocks - weights.shape[-1], 0)
     padded = F.pad(weights, (before, after))
     shared = Counter(m - i + before for m in range(per_block) for i in range(per_window))
-    sums = torch.zeros(*weights.shape[:-1], num_blocks, device=weights.device)
+    sums = torch.zeros(*weights.shape[:-1], num_blocks, dtype=torch.float32, device=weights.device)
     for offset in sorted(shared):
         every_block = padded[..., offset : offset + per_block * (num_blocks - 1) + 1 : per_block]
         sums.add_(every_block, alpha=shared[offset])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fsa_core.api import resolve_backend
+from fsa_core.autocast import in_own_precision
 from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.gating import gated_sum_torch, gated_sum_triton
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 MAX_REACH = 2**30
 
 
+@in_own_precision
 def attend_windows(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
 ) -> Answer:
@@ -38,6 +40,7 @@ def attend_windows(
     return _attend(call, kernel_sizes(call, q, k_cmp, v_cmp), q, k_cmp, v_cmp)[0]
 
 
+@in_own_precision
 def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> Answer:
     """Attention over the last ``window`` keys up to a query's own: out and lse, differentiable."""
     if not runs_kernels(backend, q):
@@ -53,6 +56,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
 
 
+@in_own_precision
 def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str) -> torch.Tensor:
     """int32 [num_kv_heads, num_q_tokens, top_k], ascending, then -1."""
     if not runs_kernels(backend, q):
@@ -60,6 +64,7 @@ def choose_blocks(call: Call, q: torch.Tensor, k_cmp: torch.Tensor, backend: str
     return _choose(call, kernel_sizes(call, q, k_cmp, k_cmp), q, k_cmp, None, backend)
 
 
+@in_own_precision
 def attend_and_choose(
     call: Call, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, backend: str
 ) -> tuple[Answer, torch.Tensor]:
@@ -71,6 +76,7 @@ def attend_and_choose(
     return answer, _choose(call, sizes, q, k_cmp, shares, backend)
 
 
+@in_own_precision
 def add_branches(branches: tuple[torch.Tensor, ...], gates: torch.Tensor, backend: str) -> torch.Tensor:
     """Each branch times its gate, added up."""
     if len(branches) == 3 and runs_kernels(backend, branches[0]):

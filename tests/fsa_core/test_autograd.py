@@ -185,3 +185,32 @@ def test_inputs_and_answer_are_kept_and_nothing_else(make_case, kept):
     given = [*operands, *case.tensors[3:]]
     answers = answer(case, *operands, **{"cu_seqlens_q": given[4], "cu_seqlens_k": given[5]})
     assert {x.data_ptr() for x in kept} == {x.data_ptr() for x in (*given, *answers)}
+
+
+def answer_and_gradients(case, **options):
+    """Forward and backward both where this is called."""
+    q, k, v = leaves(case)
+    out, lse = answer(case, q, k, v, **options)
+    return out, lse, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["selected", "dense"])
+def test_autocast_changes_nothing_of_an_operator(make_case, backend, dense):
+    case = make_case(dtype=torch.float32, dense=dense)
+    alone = answer_and_gradients(case, backend=backend)
+    with torch.autocast(case.q.device.type, dtype=torch.bfloat16):
+        within = answer_and_gradients(case, backend=backend)
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(alone, within, strict=True))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dense", [False, True], ids=["selected", "dense"])
+def test_what_new_tensors_are_made_of_is_no_matter(make_case, backend, dense, default):
+    case = make_case(dtype=torch.float32, dense=dense)
+    alone = answer_and_gradients(case, backend=backend)
+    torch.set_default_dtype(default)
+    try:
+        again = answer_and_gradients(case, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(alone, again, strict=True))

@@ -16,6 +16,7 @@ tokens; more queries than keys under causal (the first queries then see nothing,
 import math
 from dataclasses import replace
 from functools import lru_cache
+from numbers import Real
 from typing import Any, TypeGuard
 
 import torch
@@ -294,7 +295,7 @@ def _check_query_block_size(value: object) -> None:
 def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
+    is_number = isinstance(softmax_scale, Real) and not isinstance(softmax_scale, bool)
     if not is_number or not math.isfinite(softmax_scale) or softmax_scale <= 0:
         expected = "a finite number above 0"
         raise InputError(

@@ -10,6 +10,7 @@ import grpc.aio
 import torch
 from grpc_reflection.v1alpha import reflection
 
+from fsa_core.api import resolve_backend
 from fsa_core.tuning_table import read_table
 from service import health, info, servicer
 from service.admission import Admission
@@ -17,7 +18,7 @@ from service.arena import SEGMENT_BYTES, ArenaPool
 from service.batcher import Batcher, BatchLimits
 from service.config import MAX_MESSAGE_BYTES, MIB, Settings
 from service.device_worker import DeviceWorker
-from service.devices import DeviceSpec, discover
+from service.devices import DeviceSpec, NoSuchDevice, discover
 from service.dispatcher import Dispatcher
 from service.interceptors import RequestInterceptor
 from service.metrics import Metrics, MetricsServer
@@ -49,6 +50,9 @@ class App:
         """Raises NoSuchDevice and TuningError."""
         if settings.tuning_file is not None:
             read_table(settings.tuning_file)
+        devices = discover(settings.devices)
+        for spec in devices:
+            _check_backend(settings.backend.value, spec)
         self._settings = settings
         self._is_draining = False
         self._metrics = Metrics()
@@ -56,7 +60,7 @@ class App:
         self._arena = ArenaPool(settings.max_inflight_bytes, initial_bytes=SEGMENT_BYTES)
         self._health = health.HealthServicer()
         self._dispatcher = Dispatcher(
-            [self._worker(spec) for spec in discover(settings.devices)],
+            [self._worker(spec) for spec in devices],
             Batcher(_batch_limits(settings)),
             self._metrics,
             worker_wait_seconds=settings.worker_wait_seconds,
@@ -161,6 +165,14 @@ class App:
     def _serving_changed(self, is_serving: bool) -> None:
         log.info("a worker is up" if is_serving else "no worker is up")
         self._health.set_serving(is_serving and not self._is_draining)
+
+
+def _check_backend(backend: str, spec: DeviceSpec) -> None:
+    """Raises NoSuchDevice where no worker of ``spec`` could answer a request."""
+    try:
+        resolve_backend(backend, torch.device(spec.kind))
+    except ValueError as error:
+        raise NoSuchDevice(str(error)) from error
 
 
 def _batch_limits(settings: Settings) -> BatchLimits:

@@ -23,6 +23,7 @@ from fsa_core.nsa.steps import Step
 from fsa_core.nsa.validation import Call, check_starts
 from fsa_core.packing import place_queries, single_sequence
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from fsa_core.validation import check_tensor
 
 COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
 
@@ -116,9 +117,11 @@ class NativeSparseAttention(nn.Module):
             [num_tokens, hidden_dim].
 
         Raises:
-            InputError: cu_seqlens break the contract of ``fsa_core.api``.
+            InputError: x is no [num_tokens, hidden_dim], or cu_seqlens break the contract of
+                ``fsa_core.api``.
             ValueError: the cache has another number of sequences.
         """
+        check_tensor("x", x, "[num_tokens, hidden_dim], sequences packed", 2)
         q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
@@ -130,7 +133,7 @@ class NativeSparseAttention(nn.Module):
                 cu_seqlens = single_sequence(len(x), torch.device("cpu"))
             out = self._attend_cached(q, k, v, gates, cu_seqlens, cache)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
-        return projected
+        return projected if cache is None else projected.detach()
 
     @_graph_break
     def _attend(
@@ -171,13 +174,12 @@ class NativeSparseAttention(nn.Module):
         cache: NSACache,
     ) -> torch.Tensor:
         # Read once: on a GPU this waits for it.
-        starts = cu_seqlens.cpu()
-        check_starts("cu_seqlens", starts, len(q))
+        starts = check_starts("cu_seqlens", cu_seqlens, len(q))
         if len(starts) - 1 != cache.num_sequences:
             raise ValueError(f"the cache has {cache.num_sequences} sequences, cu_seqlens {len(starts) - 1}")
         if len(q) == 0:
             return q
-        step = cache.begin(tuple(starts.tolist()), k, v, self.config)
+        step = cache.begin(tuple(starts), k, v, self.config)
         if step.num_windows:
             # Before what these tokens push out of k_raw is overwritten.
             k_cmp = self.compress_k.at(torch.cat([k, cache.slots.k_raw.flatten(0, 1)]), step.raw_rows)

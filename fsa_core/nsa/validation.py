@@ -163,6 +163,8 @@ def check_window_count(call: Call, k_cmp: torch.Tensor) -> None:
 
 def check_starts(name: str, cu_seqlens: torch.Tensor, num_tokens: int) -> list[int]:
     """cu_seqlens on the host; refuses what is not int32, from 0, never decreasing, to ``num_tokens``."""
+    if not isinstance(cu_seqlens, torch.Tensor):
+        refuse("INVALID_TYPE", name, "type", type(cu_seqlens).__name__, "torch.Tensor")
     if cu_seqlens.dtype != torch.int32:
         refuse("INVALID_DTYPE", name, "dtype", cu_seqlens.dtype, "int32")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:

@@ -89,7 +89,7 @@ class AsyncAttentionClient:
         query_block_size: int = 1,
         **options: Unpack[AttendOptions],
     ) -> AttendResult[ArrayT]:
-        """``attend`` over selected KV blocks, with the arguments of ``fsa_core.selected_attention``."""
+        """``attend`` over selected KV blocks, with the arguments of ``fsa_core.api.selected_attention``."""
         pattern = BlockIndices(block_indices, block_size, query_block_size)
         return await self.attend(q, k, v, pattern, **options)
 
@@ -159,9 +159,13 @@ class AsyncAttentionClient:
         wait_for_ready: bool = False,
     ) -> bytes:
         try:
-            return await method(payload, timeout=timeout_seconds, wait_for_ready=wait_for_ready)
+            return await method(
+                payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready
+            )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, request_id) from error
 
     def _timeout(self, timeout_seconds: float | None) -> float:
-        return self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        return connection.checked_timeout(
+            self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        )

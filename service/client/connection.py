@@ -13,6 +13,8 @@ HEALTH = "/grpc.health.v1.Health/Check"
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
 READY_POLL_SECONDS = 0.05
+# Three years. Some later ones would be taken for past ones.
+LONGEST_SECONDS = 1e8
 
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     # The server has the say over sizes: it refuses with a reason.
@@ -45,6 +47,18 @@ def channel_options(*, retry: bool) -> tuple[tuple[str, Any], ...]:
     if not retry:
         return (*_OPTIONS, ("grpc.enable_retries", 0))
     return (*_OPTIONS, ("grpc.enable_retries", 1), ("grpc.service_config", json.dumps(_SERVICE_CONFIG)))
+
+
+def checked_timeout(seconds: float) -> float:
+    """Raises ValueError for what is no time: negative, or no number."""
+    if not seconds >= 0:
+        raise ValueError(f"timeout_seconds is {seconds!r}: expected seconds from 0 on, or infinity")
+    return seconds
+
+
+def deadline(seconds: float) -> float | None:
+    """What gRPC is told of a timeout: nothing, where it is further away than gRPC can say."""
+    return seconds if seconds < LONGEST_SECONDS else None
 
 
 def not_ready(target: str, timeout_seconds: float, status: str) -> Unavailable:

@@ -22,8 +22,9 @@ class AttentionClient:
     """Attention computed by a server; safe to share between threads.
 
     ``target``: "host:port" or any gRPC target. ``timeout_seconds``: the deadline of a call that names
-    none, retries included. ``retry``: whether a call that gets UNAVAILABLE is sent again, with growing
-    waits between, until its deadline. ``credentials``: of a TLS channel; None connects in the clear.
+    none, retries included; infinity is none at all. ``retry``: whether a call that gets UNAVAILABLE is sent
+    again, with growing waits between, until its deadline. ``credentials``: of a TLS channel; None connects in
+    the clear.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class AttentionClient:
         query_block_size: int = 1,
         **options: Unpack[AttendOptions],
     ) -> AttendResult[ArrayT]:
-        """``attend`` over selected KV blocks, with the arguments of ``fsa_core.selected_attention``."""
+        """``attend`` over selected KV blocks, with the arguments of ``fsa_core.api.selected_attention``."""
         return self.attend(q, k, v, BlockIndices(block_indices, block_size, query_block_size), **options)
 
     def select(
@@ -168,9 +169,13 @@ class AttentionClient:
         wait_for_ready: bool = False,
     ) -> bytes:
         try:
-            return method(payload, timeout=timeout_seconds, wait_for_ready=wait_for_ready)
+            return method(
+                payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error, request_id) from error
 
     def _timeout(self, timeout_seconds: float | None) -> float:
-        return self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        return connection.checked_timeout(
+            self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        )

@@ -36,6 +36,8 @@ def attend(
     """
     from service.client import AttentionClient
 
+    if destination.is_dir() or not destination.parent.is_dir():
+        raise CommandFailed(f"{destination} cannot be written: it is a folder, or in none")
     tensors, metadata = _read(source)
     given = {
         "block_size": block_size,
@@ -76,6 +78,9 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CommandFailed(f"{source} cannot be read as safetensors: {error}") from error
+    except (AttributeError, TypeError) as error:
+        # How safetensors says that numpy has no such dtype.
+        raise CommandFailed(f"{source} has a tensor of a dtype that numpy has not: {error}") from error
 
 
 def _parameters(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -128,12 +133,13 @@ def _pattern(
 
 
 def _write(destination: Path, answer: "AttendResult[Any]") -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     tensors = {"out": answer.out, "lse": answer.lse}
     try:
         save_file(tensors, destination, metadata={"request_id": answer.request_id})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CommandFailed(f"{destination} cannot be written: {error}") from error
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 SHAPE_METAVAR = "q_heads=N,kv_heads=N,head_dim=N,block_size=N,slots=N[,dtype=NAME][,...]"
 
+# No size is larger, and torch's own are 64 bits, several of them multiplied.
+MOST = 1 << 30
+
 Tokens = Annotated[str, typer.Option(help="Lengths of the sequence, with commas between.")]
 
 
@@ -41,8 +44,8 @@ class CallShape:
             name, _, value = part.partition("=")
             if name not in known:
                 raise WrongUsage(f"--shape has {part!r}; it takes {', '.join(known)}, each as name=value")
-            if name != "dtype" and not value.isdecimal():
-                raise WrongUsage(f"--shape has {name}={value}; it must be a number")
+            if name != "dtype" and not (value.isdecimal() and int(value) <= MOST):
+                raise WrongUsage(f"--shape has {name}={value}; it must be a number up to {MOST}")
             given[name] = value if name == "dtype" else int(value)
         missing = [name for name, field in known.items() if field.default is MISSING and name not in given]
         if missing:

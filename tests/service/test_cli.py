@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors import torch as torch_safetensors
 from safetensors.numpy import load_file, save_file
 
 from fsa_core import dispatch, tuning_table
@@ -201,6 +202,16 @@ class TestServe:
         )
         assert done.stderr.strip() == expected
 
+    def test_does_not_start_with_a_backend_that_cannot_run_there(self) -> None:
+        command = [sys.executable, "-m", "service.cli", "serve", "--backend", "triton", "--devices", "cpu"]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("fsa: cannot start: backend 'triton' takes CUDA tensors")
+        assert done.stderr.count("\n") == 1
+
 
 class TestInfo:
     def test_prints_an_aligned_table(self, fsa: Fsa, server: ServerProcess) -> None:
@@ -277,6 +288,11 @@ class TestInfoOfAShape:
             (["--shape", f"{SHAPE},dtype=int8"], "--shape has dtype=int8; it can be bfloat16", 2),
             (["--shape", f"{SHAPE},kv_heads=3"], "--shape: k has 3 heads, q has 8", 2),
             (["--shape", f"{SHAPE},query_block_size=0"], "--shape: query_block_size is 0: expected", 2),
+            (
+                ["--shape", SHAPE + ",value_dim=" + "9" * 20],
+                "--shape has value_dim=99999999999999999999; it",
+                2,
+            ),
             (["--shape", SHAPE, "--tokens", "1,x"], "--tokens is '1,x'; it must be positive integers", 2),
             (["--shape", SHAPE, "--device", "X", "--path", "union"], "path is 'union': expected one of", 1),
         ],
@@ -423,6 +439,21 @@ class TestAttend:
             assert outcome.code == 1
             assert outcome.err.startswith(f"fsa: {source} cannot be read as safetensors")
             assert outcome.err.count("\n") == 1
+
+    def test_an_answer_that_could_not_be_written_is_not_asked_for(self, fsa: Fsa, tmp_path: Path) -> None:
+        for destination in (tmp_path, tmp_path / "absent" / "out"):
+            outcome = fsa("attend", tmp_path / "in", destination, "--dense")
+            assert outcome.code == 1
+            assert outcome.err.startswith(f"fsa: {destination} cannot be written")
+            assert outcome.err.count("\n") == 1
+
+    def test_a_dtype_that_numpy_has_not_is_said_in_one_line(self, fsa: Fsa, tmp_path: Path) -> None:
+        source = tmp_path / "in.safetensors"
+        torch_safetensors.save_file({"q": torch.zeros(4, 2, 32).to(torch.float8_e4m3fn)}, source)
+        outcome = fsa("attend", source, tmp_path / "out", "--dense")
+        assert outcome.code == 1
+        assert outcome.err.startswith(f"fsa: {source} has a tensor of a dtype that numpy has not")
+        assert outcome.err.count("\n") == 1
 
 
 class TestBench:

@@ -222,9 +222,7 @@ def test_mixed_precision(make_layer, device, compression):
 def test_a_cached_call_carries_no_gradient(make_layer, device):
     layer = make_layer()
     out = layer(tokens(20, device).requires_grad_(), cache=NSACache(1))
-    assert torch.autograd.grad(out.sum(), layer.o_proj.weight)[0].any()
-    with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(layer(tokens(20, device), cache=NSACache(1)).sum(), layer.q_proj.weight)
+    assert not out.requires_grad, "training what comes behind attention alone would go unnoticed"
 
 
 def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
@@ -235,6 +233,11 @@ def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
     with pytest.raises(ValueError, match="compression is 'max': expected one of mean, weighted, linear, mlp"):
         NativeSparseAttention(64, 4, 2, compression="max")
     layer, x = make_layer(), tokens(20, device)
+    for cache in (None, NSACache(1)):
+        with pytest.raises(InputError, match=r"x has rank 3 \(shape \[1, 20, .*expected 2, \[num_tokens"):
+            layer(x[None], cache=cache)
+        with pytest.raises(InputError, match=r"cu_seqlens has type list: expected torch\.Tensor"):
+            layer(x, [0, 20], cache)
     with pytest.raises(InputError, match=r"cu_seqlens\[1\] is 19: expected 20, the token count"):
         layer(x, cumulative((19,)).to(device))
     with pytest.raises(InputError, match=r"cu_seqlens\[2\] is 19: expected 20, the token count"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -193,6 +194,15 @@ def test_a_deadline_is_kept_while_the_worker_stands_still(client: Any, server: S
     with server.frozen_worker(), pytest.raises(DeadlineExceeded):
         client.attend(q, k, v, Dense(), timeout_seconds=0.3)
     assert time.monotonic() - start < 3
+
+
+def test_no_deadline_is_no_deadline_and_no_time_is_refused(client: Any) -> None:
+    for timeout_seconds in (math.inf, 1e10):
+        assert client.health(timeout_seconds=timeout_seconds) == "SERVING"
+        assert client.server_info(timeout_seconds=timeout_seconds).version
+    for timeout_seconds in (math.nan, -1.0):
+        with pytest.raises(ValueError, match=f"timeout_seconds is {timeout_seconds}: expected seconds"):
+            client.health(timeout_seconds=timeout_seconds)
 
 
 @pytest.mark.parametrize("is_gated", [False, True], ids=["selected", "gated"])

@@ -57,7 +57,13 @@ class App:
         self._is_draining = False
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
-        self._arena = ArenaPool(settings.max_inflight_bytes, initial_bytes=SEGMENT_BYTES)
+        # One segment is kept in use by the requests that warm workers up.
+        segment_bytes = min(SEGMENT_BYTES, settings.max_inflight_bytes)
+        self._arena = ArenaPool(
+            settings.max_inflight_bytes + segment_bytes,
+            segment_bytes=segment_bytes,
+            initial_bytes=segment_bytes,
+        )
         self._health = health.HealthServicer()
         self._dispatcher = Dispatcher(
             [self._worker(spec) for spec in devices],
@@ -112,6 +118,7 @@ class App:
             self._arena,
             backend=self._settings.backend.value,
             tuning_file=str(self._settings.tuning_file) if self._settings.tuning_file else None,
+            batch_timeout_seconds=self._settings.batch_timeout_seconds,
             healthy_seconds=self._settings.worker_healthy_seconds,
             log_level=self._settings.log_level.value,
             log_format=self._settings.log_format.value,

@@ -139,6 +139,11 @@ class Settings(BaseSettings):
         description="How long queued requests wait for a worker while none is up, in seconds, before "
         "they get UNAVAILABLE. Their own deadlines hold as well.",
     )
+    batch_timeout_seconds: PositiveFloat = Field(
+        default=120.0,
+        description="How long a worker may take for one batch, in seconds, before it is killed as hung. No "
+        "request that takes longer is ever answered, and others that are in the worker are sent again.",
+    )
     worker_healthy_seconds: NonNegativeFloat = Field(
         default=10.0,
         description="How long a worker must have been up, in seconds, for its next restart to be at once. "

@@ -80,6 +80,18 @@ def test_a_large_segment_is_kept_for_the_next_large_request(pool: ArenaPool) -> 
     assert pool.try_allocate(SEGMENT + PAGE).memory.segment == large.memory.segment
 
 
+def test_where_whole_segments_do_not_fit_a_request_may_yet() -> None:
+    pool = ArenaPool(5 << 19, segment_bytes=1 << 20)
+    small = pool.allocate(256)
+    large = pool.allocate(5 << 18)
+    assert pool.committed_bytes == (1 << 20) + (5 << 18)
+    with pytest.raises(ArenaFull):
+        pool.allocate(5 << 18)
+    large.release()
+    pool.allocate(5 << 18).release()
+    small.release()
+
+
 def test_unused_segments_make_room_for_a_larger_one(pool: ArenaPool) -> None:
     first = pool.allocate(SEGMENT)
     pool.allocate(SEGMENT).release()

@@ -201,8 +201,8 @@ class ArenaPool:
     def _grow(self, num_bytes: int) -> Lease:
         """Lease the start of a new segment. Only its bytes are reserved under the lock, not its touching."""
         num_bytes = _round_up(max(num_bytes, 1), ALIGNMENT_BYTES)
-        # Whole multiples of a segment, so that the next large request of about this size fits too. Where there
-        # is no room for them: what this one takes.
+        # Whole multiples of a segment, so that the next large request of about this size fits too. Where they
+        # find no room: what this one takes.
         new_bytes = max(min(_round_up(num_bytes, self.segment_bytes), self.capacity_bytes), num_bytes)
         try:
             self._reserve(new_bytes)

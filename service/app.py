@@ -54,7 +54,7 @@ class App:
         for spec in devices:
             _check_backend(settings.backend.value, spec)
         self._settings = settings
-        self._is_draining = False
+        self._is_draining = self._is_stopping = False
         self._metrics = Metrics()
         self._metrics_server: MetricsServer | None = None
         # One segment is kept in use by the requests that warm workers up.
@@ -103,6 +103,7 @@ class App:
 
     async def stop(self, *, grace_seconds: float) -> None:
         """Ends everything, whatever is still in flight after ``grace_seconds``."""
+        self._is_stopping = True
         self._health.close()
         await asyncio.gather(
             self._server.stop(grace_seconds),
@@ -129,7 +130,7 @@ class App:
         settings = self._settings
         longest = min(settings.max_message_bytes + MESSAGE_SLACK_BYTES, MAX_MESSAGE_BYTES)
         server = grpc.aio.server(
-            interceptors=[RequestInterceptor(self._metrics)],
+            interceptors=[RequestInterceptor(self._metrics, lambda: self._is_stopping)],
             options=[
                 ("grpc.max_receive_message_length", longest),
                 ("grpc.max_send_message_length", longest),

@@ -3,6 +3,7 @@
 Importing this module is cheap (no torch, no grpc), so that ``fsa config`` and ``--help`` are.
 """
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated
 
@@ -18,7 +19,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 # Protobuf and gRPC frame a message with signed 32-bit lengths.
 MAX_MESSAGE_BYTES = (2 << 30) - 1
-# What a worker is told of a batch fits one datagram.
+# Read by clients of the command line, by the demo and by Docker Compose.
+OTHER_VARIABLES = {"FSA_TARGET", "FSA_CACHE", "FSA_RUNTIME"}
+# What a worker is told of a batch is bounded (service.records).
 MAX_BATCH_REQUESTS = 1024
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -182,3 +185,10 @@ class Settings(BaseSettings):
         """Flags, then the environment, then the file: the first that has a value wins."""
         path = init_settings().get("config") or env_settings().get("config")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """Those that begin as settings do and are none: misspelt, most likely."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = {prefix + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    return sorted(name for name in environment if name.startswith(prefix) and name not in known)

@@ -29,8 +29,10 @@ _NOT_REJECTED = ("INTERNAL", "CANCELLED", "DEADLINE_EXCEEDED", "WORKER_LOST", "D
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of AttentionService; health and reflection pass as they are."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """``is_stopping``: whether the server itself ends what is in flight."""
         self._metrics = metrics
+        self._is_stopping = is_stopping
 
     async def intercept_service(
         self,
@@ -57,8 +59,11 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             try:
                 response = await behaviour(raw, context)
             except asyncio.CancelledError:
-                reason = reason_of_cancel(time.perf_counter() - started, remaining)
-                error = FsaError(reason, "the client is gone")
+                if self._is_stopping():
+                    error = FsaError("DRAINING", "the server was stopped before the answer was there")
+                else:
+                    reason = reason_of_cancel(time.perf_counter() - started, remaining)
+                    error = FsaError(reason, "the client is gone")
                 raise
             except Exception as cause:
                 error = self._client_error(cause)

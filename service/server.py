@@ -9,7 +9,7 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
-from service.config import Settings
+from service.config import Settings, unknown_variables
 from service.malloc import restart_tuned
 from service.signals import leave_at_once
 from service.telemetry import configure_logging
@@ -33,6 +33,8 @@ def run(settings: Settings) -> int:
     leave_at_once(signal.SIGTERM, signal.SIGINT)
     restart_tuned()
     configure_logging(settings.log_level, settings.log_format)
+    if unknown := unknown_variables(os.environ):
+        log.warning("no setting is named by %s", ", ".join(unknown))
     return asyncio.run(_serve(settings))
 
 

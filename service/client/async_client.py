@@ -37,6 +37,7 @@ class AsyncAttentionClient:
         self.target = target
         self._timeout_seconds = timeout_seconds
         self._retry = retry
+        self._is_closed = False
         options = connection.channel_options(retry=retry)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options)
@@ -125,7 +126,8 @@ class AsyncAttentionClient:
         raise connection.not_ready(self.target, timeout_seconds, status)
 
     async def close(self) -> None:
-        """Ends the connection; calls in flight fail."""
+        """Ends the connection; calls in flight fail, and later ones raise RuntimeError."""
+        self._is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -158,6 +160,8 @@ class AsyncAttentionClient:
         request_id: str = "",
         wait_for_ready: bool = False,
     ) -> bytes:
+        if self._is_closed:
+            raise RuntimeError(f"the client of {self.target} is closed")
         try:
             return await method(
                 payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready

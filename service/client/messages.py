@@ -7,7 +7,7 @@ into the message and an answer's once on their way out.
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypedDict
+from typing import Any, Generic, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckResponse
@@ -17,6 +17,8 @@ from service.client.arrays import FLOATING, INDEX, MASK, ArrayT, WireTensor, fro
 from service.client.patterns import BlockCsr, BlockIndices, BlockMask, Dense, Pattern, Select, VerticalSlash
 from service.client.results import AttendResult, Device, Limits, PatternLimits, ServerInfo, Timings
 from service.pb.fsa.v1 import attention_pb2, pattern_pb2, tensor_pb2
+
+M = TypeVar("M", bound=Message)
 
 _REQUEST = attention_pb2.AttendRequest
 _RESPONSE = attention_pb2.AttendResponse
@@ -67,8 +69,9 @@ class AttendCall(Generic[ArrayT]):
     ) -> "AttendCall[ArrayT]":
         """Encodes the call. TypeError or ValueError for what cannot be; the server judges the rest."""
         request_id = request_id or uuid.uuid4().hex
-        head = _REQUEST(request_id=request_id)
-        tail = _REQUEST(
+        head = _message(_REQUEST, request_id=request_id)
+        tail = _message(
+            _REQUEST,
             cu_seqlens_q=_integers("cu_seqlens_q", cu_seqlens_q),
             cu_seqlens_k=_integers("cu_seqlens_k", cu_seqlens_k),
             softmax_scale=softmax_scale,
@@ -137,6 +140,21 @@ def parse_health(reply: bytes) -> str:
     return str(HealthCheckResponse.ServingStatus.Name(status))
 
 
+def _message(kind: type[M], **fields: Any) -> M:
+    """``kind`` with what is given of ``fields``. TypeError or ValueError names the one that cannot be."""
+    message = kind()
+    for name, value in fields.items():
+        try:
+            if isinstance(value, list | tuple):
+                getattr(message, name).extend(value)
+            elif value is not None:
+                setattr(message, name, value)
+        except (TypeError, ValueError) as error:
+            shown = f"holds {value[:9]!r}" if isinstance(value, list | tuple) else f"is {value!r}"
+            raise type(error)(f"{name} {shown}: {error}") from error
+    return message
+
+
 def _tensor(tensor: WireTensor) -> list[wire.Buffer]:
     header = tensor_pb2.Tensor(dtype=tensor.dtype, shape=tensor.shape)
     payload = wire.length_delimited(tensor_pb2.Tensor.INLINE_FIELD_NUMBER, [tensor.data])
@@ -160,25 +178,29 @@ def _pattern(pattern: Pattern) -> list[wire.Buffer]:
         case Dense():
             return [_PATTERN(dense=pattern_pb2.Dense()).SerializeToString()]
         case BlockIndices():
-            indices = pattern_pb2.BlockIndices(
-                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            indices = _message(
+                pattern_pb2.BlockIndices,
+                block_size=pattern.block_size,
+                query_block_size=pattern.query_block_size,
             )
             tensors = {"indices": to_wire("block_indices", pattern.indices, INDEX)}
             return _variant(_PATTERN.BLOCK_INDICES_FIELD_NUMBER, indices, tensors)
         case BlockCsr():
-            csr = pattern_pb2.BlockCsr(
-                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            csr = _message(
+                pattern_pb2.BlockCsr, block_size=pattern.block_size, query_block_size=pattern.query_block_size
             )
             tensors = {name: to_wire(name, getattr(pattern, name), INDEX) for name in ("offsets", "indices")}
             return _variant(_PATTERN.BLOCK_CSR_FIELD_NUMBER, csr, tensors)
         case BlockMask():
-            mask = pattern_pb2.BlockMask(
-                block_size=pattern.block_size, query_block_size=pattern.query_block_size
+            mask = _message(
+                pattern_pb2.BlockMask,
+                block_size=pattern.block_size,
+                query_block_size=pattern.query_block_size,
             )
             tensors = {"mask": to_wire("mask", pattern.mask, MASK)}
             return _variant(_PATTERN.BLOCK_MASK_FIELD_NUMBER, mask, tensors)
         case VerticalSlash():
-            lines = pattern_pb2.VerticalSlash(block_size=pattern.block_size)
+            lines = _message(pattern_pb2.VerticalSlash, block_size=pattern.block_size)
             tensors = {name: to_wire(name, getattr(pattern, name), INDEX) for name in ("vertical", "slash")}
             return _variant(_PATTERN.VERTICAL_SLASH_FIELD_NUMBER, lines, tensors)
         case Select():
@@ -188,7 +210,8 @@ def _pattern(pattern: Pattern) -> list[wire.Buffer]:
 
 
 def _select(pattern: Select) -> tuple[Message, Mapping[str, WireTensor]]:
-    select = pattern_pb2.Select(
+    select = _message(
+        pattern_pb2.Select,
         kernel_size=pattern.kernel_size,
         stride=pattern.stride,
         block_size=pattern.block_size,
@@ -216,6 +239,7 @@ def _integers(name: str, values: Any) -> Iterable[int]:
     if values is None:
         return ()
     values = values.tolist() if hasattr(values, "tolist") else values
+    values = list(values) if isinstance(values, range) else values
     if not isinstance(values, list | tuple):
         raise TypeError(f"{name} must be a sequence of integers, not {type(values).__name__}")
     return values

@@ -38,6 +38,7 @@ class AttentionClient:
         self.target = target
         self._timeout_seconds = timeout_seconds
         self._retry = retry
+        self._is_closed = False
         options = connection.channel_options(retry=retry)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options)
@@ -135,7 +136,8 @@ class AttentionClient:
         raise connection.not_ready(self.target, timeout_seconds, status)
 
     def close(self) -> None:
-        """Ends the connection; calls in flight fail."""
+        """Ends the connection; calls in flight fail, and later ones raise RuntimeError."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -168,6 +170,8 @@ class AttentionClient:
         request_id: str = "",
         wait_for_ready: bool = False,
     ) -> bytes:
+        if self._is_closed:
+            raise RuntimeError(f"the client of {self.target} is closed")
         try:
             return method(
                 payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready

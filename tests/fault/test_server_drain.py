@@ -1,5 +1,6 @@
 """SIGTERM: what is in flight is answered, what is new is sent elsewhere, and the process is gone."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -97,3 +98,6 @@ def test_what_does_not_finish_in_time_is_given_up(
         endings = {reason_of(call.result)[0] for call in calls}
         assert endings <= {"UNAVAILABLE", "CANCELLED"}
         eventually(lambda: has_ended(worker), seconds=5)
+    records = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    reasons = {record["reason"] for record in records if record.get("method") == "Attend"}
+    assert reasons == {"DRAINING"}, "nobody's client has gone"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.config import Settings
+from service.config import Settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,11 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
 def test_a_message_that_could_never_be_admitted_is_refused_as_a_limit() -> None:
     with pytest.raises(ValidationError, match="max_message_bytes"):
         Settings(max_message_bytes=128 << 20, max_inflight_bytes=64 << 20)
+
+
+def test_a_variable_that_no_setting_is_named_by_is_found() -> None:
+    environment = ("FSA_PORT", "FSA_TARGET", "FSA_MAX_INFLIGHT_REQUEST", "PATH")
+    assert unknown_variables(environment) == ["FSA_MAX_INFLIGHT_REQUEST"]
 
 
 def test_every_setting_is_described() -> None:

@@ -196,6 +196,14 @@ def test_a_deadline_is_kept_while_the_worker_stands_still(client: Any, server: S
     assert time.monotonic() - start < 3
 
 
+def test_a_client_that_is_closed_says_so(client_type: Any, server: ServerProcess) -> None:
+    with client_type(server.target) as client:
+        assert client.health() == "SERVING"
+        client.close()
+        with pytest.raises(RuntimeError, match=f"the client of {server.target} is closed"):
+            client.health()
+
+
 def test_no_deadline_is_no_deadline_and_no_time_is_refused(client: Any) -> None:
     for timeout_seconds in (math.inf, 1e10):
         assert client.health(timeout_seconds=timeout_seconds) == "SERVING"

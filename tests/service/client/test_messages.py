@@ -251,10 +251,16 @@ def test_lse_and_timings_come_with_the_answer() -> None:
         ({"pattern": VerticalSlash(LINES[0], [0], 16)}, "slash must be a numpy array or a torch tensor"),
         ({"pattern": np.zeros((1, 1, 1), np.int32)}, "Dense or Select, not ndarray"),
         ({"cu_seqlens_q": 4}, "cu_seqlens_q must be a sequence of integers, not int"),
+        ({"cu_seqlens_k": [0, 0.5]}, r"cu_seqlens_k holds \[0, 0.5\]: "),
+        ({"softmax_scale": "x"}, "softmax_scale is 'x': "),
+        ({"request_id": 5}, "request_id is 5: "),
+        ({"priority": -1}, "priority is -1: "),
+        ({"pattern": BlockIndices(np.zeros((1, 1, 1), np.int32), "64")}, "block_size is '64': "),
+        ({"pattern": BlockIndices(np.zeros((1, 1, 1), np.int32), 2**40)}, "block_size is 1099511627776: "),
     ],
 )
-def test_what_cannot_be_sent_is_a_type_error_that_names_it(changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_sent_is_an_error_that_names_it(changes: dict[str, Any], message: str) -> None:
     q = np.ones((1, 1, 16), np.float32)
     arguments = {"q": q, "k": q, "v": q, "pattern": Dense()} | changes
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         encode(**arguments)

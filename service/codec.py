@@ -175,8 +175,8 @@ def _decode(
 
 
 def _size(x: torch.Tensor, dim: int) -> int:
-    """0 where there is no such dimension, which is refused as a rank."""
-    return x.shape[dim] if dim < x.dim() else 0
+    """0 where x is no [tokens, heads, dim], which is refused as such."""
+    return x.shape[dim] if x.dim() == 3 else 0
 
 
 def _starts(values: Sequence[int]) -> torch.Tensor | None:

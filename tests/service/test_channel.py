@@ -14,6 +14,7 @@ from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS, Problem
 from service import channel
 from service.channel import AsyncChannel, Channel, socket_pair
+from service.config import MAX_BATCH_REQUESTS
 from service.devices import DeviceInfo
 from service.job import Job, Slice
 from service.records import (
@@ -112,6 +113,10 @@ def batch() -> Submit:
     """The largest batch there is: more than one packet, less than a record may be."""
     problem = Problem(7, 9, 1, 4, 2, 64, 64, torch.float16, 2, 3, 64, True, 0.125)
     return Submit(5, tuple(Job(problem, Slice(1, 4096 * i, 4096)) for i in range(MAX_BATCH_JOBS)))
+
+
+def test_the_largest_batch_that_settings_allow_is_one_that_can_be_sent() -> None:
+    assert MAX_BATCH_REQUESTS == MAX_BATCH_JOBS
 
 
 @given(records)

@@ -30,15 +30,18 @@ def controls(x: Inputs, stage: Stage, ours: Run) -> dict[str, Run]:
 def _launching_nothing(run: Run) -> Run:
     from triton.runtime import driver
 
+    from fsa_core.kernels.call_graphs import CallGraphs
+
     launcher = driver.active.launcher_cls
 
     def timed() -> Answer:
-        launch, replay = launcher.__call__, torch.cuda.CUDAGraph.replay
-        launcher.__call__ = torch.cuda.CUDAGraph.replay = _nothing
+        launch, replay, note = launcher.__call__, torch.cuda.CUDAGraph.replay, CallGraphs.note
+        # Noted, a graph of nothing would be recorded, and launched where the call is meant.
+        launcher.__call__ = torch.cuda.CUDAGraph.replay = CallGraphs.note = _nothing
         try:
             return run()
         finally:
-            launcher.__call__, torch.cuda.CUDAGraph.replay = launch, replay
+            launcher.__call__, torch.cuda.CUDAGraph.replay, CallGraphs.note = launch, replay, note
 
     return timed
 

@@ -1,7 +1,8 @@
 """The public functions: validate, choose an implementation, run it."""
 
 import os
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -194,14 +195,20 @@ def _dense(backend: str) -> Implementation:
     return Implementation(dense_attention_forward, dense_attention_backward)
 
 
-# Triton is imported when a kernel is first needed.
+@cache
+def _kernels() -> tuple[Callable[..., Answer], Callable[..., Gradients]]:
+    """Forward and backward; Triton is imported when a kernel is first needed."""
+    from fsa_core.kernels.backward import selected_attention_backward
+    from fsa_core.kernels.forward import selected_attention_forward
+
+    return selected_attention_forward, selected_attention_backward
+
+
 def _triton_forward(
     problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
 ) -> Answer:
-    from fsa_core.kernels.forward import selected_attention_forward
-
     choice = choose(problem, device_name(q.device), path)
-    return selected_attention_forward(
+    return _kernels()[0](
         problem,
         q,
         *others,
@@ -214,10 +221,8 @@ def _triton_forward(
 def _triton_backward(
     problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
 ) -> Gradients:
-    from fsa_core.kernels.backward import selected_attention_backward
-
     choice = choose(problem, device_name(q.device), path)
-    return selected_attention_backward(
+    return _kernels()[1](
         problem,
         q,
         *others,

@@ -71,7 +71,9 @@ class KeyPlan:
     workspace_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+# Told apart by what they are: calls are looked up by their plan, and to hash all its numbers takes the host
+# longer than to find them.
+@dataclass(frozen=True, slots=True, eq=False)
 class BackwardPlan:
     """Gradients under ``delta_heads`` KV heads at a time.
 

@@ -11,6 +11,7 @@ come back now and then only, recording stops, until what is recorded has been wo
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from threading import Lock
 
 import torch
@@ -26,6 +27,13 @@ MOST_GRAPHS, MOST_SEEN = 256, 4096
 TRUSTED_GRAPHS, LAUNCHES_A_GRAPH = 64, 16
 
 
+@dataclass(slots=True)
+class _Graph:
+    recorded: torch.cuda.CUDAGraph
+    # How many had been launched then.
+    last_launch: int
+
+
 class CallGraphs:
     """Graphs by the program and its addresses, the least recently launched forgotten first."""
 
@@ -33,7 +41,7 @@ class CallGraphs:
         # A graph is launched by one thread at a time.
         self._lock = Lock()
         self._seen: OrderedDict[Key, int] = OrderedDict()
-        self._graphs: OrderedDict[Key, torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: dict[Key, _Graph] = {}
         self.num_recorded = 0
         self.num_launched = 0
 
@@ -43,10 +51,9 @@ class CallGraphs:
         if graph is None or torch.cuda.is_current_stream_capturing():
             return False
         with self._lock:
-            graph.replay()
+            graph.recorded.replay()
             self.num_launched += 1
-            if key in self._graphs:
-                self._graphs.move_to_end(key)
+            graph.last_launch = self.num_launched
         return True
 
     def note(self, key: Key, launch: Callable[[int], None], device: torch.device) -> None:
@@ -61,10 +68,10 @@ class CallGraphs:
             is_worth_it = self.num_launched >= LAUNCHES_A_GRAPH * (self.num_recorded - TRUSTED_GRAPHS)
             if not is_worth_it or torch.cuda.is_current_stream_capturing():
                 return
-            self._graphs[key] = _recorded(launch, device)
+            self._graphs[key] = _Graph(_recorded(launch, device), self.num_launched)
             self.num_recorded += 1
             if len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
+                del self._graphs[min(self._graphs, key=lambda key: self._graphs[key].last_launch)]
 
 
 def _recorded(launch: Callable[[int], None], device: torch.device) -> torch.cuda.CUDAGraph:

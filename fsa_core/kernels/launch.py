@@ -22,7 +22,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -224,14 +225,16 @@ class BoundKernel:
 
 def _are_common(addresses: list[int], scalars: tuple[float, ...], pack: Callable[..., bytes]) -> bool:
     """Whether addresses and integers are of the one kind that is remembered."""
-    bits = 0
-    for address in addresses:
-        bits |= address
     try:
         pack(*scalars)
     except struct.error:
         return False
-    return bits % ALIGNMENT == 0
+    return are_aligned(addresses)
+
+
+def are_aligned(addresses: Sequence[int]) -> bool:
+    """Whether launches at these addresses are of the kind that is remembered."""
+    return reduce(or_, addresses, 0) % ALIGNMENT == 0
 
 
 def is_watched(hooks_of_kernels: Sequence[list[Any]]) -> bool:

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 from fsa_core.kernels.call_graphs import FEWEST_LAUNCHES, call_graphs
-from fsa_core.kernels.launch import ALIGNMENT, Launched, is_watched, kernel, noted_launches
+from fsa_core.kernels.launch import Launched, are_aligned, is_watched, kernel, noted_launches
 
 Tensors = tuple[torch.Tensor, ...]
 CLEARED_IN_TILE = 4096
@@ -148,8 +148,10 @@ class Replayed:
 
 
 def _key(tensors: Tensors, addresses: list[int], options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    # Which addresses are the same: one that stands for two tensors here must do so there.
-    return tensors[0].device, tuple(map(addresses.index, addresses)), *options
+    # How many addresses and which are the same: one that stands for two tensors here must do so there.
+    count = len(addresses)
+    same = count if len(set(addresses)) == count else tuple(map(addresses.index, addresses))
+    return tensors[0].device, same, *options
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +187,7 @@ class _Program:
     hooks: tuple[list[Any], ...]
 
     def fits(self, addresses: list[int]) -> bool:
-        bits = 0
-        for address in addresses:
-            bits |= address
-        return bits % ALIGNMENT == 0 and not is_watched(self.hooks)
+        return are_aligned(addresses) and not is_watched(self.hooks)
 
     def run(self, addresses: list[int]) -> Tensors:
         device = self.device

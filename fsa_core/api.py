@@ -107,8 +107,8 @@ def selected_attention(
     cu_seqlens_q, cu_seqlens_k = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
     rows = expand_query_blocks(
         block_indices,
-        query_block_size=query_block_size,
-        block_size=block_size,
+        query_block_size=problem.query_block_size,
+        block_size=problem.block_size,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         causal=causal,

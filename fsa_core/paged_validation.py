@@ -14,12 +14,12 @@ from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
 from fsa_core.packing import starts_of
 from fsa_core.problem import BLOCK_SIZES, Problem
 from fsa_core.validation import (
-    check_choice,
     check_index_shape,
     check_ints,
     check_operands,
     check_row_count,
     check_tensor,
+    checked_choice,
     checked_scale,
     starts_are_valid,
 )
@@ -47,7 +47,7 @@ def validate_paged(
     CUDA if rows ascend, and two if they do not.
     """
     _check_caches(q, k_cache, v_cache)
-    check_choice("block_size", block_size, BLOCK_SIZES)
+    block_size = checked_choice("block_size", block_size, BLOCK_SIZES)
     page_size = k_cache.shape[1]
     if page_size % block_size:
         refuse("INVALID_PAGE_SIZE", "k_cache", "page size", page_size, f"a multiple of {block_size}")

@@ -16,7 +16,7 @@ tokens; more queries than keys under causal (the first queries then see nothing,
 import math
 from dataclasses import replace
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import torch
@@ -62,8 +62,8 @@ def validate_selected(
     problem = None if key is None else _accepted.get(key)
     if problem is None:
         check_operands(q, k, v)
-        check_choice("block_size", block_size, BLOCK_SIZES)
-        _check_query_block_size(query_block_size)
+        block_size = checked_choice("block_size", block_size, BLOCK_SIZES)
+        query_block_size = _checked_query_block_size(query_block_size)
         scale = checked_scale(softmax_scale, q.shape[2])
         num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
         check_index_shape(q, k, block_indices)
@@ -181,15 +181,15 @@ def validate_compact(
         softmax_scale=softmax_scale,
         causal=causal,
     )
-    check_choice("block_size", pattern.block_size, BLOCK_SIZES)
-    _check_query_block_size(pattern.query_block_size)
+    block_size = checked_choice("block_size", pattern.block_size, BLOCK_SIZES)
+    query_block_size = _checked_query_block_size(pattern.query_block_size)
     index_heads, num_slots = pattern.check(problem, *sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k))
     return replace(
         problem,
         index_heads=index_heads,
         num_slots=num_slots,
-        block_size=pattern.block_size,
-        query_block_size=pattern.query_block_size,
+        block_size=block_size,
+        query_block_size=query_block_size,
     )
 
 
@@ -268,7 +268,8 @@ def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
         refuse("INVALID_DEVICE", name, "device", x.device, f"{device}, that of q")
 
 
-def check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
+def checked_choice(name: str, value: object, choices: tuple[int, ...]) -> int:
+    """A plain integer, whatever kind of one (NumPy's, say) is given."""
     if not _is_int(value) or value not in choices:
         expected = f"one of {', '.join(map(str, choices))}"
         raise InputError(
@@ -278,9 +279,10 @@ def check_choice(name: str, value: object, choices: tuple[int, ...]) -> None:
             got=value,
             expected=expected,
         )
+    return int(value)
 
 
-def _check_query_block_size(value: object) -> None:
+def _checked_query_block_size(value: object) -> int:
     if not _is_int(value) or not 1 <= value <= MAX_TOKENS:
         expected = f"an integer from 1 to {MAX_TOKENS}"
         raise InputError(
@@ -290,6 +292,7 @@ def _check_query_block_size(value: object) -> None:
             got=value,
             expected=expected,
         )
+    return int(value)
 
 
 def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -387,7 +390,7 @@ def starts_are_valid(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _name(dtype: torch.dtype) -> str:

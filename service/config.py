@@ -12,6 +12,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -184,7 +185,10 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, then the environment, then the file: the first that has a value wins."""
         path = init_settings().get("config") or env_settings().get("config")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+        file = TomlConfigSettingsSource(settings_cls, toml_file=path)
+        if "config" in file.toml_data:
+            raise SettingsError("config: a settings file cannot name another")
+        return init_settings, env_settings, file
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:

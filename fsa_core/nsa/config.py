@@ -1,6 +1,7 @@
 """The sizes of the operator, checked when they are set."""
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from fsa_core.errors import InputError
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS
@@ -36,8 +37,10 @@ class NSAConfig:
         least = {"num_first_blocks": 0, "num_local_blocks": 0}
         for name in (f.name for f in fields(self) if f.name not in ("top_p", "min_share")):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least.get(name, 1):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least.get(name, 1):
                 _refuse(name, value, f"an integer of at least {least.get(name, 1)}")
+            # NumPy's integers, say, would be told apart from Python's where kernels are looked up.
+            object.__setattr__(self, name, int(value))
         for name in ("kernel_size", "block_size"):
             if getattr(self, name) % self.stride:
                 _refuse(name, getattr(self, name), f"a multiple of stride, {self.stride}")
@@ -48,7 +51,7 @@ class NSAConfig:
             _refuse("top_k", self.top_k, f"from {forced}, the number of forced blocks, to {MAX_SLOTS}")
         for name in ("top_p", "min_share"):
             share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
+            if share is not None and not (isinstance(share, Real) and 0 < float(share) <= 1):
                 _refuse(name, share, "above 0 and at most 1, or None")
 
     @property

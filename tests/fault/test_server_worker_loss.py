@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 import torch
 
+from service.client import AttentionClient, BlockIndices
 from service.pb.fsa.v1 import attention_pb2
-from tests.serving import ServerProcess, eventually, refusal_of, request_of, running_server
+from tests.serving import START_SECONDS, ServerProcess, eventually, refusal_of, request_of, running_server
 
 MakeCase = Callable[..., Any]
 
@@ -111,3 +112,22 @@ def test_a_worker_killed_again_and_again_costs_only_what_was_in_it(
         (worker,) = server.worker_pids()
         server.process.kill()
         eventually(lambda: not Path(f"/proc/{worker}").exists(), what="the worker goes with its server")
+
+
+def test_a_hung_worker_is_replaced_and_a_client_that_sends_again_is_answered(
+    tmp_path: Path, make_case: MakeCase, device: torch.device
+) -> None:
+    settings = {"batch_timeout_seconds": 2, "worker_healthy_seconds": 0, "devices": device.type}
+    case = make_case(q_lens=(100,), dtype=torch.float16)
+    q, k, v, indices = (x.cpu() for x in (case.q, case.k, case.v, case.block_indices))
+    pattern = BlockIndices(indices, block_size=case.problem.block_size)
+    with running_server(tmp_path / "log", **settings) as server, AttentionClient(server.target) as client:
+        server.wait_for_health()
+        expected = client.attend(q, k, v, pattern)
+        (pid,) = server.worker_pids()
+        os.kill(pid, signal.SIGSTOP)
+        # Two seconds in the one that hangs, and those that another takes to start.
+        answer = client.attend(q, k, v, pattern, timeout_seconds=START_SECONDS)
+        assert torch.equal(answer.out, expected.out)
+        assert server.metrics()["fsa_worker_restarts_total", "hang"] == 1
+        assert server.worker_pids() != [pid]

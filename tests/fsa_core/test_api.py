@@ -2,6 +2,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,13 @@ def test_bad_input_is_refused_and_its_values_are_trusted_on_request(make_case):
     assert torch.equal(lse, expected[1])
     with pytest.raises(InputError, match="block_size is 17"):
         run(case, validate=False, block_size=17)
+
+
+def test_sizes_may_be_integers_of_any_kind(make_case):
+    case = make_case(q_lens=(40,))
+    sizes = {"block_size": np.int64(case.options["block_size"]), "query_block_size": np.int32(1)}
+    for plain, given in zip(run(case), run(case, **sizes), strict=True):
+        assert torch.equal(plain, given)
 
 
 def test_an_unknown_backend_is_refused(make_case):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from service.config import Settings, unknown_variables
 
@@ -62,6 +63,13 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "fsa.toml"
     file.write_text("prot = 1\n")
     with pytest.raises(ValidationError, match="prot"):
+        Settings(config=file)
+
+
+def test_a_file_that_names_another_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "fsa.toml"
+    file.write_text('config = "other.toml"\n')
+    with pytest.raises(SettingsError, match="config: a settings file cannot name another"):
         Settings(config=file)
 
 

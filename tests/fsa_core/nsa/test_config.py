@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from fsa_core.errors import InputError
@@ -14,6 +15,7 @@ from fsa_core.nsa.config import NSAConfig
         ({"window": True}, "window is True: expected an integer of at least 1"),
         ({"num_local_blocks": -1}, "num_local_blocks is -1: expected an integer of at least 0"),
         ({"top_k": 2}, "top_k is 2: expected from 3, the number of forced blocks, to 4096"),
+        ({"top_p": "0.9"}, "top_p is '0.9': expected above 0 and at most 1, or None"),
         ({"top_p": 0.0}, "top_p is 0.0: expected above 0 and at most 1, or None"),
         ({"min_share": 1.5}, "min_share is 1.5: expected above 0 and at most 1, or None"),
     ],
@@ -25,3 +27,9 @@ def test_sizes_that_do_not_fit_are_refused_by_field(sizes, message):
     field = message.split()[0]
     assert error.value.field == field
     assert error.value.reason == f"INVALID_{field.upper()}"
+
+
+def test_integers_of_other_kinds_become_plain_ones():
+    config = NSAConfig(block_size=np.int64(64), top_k=np.int32(16))
+    assert type(config.block_size) is type(config.top_k) is int
+    assert config == NSAConfig()

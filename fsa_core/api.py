@@ -23,7 +23,7 @@ from fsa_core.reference import (
     selected_attention_reference,
     selected_attention_reference_backward,
 )
-from fsa_core.validation import validate_dense, validate_selected
+from fsa_core.validation import checked_limit, validate_dense, validate_selected
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -91,6 +91,7 @@ def selected_attention(
 
     Source: Flash Sparse Attention, arXiv 2508.18224; the selected branch of NSA, arXiv 2502.11089.
     """
+    workspace_limit_bytes = checked_limit(workspace_limit_bytes)
     problem = validate_selected(
         q,
         k,
@@ -111,7 +112,7 @@ def selected_attention(
         block_size=problem.block_size,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        causal=causal,
+        causal=problem.causal,
         num_q_tokens=problem.num_q_tokens,
     )
     tensors = (q, k, v, rows, cu_seqlens_q, cu_seqlens_k)

@@ -78,12 +78,11 @@ class _Attention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is None and not ctx.implementation.knows_none:
             grad_lse = torch.zeros_like(lse)
+        if grad_lse is not None:
+            grad_lse = without_keyless(grad_lse, lse).contiguous()
         # Autograd expands the gradient of a sum instead of writing it out.
-        given = (*tensors, grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous())
-        if torch.is_grad_enabled():
-            grads = _Gradients.apply(ctx.implementation, ctx.problem, *given)  # type: ignore[no-untyped-call]
-        else:
-            grads = _gradients(ctx.implementation, ctx.problem, *given)
+        given = (*tensors, grad_out.contiguous(), grad_lse)
+        grads = differentiated_once(_gradients, ctx.implementation, ctx.problem, *given)
         needed = ctx.needs_input_grad[2:5]
         asked = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         # None for the implementation, for the problem and for what came after v, before out and lse.
@@ -91,25 +90,38 @@ class _Attention(torch.autograd.Function):
 
 
 @in_own_precision
-def _gradients(implementation: Implementation, problem: Problem, *tensors: Any) -> tuple[torch.Tensor, ...]:
-    operands = tensors[:3]
+def _gradients(implementation: Implementation, problem: Problem, *tensors: Any) -> Gradients:
+    q, k, v = tensors[:3]
     if problem.num_q_tokens == 0:
-        return tuple(torch.zeros_like(x) for x in operands)
-    grads = implementation.backward(problem, *tensors)
-    return tuple([_as(grad, x.dtype) for grad, x in zip(grads, operands, strict=True)])
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = implementation.backward(problem, *tensors)
+    return _as(grad_q, q.dtype), _as(grad_k, k.dtype), _as(grad_v, v.dtype)
 
 
-class _Gradients(torch.autograd.Function):
-    """A function of its own where gradients may be asked for theirs, so that none is taken for zero.
+def without_keyless(grad_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The gradient of lse without that of rows that see no key: their lse is -inf, whatever q, k and v are.
 
-    ``once_differentiable`` would notice those through grad_out and grad_lse, but none through q, k and v.
+    What is made of -inf often has no gradient but NaN, and 0 times that would reach every key.
     """
+    return grad_lse.masked_fill(lse == -torch.inf, 0.0)
 
+
+def differentiated_once(function: Callable[..., Gradients], *args: Any) -> Gradients:
+    """``function(*args)``, whose gradients, if they are asked for, raise RuntimeError.
+
+    ``once_differentiable`` would notice those through the gradients that are given, but none through what
+    was saved: they would be taken for zero.
+    """
+    if torch.is_grad_enabled():
+        grads: Gradients = _Once.apply(function, *args)  # type: ignore[no-untyped-call]
+        return grads
+    return function(*args)
+
+
+class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, implementation: Implementation, problem: Problem, *tensors: Any
-    ) -> tuple[torch.Tensor, ...]:
-        return _gradients(implementation, problem, *tensors)
+    def forward(ctx: Any, function: Callable[..., Gradients], *args: Any) -> Gradients:
+        return function(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> NoReturn:

@@ -78,7 +78,7 @@ class BlockMask(CompactPattern):
     def _check_marks(self, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, *, causal: bool) -> None:
         options = {"block_size": self.block_size, "query_block_size": self.query_block_size}
         rows = IndexRows.of(cu_seqlens_q, cu_seqlens_k, self.mask.shape[1], causal=causal, **options)
-        block = torch.arange(self.mask.shape[2])
+        block = torch.arange(self.mask.shape[2], device=self.mask.device)
         num_allowed = rows.num_allowed.split(self._rows_at_once)
         for head, whole in enumerate(self.mask):
             for part, (mask, allowed) in enumerate(

@@ -42,7 +42,10 @@ def fill_rows(rows: torch.Tensor, counts: torch.Tensor, ids: torch.Tensor) -> No
     rows.masked_scatter_(slot < counts[..., None], ids)
 
 
-def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, rank: int, layout: str) -> None:
+def check_tensor(name: str, x: object, dtype: torch.dtype, rank: int, layout: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        got, expected = type(x).__name__, "torch.Tensor"
+        refuse("INVALID_TYPE", name, f"{name} has type {got}: expected {expected}", got, expected)
     if x.dtype != dtype:
         got, expected = (str(d).removeprefix("torch.") for d in (x.dtype, dtype))
         refuse("INVALID_DTYPE", name, f"{name} has dtype {got}: expected {expected}", got, expected)

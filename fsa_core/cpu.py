@@ -66,7 +66,7 @@ def selected_attention_cpu(
     """
     p, heads_per_unit = problem, Layout.of(problem).heads_per_unit
     out = q.new_zeros(p.num_q_tokens, p.num_q_heads, p.value_dim)
-    lse = torch.full((p.num_q_tokens, p.num_q_heads), -torch.inf, dtype=torch.float32)
+    lse = q.new_full((p.num_q_tokens, p.num_q_heads), -torch.inf, dtype=torch.float32)
     cut = parts(
         p,
         block_indices,
@@ -142,7 +142,8 @@ def _attend_tiles(
     torch.bmm(q.view(size, rows, p.head_dim), k.transpose(1, 2), out=scores)
     if masked:
         num_visible = segments.num_visible[entry].repeat_interleave(heads, dim=1)
-        scores.masked_fill_(torch.arange(p.block_size) >= num_visible[..., None], -torch.inf)
+        key = torch.arange(p.block_size, device=scores.device)
+        scores.masked_fill_(key >= num_visible[..., None], -torch.inf)
     peak = scores.amax(-1, keepdim=True)
     weight = scores.sub_(peak).exp_().sum(-1)
     torch.bmm(scores, v, out=out.view(size, rows, p.value_dim))
@@ -156,17 +157,17 @@ def _merge(chunk: Chunk, partials: _Partials, place: torch.Tensor) -> tuple[torc
     added one after the other.
     """
     p, heads, count = chunk.problem, chunk.layout.heads_per_unit, chunk.pairs.count
-    num_rows, num_pairs = count.numel(), place.numel()
+    num_rows, num_pairs, device = count.numel(), place.numel(), count.device
     first = count.cumsum(0) - count
-    row = torch.arange(num_rows).repeat_interleave(count)
+    row = torch.arange(num_rows, device=device).repeat_interleave(count)
     factor = partials.peak.index_select(0, place)
-    row_peak = torch.full((num_rows, heads), -torch.inf, dtype=torch.float32)
+    row_peak = torch.full((num_rows, heads), -torch.inf, dtype=torch.float32, device=device)
     row_peak.scatter_reduce_(0, row[:, None].expand_as(factor), factor, "amax")
     factor.sub_(row_peak.index_select(0, row)).exp_()
     weight = partials.weight.index_select(0, place).mul_(factor)
-    row_weight = F.embedding_bag(torch.arange(num_pairs), weight, first, mode="sum")
+    row_weight = F.embedding_bag(torch.arange(num_pairs, device=device), weight, first, mode="sum")
     # A bag is a row under a head, all rows of a head before the next.
-    head = torch.arange(heads)[:, None]
+    head = torch.arange(heads, device=device)[:, None]
     out = F.embedding_bag(
         (place * heads + head).flatten(),
         partials.out.view(-1, p.value_dim),

@@ -68,7 +68,7 @@ def selected_attention_cpu_backward(
     need more), beside the gradients in float32.
     """
     p, heads_per_unit = problem, Layout.of(problem).heads_per_unit
-    grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
     cut = parts(
         p,
         block_indices,
@@ -79,7 +79,7 @@ def selected_attention_cpu_backward(
         limit_bytes=workspace_limit_bytes,
     )
     most_pairs = max((part.num_pairs for part in cut), default=0)
-    workspace = torch.empty(most_pairs, heads_per_unit, p.head_dim, dtype=torch.float32)
+    workspace = q.new_empty(most_pairs, heads_per_unit, p.head_dim, dtype=torch.float32)
     scratch = Scratch()
     for part in cut:
         chunk = chunk_of(p, part, q, k, v, block_indices, cu_seqlens_k, scratch)
@@ -170,7 +170,8 @@ def _differentiate(
     scores = torch.bmm(q, k.transpose(1, 2))
     if masked:
         num_visible = segments.num_visible[entry].repeat_interleave(heads, dim=1)
-        scores.masked_fill_(torch.arange(p.block_size) >= num_visible[..., None], -torch.inf)
+        key = torch.arange(p.block_size, device=scores.device)
+        scores.masked_fill_(key >= num_visible[..., None], -torch.inf)
     weights = scores.sub_(lse).exp_()
     of_values = torch.bmm(weights.transpose(1, 2), grad_out)
     of_scores = torch.bmm(grad_out, v.transpose(1, 2)).sub_(delta).mul_(weights)
@@ -180,7 +181,7 @@ def _differentiate(
 
 def _add_blocks(problem: Problem, segments: Segments, of_blocks: torch.Tensor, grad: torch.Tensor) -> None:
     """Add to ``grad`` [num_k_tokens, num_kv_heads, dim] what each segment's block [block_size, dim] gets."""
-    key = segments.first_key[:, None] + torch.arange(problem.block_size)
+    key = segments.first_key[:, None] + torch.arange(problem.block_size, device=segments.first_key.device)
     row = key * problem.num_kv_heads + segments.kv_head[:, None]
     # Where a sequence has ended, a NaN may stand for the zero that another's key would get.
     inside = (key < segments.end_key[:, None]).flatten().nonzero()[:, 0]

@@ -25,11 +25,12 @@ def paged_selected_attention_cpu(
     """
     p = problem
     out = q.new_empty(p.num_q_tokens, p.num_q_heads, p.value_dim)
-    lse = torch.empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
+    lse = q.new_empty(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     placed = place_queries(cu_seqlens_q, starts_of(seq_lens), p.num_q_tokens, causal=True)
     num_units = max(p.index_heads, p.num_kv_heads)
     token_bytes = 4 * num_units * p.num_slots * p.block_size * (p.head_dim + p.value_dim)
-    for some in torch.arange(p.num_q_tokens).split(max(CPU_WORKSPACE_BYTES // token_bytes, 1)):
+    token = torch.arange(p.num_q_tokens, device=q.device)
+    for some in token.split(max(CPU_WORKSPACE_BYTES // token_bytes, 1)):
         table = page_table[placed.sequence[some]]
         chosen = (block_indices[:, some], table, placed.num_visible_keys[some])
         out[some], lse[some] = _attend(p, q[some], k_cache, v_cache, *chosen)
@@ -54,10 +55,11 @@ def _attend(
     known = (ids >= 0) & (column < page_table.shape[1])
     page = page_table.expand(num_units, -1, -1).gather(2, column.where(known, 0))
     known &= (page >= 0) & (page < k_cache.shape[0])
-    key = ids[..., None] * p.block_size + torch.arange(p.block_size)
+    key = ids[..., None] * p.block_size + torch.arange(p.block_size, device=q.device)
     visible = (known[..., None] & (key < num_visible_keys[:, None, None])).flatten(2)
     place = (page.where(known, 0)[..., None], key % k_cache.shape[1])
-    kv_head = (torch.arange(num_units) // (num_units // p.num_kv_heads)).view(-1, 1, 1, 1)
+    unit = torch.arange(num_units, device=q.device).view(-1, 1, 1, 1)
+    kv_head = unit // (num_units // p.num_kv_heads)
     k, v = (cache[*place, kv_head].float().flatten(2, 3) for cache in (k_cache, v_cache))
     # Zero times what nobody sees has to be zero, also if that is a NaN.
     v.masked_fill_(~visible[..., None], 0.0)

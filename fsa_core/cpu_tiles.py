@@ -93,7 +93,7 @@ class Scratch:
         """``shape`` floats with any content, the same memory as the last time."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=torch.float32)
+            self._buffers[name] = torch.empty(size, dtype=torch.float32, device="cpu")
         return self._buffers[name][:size].view(shape)
 
 
@@ -191,7 +191,7 @@ def key_and_value_blocks(chunk: Chunk, segments: Segments, masked: bool, scratch
     It lies in ``scratch``, until the next call.
     """
     p = chunk.problem
-    key = segments.first_key[:, None] + torch.arange(p.block_size)
+    key = segments.first_key[:, None] + torch.arange(p.block_size, device=segments.first_key.device)
     row = (key.clamp(max=p.num_k_tokens - 1) * p.num_kv_heads + segments.kv_head[:, None]).flatten()
     blocks = scratch.take("keys and values", row.numel(), p.head_dim + p.value_dim)
     for x, side in zip((chunk.k, chunk.v), blocks.split((p.head_dim, p.value_dim), dim=1), strict=True):
@@ -204,14 +204,14 @@ def key_and_value_blocks(chunk: Chunk, segments: Segments, masked: bool, scratch
 
 def tile_batches(chunk: Chunk, segments: Segments) -> Iterator[Tiles]:
     """Cut segments into tiles, and tiles of one size into batches."""
-    first, remaining = segments.first, segments.size
+    first, remaining, device = segments.first, segments.size, segments.size.device
     for rows in TILE_ROWS:
         may_be_short = rows == TILE_ROWS[-1]
         per_tile = max(rows // chunk.layout.heads_per_unit, 1)
         num_tiles = (remaining + (per_tile - 1 if may_be_short else 0)) // per_tile
-        segment = torch.arange(remaining.numel()).repeat_interleave(num_tiles)
-        rank = torch.arange(segment.numel()) - (num_tiles.cumsum(0) - num_tiles)[segment]
-        start, place = first[segment] + rank * per_tile, torch.arange(per_tile)
+        segment = torch.arange(remaining.numel(), device=device).repeat_interleave(num_tiles)
+        rank = torch.arange(segment.numel(), device=device) - (num_tiles.cumsum(0) - num_tiles)[segment]
+        start, place = first[segment] + rank * per_tile, torch.arange(per_tile, device=device)
         is_used = None
         if may_be_short:
             is_used = place < (remaining[segment] - rank * per_tile)[:, None]
@@ -227,7 +227,7 @@ def tile_batches(chunk: Chunk, segments: Segments) -> Iterator[Tiles]:
 def places(segments: Segments, entries: list[torch.Tensor]) -> torch.Tensor:
     """Where each pair lies, int64 [num_pairs], when the sorted pairs ``entries`` lie one after the other."""
     place = torch.empty_like(segments.order)
-    place[segments.order[torch.cat(entries)]] = torch.arange(place.numel())
+    place[segments.order[torch.cat(entries)]] = torch.arange(place.numel(), device=place.device)
     return place
 
 

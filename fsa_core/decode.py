@@ -104,12 +104,17 @@ def _reference(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of all sequences, packed, under the oracle."""
+    """The keys of all sequences, packed, under the oracle.
+
+    Lengths and pages that nobody validated are bounded by the table and by the cache.
+    """
+    num_pages, page_size = k_cache.shape[:2]
+    seq_lens = seq_lens.long().clamp_(0, page_table.shape[1] * page_size)
     starts = starts_of(seq_lens)
     sequence = torch.arange(len(seq_lens), device=q.device).repeat_interleave(seq_lens)
     key = torch.arange(len(sequence), device=q.device) - starts[sequence]
-    page_size = k_cache.shape[1]
-    places = (page_table[sequence, key // page_size].long(), key % page_size)
+    page = page_table[sequence, key // page_size].long().clamp_(0, num_pages - 1)
+    places = (page, key % page_size)
     packed = replace(problem, num_k_tokens=len(sequence))
     rest = (block_indices, cu_seqlens_q, starts)
     return attend(packed, q, k_cache[places], v_cache[places], *rest, backend="reference")

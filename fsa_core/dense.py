@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from fsa_core.packing import place_queries
+from fsa_core.packing import fresh, place_queries
 from fsa_core.problem import Problem
 
 # Bytes of scores that the CUDA float32 path, and the gradients, hold at once.
@@ -98,9 +98,9 @@ def _flash_cpu(
     width = max(problem.head_dim, problem.value_dim)
     num_q, num_k, group = len(q), len(k), problem.group_size
     # Batch and heads of the operator are KV heads and their group, so that K and V need no copy a query head.
-    q_hgtd = _fresh(_widened(q, width).unflatten(1, (-1, group)).permute(1, 2, 0, 3))
+    q_hgtd = fresh(_widened(q, width).unflatten(1, (-1, group)).permute(1, 2, 0, 3))
     k_hgtd, v_hgtd = (
-        _fresh(_widened(x, width).transpose(0, 1))[:, None].expand(-1, group, -1, -1) for x in (k, v)
+        fresh(_widened(x, width).transpose(0, 1))[:, None].expand(-1, group, -1, -1) for x in (k, v)
     )
 
     def attend(keys: slice, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,8 +155,3 @@ def _rows_of_scores(
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
-
-
-def _fresh(x: torch.Tensor) -> torch.Tensor:
-    """A float32 copy at an address that a packed batch does not shift: BLAS rounds by alignment."""
-    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

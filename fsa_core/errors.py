@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
@@ -18,6 +18,10 @@ class InputError(ValueError):
         self.reason = reason
         self.field = field
         self.metadata = {"field": field, **{name: str(value) for name, value in metadata.items()}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made anew from what it told its base, which here is the message alone.
+        return type(self), (self.reason, self.field, str(self)), vars(self)
 
 
 def refuse(reason: str, field: str, what: str, got: object, expected: str) -> NoReturn:

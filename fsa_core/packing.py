@@ -93,3 +93,8 @@ def row_starts(cu_seqlens_q: torch.Tensor, query_block_size: int) -> torch.Tenso
 def starts_of(lengths: torch.Tensor) -> torch.Tensor:
     """Where each of some runs starts, and the total: int64 [n + 1] of lengths [n]."""
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int64), (1, 0))
+
+
+def fresh(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A contiguous copy at an address that a packed batch does not shift: BLAS rounds by alignment."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)

@@ -2,7 +2,8 @@
 
 What other systems produce becomes ``BlockIndices`` first: ``from_csr`` (FlashInfer's BSR, dynamic budgets),
 ``from_block_mask`` (SeerAttention, XAttention), ``from_vertical_slash`` (MInference), ``all_blocks`` (dense).
-These check what they read; the ids that come out of them are checked by ``selected_attention`` as any others.
+These check what they read, and raise InputError; the ids that come out of them are checked by
+``selected_attention`` as any others.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import torch
 
 from fsa_core.block_csr import BlockCsr
 from fsa_core.block_mask import BlockMask
+from fsa_core.errors import refuse_bad_starts
 from fsa_core.packing import place_queries, row_starts
+from fsa_core.problem import BLOCK_SIZES
+from fsa_core.validation import check_tensor, checked_choice, checked_flag, checked_sequences
 from fsa_core.vertical_slash import VerticalSlash
 
 
@@ -108,13 +112,17 @@ def from_vertical_slash(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
 ) -> BlockIndices:
-    """Columns that all queries see, and diagonals, causal, a row a token; see VerticalSlash."""
-    pattern = VerticalSlash(vertical, slash, block_size)
+    """Columns that all queries see, and diagonals, causal, a row a token; see VerticalSlash.
+
+    cu_seqlens_q, cu_seqlens_k: int32 [num_sequences + 1], where each packed sequence starts, and the total.
+    """
+    pattern = VerticalSlash(vertical, slash, checked_choice("block_size", block_size, BLOCK_SIZES))
     pattern.check_entries()
+    _check_starts(cu_seqlens_q, cu_seqlens_k)
     shape = (len(vertical), int(cu_seqlens_q[-1]), pattern.num_slots(cu_seqlens_k))
     ids = torch.empty(shape, dtype=torch.int32, device=vertical.device)
     pattern.write_rows(ids, cu_seqlens_q, cu_seqlens_k)
-    return BlockIndices(ids, block_size)
+    return BlockIndices(ids, pattern.block_size)
 
 
 def all_blocks(
@@ -122,9 +130,14 @@ def all_blocks(
 ) -> BlockIndices:
     """Every block: full attention as a pattern, a row for ``block_size`` queries.
 
+    cu_seqlens_q, cu_seqlens_k: int32 [num_sequences + 1], where each packed sequence starts, and the total.
+
     ``dense_attention`` computes the same faster; this is what the sparse kernels make of it. Raises
     ``InputError`` from ``selected_attention`` when a sequence has more blocks than a row may have slots.
     """
+    block_size = checked_choice("block_size", block_size, BLOCK_SIZES)
+    causal = checked_flag("causal", causal)
+    _check_starts(cu_seqlens_q, cu_seqlens_k)
     starts = row_starts(cu_seqlens_q, block_size)
     row = torch.arange(int(starts[-1]), device=starts.device)
     sequence = torch.searchsorted(starts[1:], row, right=True)
@@ -137,3 +150,14 @@ def all_blocks(
     block = torch.arange(max(int(num_visible_blocks.amax()) if len(row) else 0, 1), device=starts.device)
     ids = block.where(block < num_visible_blocks[:, None], -1)
     return BlockIndices(ids[None].int(), block_size, block_size)
+
+
+def _check_starts(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> None:
+    """Refuse what are not the starts of as many sequences; their contents are read."""
+    named = (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    for name, starts in named:
+        # Without q and k, None would not say how long the one sequence is.
+        check_tensor(name, starts, "[num_sequences + 1]", 1)
+    checked_sequences(cu_seqlens_q, cu_seqlens_k, device=None)
+    for name, starts in named:
+        refuse_bad_starts(name, starts.tolist(), num_tokens=None)

@@ -5,9 +5,9 @@ and dims, token counts, options, cu_seqlens, the shape of block_indices, and las
 first offending one by head, token and slot is named (index_checks.py).
 
 Reasons: INVALID_TYPE, INVALID_RANK, INVALID_DTYPE, INVALID_DEVICE, INVALID_HEADS, INVALID_HEAD_DIM,
-INVALID_TOKENS, INVALID_BLOCK_SIZE, INVALID_QUERY_BLOCK_SIZE, INVALID_SOFTMAX_SCALE, INVALID_CU_SEQLENS,
-INVALID_INDEX_SHAPE, INDEX_OUT_OF_RANGE, INDEX_NOT_CAUSAL, INDEX_DUPLICATE; of compact patterns also
-INVALID_OFFSETS and INVALID_PATTERN.
+INVALID_TOKENS, INVALID_BLOCK_SIZE, INVALID_QUERY_BLOCK_SIZE, INVALID_SOFTMAX_SCALE, INVALID_CAUSAL,
+INVALID_WORKSPACE_LIMIT_BYTES, INVALID_CU_SEQLENS, INVALID_INDEX_SHAPE, INDEX_OUT_OF_RANGE, INDEX_NOT_CAUSAL,
+INDEX_DUPLICATE; of compact patterns also INVALID_OFFSETS and INVALID_PATTERN.
 
 Allowed on purpose: NaN and infinity in q, k and v; no tokens at all (the answer is empty); sequences of no
 tokens; more queries than keys under causal (the first queries then see nothing, and have to select nothing).
@@ -17,8 +17,9 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
+import numpy as np
 import torch
 
 from fsa_core.compact import CompactPattern
@@ -30,6 +31,7 @@ from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM,
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TOKENS = 2**31 - 1
+FLOAT32 = torch.finfo(torch.float32)
 
 
 def validate_selected(
@@ -65,7 +67,8 @@ def validate_selected(
         block_size = checked_choice("block_size", block_size, BLOCK_SIZES)
         query_block_size = _checked_query_block_size(query_block_size)
         scale = checked_scale(softmax_scale, q.shape[2])
-        num_sequences = _checked_sequences(q, cu_seqlens_q, cu_seqlens_k)
+        causal = checked_flag("causal", causal)
+        num_sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, q.device)
         check_index_shape(q, k, block_indices)
         if query_block_size == 1:
             check_row_count(block_indices, q.shape[0], "one a query token")
@@ -85,7 +88,7 @@ def validate_selected(
     if check_values:
         starts = sequence_starts(q, k, cu_seqlens_q, cu_seqlens_k)
         sizes: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size}
-        _check_values(q, k, block_indices, *starts, causal=causal, **sizes)
+        _check_values(q, k, block_indices, *starts, causal=problem.causal, **sizes)
     return problem
 
 
@@ -136,11 +139,12 @@ def validate_dense(
     if problem is None:
         check_operands(q, k, v)
         scale = checked_scale(softmax_scale, q.shape[2])
+        causal = checked_flag("causal", causal)
         problem = _problem(
             q,
             k,
             v,
-            num_sequences=_checked_sequences(q, cu_seqlens_q, cu_seqlens_k),
+            num_sequences=checked_sequences(cu_seqlens_q, cu_seqlens_k, q.device),
             block_size=0,
             index_heads=0,
             num_slots=0,
@@ -255,12 +259,13 @@ def check_tensor(name: str, x: object, layout: str, rank: int) -> None:
         refuse("INVALID_RANK", name, "rank", shape, f"{rank}, {layout}")
 
 
-def check_ints(name: str, x: torch.Tensor, layout: str, rank: int, device: torch.device) -> None:
-    """Refuse what is not an int32 tensor of ``rank`` on the device of q."""
+def check_ints(name: str, x: torch.Tensor, layout: str, rank: int, device: torch.device | None) -> None:
+    """Refuse what is not an int32 tensor of ``rank`` on ``device``, that of q; None: on any."""
     check_tensor(name, x, layout, rank)
     if x.dtype != torch.int32:
         refuse("INVALID_DTYPE", name, "dtype", _name(x.dtype), "int32")
-    check_device(name, x, device)
+    if device is not None:
+        check_device(name, x, device)
 
 
 def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
@@ -271,27 +276,27 @@ def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
 def checked_choice(name: str, value: object, choices: tuple[int, ...]) -> int:
     """A plain integer, whatever kind of one (NumPy's, say) is given."""
     if not _is_int(value) or value not in choices:
-        expected = f"one of {', '.join(map(str, choices))}"
-        raise InputError(
-            f"INVALID_{name.upper()}",
-            name,
-            f"{name} is {value!r}: expected {expected}",
-            got=value,
-            expected=expected,
-        )
+        _refuse_option(name, value, f"one of {', '.join(map(str, choices))}")
     return int(value)
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """A plain bool, of Python's or NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        _refuse_option(name, value, "True or False")
+    return bool(value)
+
+
+def checked_limit(workspace_limit_bytes: object) -> int:
+    """A plain integer of at least 1, whatever kind of one (NumPy's, say) is given."""
+    if not _is_int(workspace_limit_bytes) or workspace_limit_bytes < 1:
+        _refuse_option("workspace_limit_bytes", workspace_limit_bytes, "an integer of at least 1")
+    return int(workspace_limit_bytes)
 
 
 def _checked_query_block_size(value: object) -> int:
     if not _is_int(value) or not 1 <= value <= MAX_TOKENS:
-        expected = f"an integer from 1 to {MAX_TOKENS}"
-        raise InputError(
-            "INVALID_QUERY_BLOCK_SIZE",
-            "query_block_size",
-            f"query_block_size is {value!r}: expected {expected}",
-            got=value,
-            expected=expected,
-        )
+        _refuse_option("query_block_size", value, f"an integer from 1 to {MAX_TOKENS}")
     return int(value)
 
 
@@ -299,27 +304,38 @@ def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
     is_number = isinstance(softmax_scale, Real) and not isinstance(softmax_scale, bool)
-    if not is_number or not math.isfinite(softmax_scale) or softmax_scale <= 0:
-        expected = "a finite number above 0"
-        raise InputError(
-            "INVALID_SOFTMAX_SCALE",
-            "softmax_scale",
-            f"softmax_scale is {softmax_scale!r}: expected {expected}",
-            got=softmax_scale,
-            expected=expected,
-        )
-    return float(softmax_scale)
+    scale = _as_float(softmax_scale) if is_number else math.nan
+    # Kernels have it in float32, and may take what is subnormal there for 0.
+    if not FLOAT32.tiny <= scale <= FLOAT32.max:
+        expected = f"a finite number above 0, in float32 from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}"
+        _refuse_option("softmax_scale", softmax_scale, expected)
+    return scale
 
 
-def _checked_sequences(
-    q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
+def _as_float(x: float) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
+
+
+def _refuse_option(name: str, value: object, expected: str) -> NoReturn:
+    message = f"{name} is {value!r}: expected {expected}"
+    raise InputError(f"INVALID_{name.upper()}", name, message, got=value, expected=expected)
+
+
+def checked_sequences(
+    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, device: torch.device | None
 ) -> int:
-    """How many sequences there are; checks both cu_seqlens but for their values. One left out is one."""
+    """How many sequences there are; checks both cu_seqlens but for their values. One left out is one.
+
+    ``device`` is that of q; None: there is no q.
+    """
     lengths = {"cu_seqlens_q": 2, "cu_seqlens_k": 2}
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if x is None:
             continue
-        check_ints(name, x, "[num_sequences + 1]", 1, q.device)
+        check_ints(name, x, "[num_sequences + 1]", 1, device)
         lengths[name] = x.numel()
         if lengths[name] < 2:
             refuse("INVALID_CU_SEQLENS", name, "length", x.numel(), "at least 2: a start and an end")

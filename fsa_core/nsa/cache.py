@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-from fsa_core.nsa.config import NSAConfig
+from fsa_core.errors import refuse
+from fsa_core.nsa.config import NSAConfig, checked_size
 from fsa_core.nsa.steps import Slot, Step, step_of
 
 
@@ -35,7 +37,10 @@ class Slots:
     def of(
         cls, num_sequences: int, capacity: int, config: NSAConfig, k: torch.Tensor, v: torch.Tensor
     ) -> "Slots":
-        """Empty ones for keys and values like ``k`` and ``v`` [num_tokens, heads, dim]."""
+        """Empty ones for keys and values like ``k`` and ``v`` [num_tokens, heads, dim].
+
+        Written to within inference mode and out of it, which tensors of inference mode could not be.
+        """
 
         def rows(x: torch.Tensor, count: int) -> torch.Tensor:
             return x.new_empty(num_sequences, count, *x.shape[1:])
@@ -44,17 +49,18 @@ class Slots:
             return torch.arange(0, num_sequences * count, count, dtype=torch.int32, device=k.device)
 
         num_windows, num_blocks = capacity // config.stride, capacity // config.block_size
-        return cls(
-            k=rows(k, capacity),
-            v=rows(v, capacity),
-            k_cmp=rows(k, num_windows),
-            v_cmp=rows(v, num_windows),
-            k_raw=rows(k, config.kernel_size),
-            key_starts=starts(capacity),
-            window_starts=starts(num_windows),
-            page_table=starts(num_blocks)[:, None]
-            + torch.arange(num_blocks, dtype=torch.int32, device=k.device),
-        )
+        with torch.inference_mode(False):
+            return cls(
+                k=rows(k, capacity),
+                v=rows(v, capacity),
+                k_cmp=rows(k, num_windows),
+                v_cmp=rows(v, num_windows),
+                k_raw=rows(k, config.kernel_size),
+                key_starts=starts(capacity),
+                window_starts=starts(num_windows),
+                page_table=starts(num_blocks)[:, None]
+                + torch.arange(num_blocks, dtype=torch.int32, device=k.device),
+            )
 
     @property
     def capacity(self) -> int:
@@ -73,17 +79,31 @@ class Slots:
             new[:, : old.shape[1]] = old
 
 
+class _Kind(NamedTuple):
+    """What the tokens of a cache have in common."""
+
+    config: NSAConfig
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class NSACache:
     """The sequences of a batch in one layer. A model has one for every layer.
 
     Memory: for each sequence K and V of ``capacity`` tokens, and 1 / stride of them again for their windows,
     whatever its own length; more while it grows. ``capacity`` at least doubles when the longest sequence
     outgrows it.
+
+    ``num_sequences``: at least 1, or InputError.
     """
 
     def __init__(self, num_sequences: int) -> None:
-        self._lengths = (0,) * num_sequences
+        self._lengths = (0,) * checked_size("num_sequences", num_sequences)
         self._slots: Slots | None = None
+        self._kind: _Kind | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -119,8 +139,13 @@ class NSACache:
     def begin(self, starts: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> Step:
         """Make room for more tokens, of sequence i from starts[i] to starts[i + 1].
 
-        k, v: [num_tokens, heads, dim], like which they are. Every call of a cache has the same ``config``.
+        k, v: [num_tokens, heads, dim], like which they are. Nothing that was seen changes before ``commit``:
+        until then what is appended lies behind it, where the next ``begin`` writes anew.
+
+        Raises:
+            InputError: ``config`` is not that of the tokens seen, or heads, dims, dtype or device are others.
         """
+        self._check_kind(_Kind(config, k.shape[1], k.shape[2], v.shape[2], k.dtype, k.device))
         counts = (end - start for start, end in pairwise(starts))
         longest = max(seen + new for seen, new in zip(self._lengths, counts, strict=True))
         if self._slots is None or longest > self.capacity:
@@ -134,16 +159,32 @@ class NSACache:
             starts, self._lengths, Slot(self.capacity, config.kernel_size, config.stride), k.device
         )
 
-    def append(self, step: Step, k: torch.Tensor, v: torch.Tensor, k_raw: torch.Tensor) -> None:
-        """Add the tokens of ``step``: [num_tokens, heads, dim], ``k`` rotated and ``k_raw`` not."""
-        slots = self.slots
-        slots.k.flatten(0, 1).index_copy_(0, step.key_row, k)
-        slots.v.flatten(0, 1).index_copy_(0, step.key_row, v)
-        kept = k_raw if len(step.kept) == len(k_raw) else k_raw[step.kept]
-        slots.k_raw.flatten(0, 1).index_copy_(0, step.kept_row, kept)
-        self._lengths = step.lengths
+    def append(self, step: Step, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Add the tokens of ``step``: [num_tokens, heads, dim], ``k`` rotated."""
+        self.slots.k.flatten(0, 1).index_copy_(0, step.key_row, k)
+        self.slots.v.flatten(0, 1).index_copy_(0, step.key_row, v)
 
     def append_windows(self, step: Step, k_cmp: torch.Tensor, v_cmp: torch.Tensor) -> None:
         """Add the windows that ``step`` completes: [num_windows, heads, dim], ``k_cmp`` rotated."""
         self.slots.k_cmp.flatten(0, 1).index_copy_(0, step.window_row, k_cmp)
         self.slots.v_cmp.flatten(0, 1).index_copy_(0, step.window_row, v_cmp)
+
+    def commit(self, step: Step, k_raw: torch.Tensor) -> None:
+        """Count the tokens of ``step`` as seen, once nothing can fail any more.
+
+        k_raw: [num_tokens, heads, dim], their keys before rotation. They overwrite keys that windows of the
+        same tokens, were these given again, would have to read.
+        """
+        kept = k_raw if len(step.kept) == len(k_raw) else k_raw[step.kept]
+        self.slots.k_raw.flatten(0, 1).index_copy_(0, step.kept_row, kept)
+        self._lengths = step.lengths
+
+    def _check_kind(self, kind: _Kind) -> None:
+        if kind == self._kind:
+            return
+        if self._kind is not None and any(self._lengths):
+            for name, got, expected in zip(_Kind._fields, kind, self._kind, strict=True):
+                if got != expected:
+                    refuse("INVALID_CACHE", "cache", name, expected, f"{got}, that of this call")
+        # Of a cache that holds no token nothing is lost.
+        self._kind, self._slots = kind, None

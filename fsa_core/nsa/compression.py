@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fsa_core.api import resolve_backend
+from fsa_core.errors import refuse, refuse_bad_starts
+from fsa_core.nsa.config import checked_size, refuse_value
+from fsa_core.validation import check_ints, check_tensor
 
 
 def count_windows(num_keys: torch.Tensor, kernel_size: int, stride: int) -> torch.Tensor:
@@ -30,14 +33,17 @@ def compressed_cu_seqlens(cu_seqlens: torch.Tensor, kernel_size: int, stride: in
 
 
 class Compression(nn.Module, ABC):
-    """Windows of tokens pooled to one token each; subclasses say how. Differentiable."""
+    """Windows of tokens pooled to one token each; subclasses say how. Differentiable.
+
+    Sizes that are no integers of at least 1, or do not fit, are refused by InputError, reason INVALID_<NAME>.
+    """
 
     def __init__(self, kernel_size: int, stride: int) -> None:
         super().__init__()
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride is {stride}: expected from 1 to the kernel size, {kernel_size}")
-        self.kernel_size = kernel_size
-        self.stride = stride
+        self.kernel_size = checked_size("kernel_size", kernel_size)
+        self.stride = checked_size("stride", stride)
+        if self.stride > self.kernel_size:
+            refuse_value("stride", self.stride, f"from 1 to the kernel size, {self.kernel_size}")
 
     @abstractmethod
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
@@ -52,7 +58,9 @@ class Compression(nn.Module, ABC):
         [num_windows, heads, dim] in x's dtype, the windows of the first sequence first;
         ``compressed_cu_seqlens`` says where each sequence's start. Bitwise the same in any company, unless a
         gradient is asked for. Reads cu_seqlens, which synchronises on CUDA, but not if given as numbers.
+        Raises InputError for x or cu_seqlens of other shapes, and for cu_seqlens that are not x's.
         """
+        check_tensor("x", x, "[num_tokens, heads, head_dim]", 3)
         parts = self._split(x, _lengths(x, cu_seqlens))
         pooled = [self.pool_sequences(part) for part in parts if part.shape[1] >= self.kernel_size]
         if not pooled:
@@ -148,7 +156,7 @@ class _Spread(torch.autograd.Function):
 
             return spread(grad.contiguous(), length, kernel_size, stride)
         num_windows, num_runs = grad.shape[1], kernel_size // stride
-        share = grad.float() / kernel_size
+        share = grad.to(torch.promote_types(grad.dtype, torch.float32)) / kernel_size
         # All tokens of a run of ``stride`` lie in the same windows.
         runs = share.new_zeros(grad.shape[0], num_windows + num_runs - 1, *grad.shape[2:])
         for run in range(num_runs):
@@ -171,7 +179,8 @@ class WeightedCompression(Compression):
 
     def __init__(self, kernel_size: int, stride: int, num_heads: int) -> None:
         super().__init__(kernel_size, stride)
-        self.weight = nn.Parameter(torch.full((num_heads, kernel_size), 1 / kernel_size))
+        num_heads = checked_size("num_heads", num_heads)
+        self.weight = nn.Parameter(torch.full((num_heads, self.kernel_size), 1 / self.kernel_size))
 
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
         return torch.einsum("...hdk,hk->...hd", windows, self.weight)
@@ -186,7 +195,9 @@ class LinearCompression(Compression):
 
     def __init__(self, kernel_size: int, stride: int, num_heads: int, head_dim: int) -> None:
         super().__init__(kernel_size, stride)
-        self.weight = nn.Parameter((torch.eye(head_dim) / kernel_size).repeat(num_heads, kernel_size, 1, 1))
+        num_heads, head_dim = checked_size("num_heads", num_heads), checked_size("head_dim", head_dim)
+        mean = torch.eye(head_dim) / self.kernel_size
+        self.weight = nn.Parameter(mean.repeat(num_heads, self.kernel_size, 1, 1))
         self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
 
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
@@ -205,7 +216,9 @@ class MLPCompression(Compression):
         self, kernel_size: int, stride: int, num_heads: int, head_dim: int, hidden_dim: int | None = None
     ) -> None:
         super().__init__(kernel_size, stride)
-        hidden_dim = 4 * head_dim if hidden_dim is None else hidden_dim
+        kernel_size = self.kernel_size
+        num_heads, head_dim = checked_size("num_heads", num_heads), checked_size("head_dim", head_dim)
+        hidden_dim = checked_size("hidden_dim", 4 * head_dim if hidden_dim is None else hidden_dim)
         self.position = nn.Parameter(0.02 * torch.randn(num_heads, kernel_size, head_dim))
         fan_in = kernel_size * head_dim
         self.weight_in = nn.Parameter(
@@ -223,7 +236,13 @@ class MLPCompression(Compression):
 def _lengths(x: torch.Tensor, cu_seqlens: torch.Tensor | Sequence[int] | None) -> list[int]:
     if cu_seqlens is None:
         return [x.shape[0]]
-    starts = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+    starts = cu_seqlens
+    if isinstance(starts, torch.Tensor):
+        check_ints("cu_seqlens", starts, "[num_sequences + 1]", 1, None)
+        starts = starts.tolist()
+    if len(starts) < 2:
+        refuse("INVALID_CU_SEQLENS", "cu_seqlens", "length", len(starts), "at least 2: a start and an end")
+    refuse_bad_starts("cu_seqlens", starts, x.shape[0])
     return [end - start for start, end in itertools.pairwise(starts)]
 
 

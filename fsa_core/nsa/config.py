@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any, NoReturn
 
 from fsa_core.errors import InputError
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS
+
+# What fits an int32, as kernels and indices have it.
+MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +40,19 @@ class NSAConfig:
     def __post_init__(self) -> None:
         least = {"num_first_blocks": 0, "num_local_blocks": 0}
         for name in (f.name for f in fields(self) if f.name not in ("top_p", "min_share")):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least.get(name, 1):
-                _refuse(name, value, f"an integer of at least {least.get(name, 1)}")
-            # NumPy's integers, say, would be told apart from Python's where kernels are looked up.
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, checked_size(name, getattr(self, name), least.get(name, 1)))
         for name in ("kernel_size", "block_size"):
             if getattr(self, name) % self.stride:
-                _refuse(name, getattr(self, name), f"a multiple of stride, {self.stride}")
+                refuse_value(name, getattr(self, name), f"a multiple of stride, {self.stride}")
         if self.block_size not in BLOCK_SIZES:
-            _refuse("block_size", self.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
+            refuse_value("block_size", self.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
         forced = self.num_first_blocks + self.num_local_blocks
         if not forced <= self.top_k <= MAX_SLOTS:
-            _refuse("top_k", self.top_k, f"from {forced}, the number of forced blocks, to {MAX_SLOTS}")
+            refuse_value("top_k", self.top_k, f"from {forced}, the number of forced blocks, to {MAX_SLOTS}")
         for name in ("top_p", "min_share"):
             share = getattr(self, name)
             if share is not None and not (isinstance(share, Real) and 0 < float(share) <= 1):
-                _refuse(name, share, "above 0 and at most 1, or None")
+                refuse_value(name, share, "above 0 and at most 1, or None")
 
     @property
     def has_budget(self) -> bool:
@@ -60,7 +60,17 @@ class NSAConfig:
         return self.top_p is not None or self.min_share is not None
 
 
-def _refuse(name: str, value: object, expected: str) -> None:
+def checked_size(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) -> int:
+    """A plain integer; InputError unless it is one, of whatever kind, from ``least`` to ``most``."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not least <= value <= most:
+        refuse_value(name, value, f"an integer of at least {least}, at most {most}")
+    # NumPy's integers, say, would be told apart from Python's where kernels are looked up.
+    return int(value)
+
+
+def refuse_value(name: str, value: object, expected: str) -> NoReturn:
+    """Raise InputError for an argument, reason INVALID_<NAME>."""
     raise InputError(
         f"INVALID_{name.upper()}",
         name,

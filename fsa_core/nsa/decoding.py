@@ -13,9 +13,9 @@ from fsa_core.api import resolve_backend, selected_attention
 from fsa_core.decode import paged_selected_attention
 from fsa_core.nsa.cache import Slots
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.functional import gated_sum, nsa_attention_from_compressed
+from fsa_core.nsa.functional import nsa_attention_from_compressed
 from fsa_core.nsa.selection import spend_budget
-from fsa_core.nsa.stages import MAX_REACH
+from fsa_core.nsa.stages import MAX_REACH, add_branches
 from fsa_core.nsa.steps import Step
 from fsa_core.nsa.validation import Call
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
@@ -44,7 +44,7 @@ def attend_slots(
         )
         branches = _branches(slots, step, problem, q, config)
         if branches is not None:
-            return gated_sum(branches, gates)
+            return add_branches(branches, gates, "auto")
     return _one_by_one(slots, step, q, gates, config=config, backend=backend)
 
 

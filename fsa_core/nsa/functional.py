@@ -9,6 +9,7 @@ v may reach queries of its sequence that do not see it, as in any tiled attentio
 
 import torch
 
+from fsa_core.api import resolve_backend
 from fsa_core.nsa.compression import Compression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.operator import attend_at_once, attend_branches
@@ -16,11 +17,13 @@ from fsa_core.nsa.stages import (
     add_branches,
     attend_last_keys,
     attend_windows,
+    check_stage_backend,
     choose_blocks,
     launches_alone,
 )
 from fsa_core.nsa.validation import (
     Call,
+    check_branches,
     check_compressed,
     check_compression,
     check_gates,
@@ -79,6 +82,7 @@ def compressed_attention(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
+    check_stage_backend(backend, q)
     return attend_windows(call, q, k_cmp, v_cmp, backend)
 
 
@@ -114,6 +118,7 @@ def select_blocks(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
+    check_stage_backend(backend, q)
     return choose_blocks(call, q, k_cmp, backend)
 
 
@@ -145,6 +150,7 @@ def sliding_window_attention(
         softmax_scale=softmax_scale,
         workspace_limit_bytes=workspace_limit_bytes,
     )
+    check_stage_backend(backend, q)
     return attend_last_keys(call, q, k, v, backend)
 
 
@@ -154,8 +160,12 @@ def gated_sum(
     """Equation 5: each branch [num_q_tokens, num_q_heads, value_dim] times its gate, added in float32.
 
     gates: [num_q_tokens, num_q_heads, number of branches]. Returns the dtype of the branches. Kernels add
-    three branches, as the operator has; any other number is added in torch operations.
+    three branches, as the operator has; any other number is added in torch operations. Raises as
+    ``compressed_attention``.
     """
+    check_branches(branches)
+    check_gates(gates, branches[0], len(branches))
+    check_stage_backend(backend, gates)
     return add_branches(branches, gates, backend)
 
 
@@ -207,6 +217,7 @@ def nsa_attention(
         workspace_limit_bytes=workspace_limit_bytes,
     )
     check_gates(gates, q)
+    resolve_backend(backend, q.device)
     check_compression("compress_k", compress_k, config)
     check_compression("compress_v", compress_v, config)
     k_cmp, v_cmp = compress_k(k, call.key_starts), compress_v(v, call.key_starts)
@@ -247,6 +258,7 @@ def nsa_attention_from_compressed(
     check_window_count(call, k_cmp)
     check_compressed(k_cmp, v_cmp, k, v)
     check_gates(gates, q)
+    resolve_backend(backend, q.device)
     return attend_checked(call, q, k, v, k_cmp, v_cmp, gates, backend)
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def gated_sum_torch(branches: tuple[torch.Tensor, ...], gates: torch.Tensor) -> torch.Tensor:
@@ -32,10 +31,22 @@ class _GatedSum(torch.autograd.Function):
         return gated_sum_forward((first, second, third), gates)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from fsa_core.kernels.gates import gated_sum_backward
 
         gates, *branches = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _gradients_with_graph(gates, branches, grad_out)
         *grad_branches, grad_gates = gated_sum_backward(tuple(branches), gates, grad_out.contiguous())
         return grad_gates, *grad_branches
+
+
+def _gradients_with_graph(
+    gates: torch.Tensor, branches: list[torch.Tensor], grad_out: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The same in torch operations, which have gradients of their own."""
+    wide = grad_out.float()
+    grad_gates = torch.stack([(wide * x.float()).sum(-1) for x in branches], -1).to(gates.dtype)
+    weights = gates.float().unbind(-1)
+    grads = [(wide * w[..., None]).to(x.dtype) for w, x in zip(weights, branches, strict=True)]
+    return grad_gates, *grads

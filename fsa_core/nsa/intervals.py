@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from fsa_core.autocast import in_own_precision
+from fsa_core.autograd import Answer, Gradients, differentiated_once, without_keyless
+from fsa_core.packing import fresh
 
 # More rows amortise nothing more, and under a window they only widen the span of keys.
 MAX_ROWS = 256
 # Scores, weights and their gradients: what a chunk holds for each (head, query, key) at its worst.
 FLOATS_A_SCORE = 3
-
-Answer = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +86,11 @@ class _IntervalAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor, d_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale = ctx.softmax_scale
-        dq = torch.zeros_like(q)
-        # Chunks overlap in their keys: these are sums.
-        dk, dv = (torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device) for x in (k, v))
-        for chunk in _chunks(ctx.intervals, q.shape[1], ctx.workspace_limit_bytes):
-            rows, keys = chunk.rows, chunk.keys
-            num_kv_heads, num_rows = k.shape[1], len(q[rows])
-            q_rows, d_out_rows = (_grouped(x[rows], num_kv_heads) for x in (q, d_out))
-            # d_lse moves every score by its weight, and so does -sum(d_out * out).
-            shift = d_lse[rows] - (d_out[rows].to(lse.dtype) * out[rows]).sum(-1)
-            # Where nothing is seen, any finite number keeps the weights zeros.
-            lse_rows = lse[rows].masked_fill(lse[rows] == -torch.inf, 0.0)
-            weights = _scores(q[rows], k[keys], chunk.visible, scale)
-            weights.sub_(_grouped(lse_rows[..., None], num_kv_heads) / math.log(2)).exp2_()
-            dv[keys] += torch.bmm(weights.transpose(1, 2), d_out_rows).transpose(0, 1)
-            d_scores = torch.bmm(d_out_rows, _by_head(v[keys]).transpose(1, 2))
-            d_scores.add_(_grouped(shift[..., None], num_kv_heads)).mul_(weights).mul_(scale)
-            dq[rows] = _ungrouped(torch.bmm(d_scores, _by_head(k[keys])), num_rows)
-            dk[keys] += torch.bmm(d_scores.transpose(1, 2), q_rows).transpose(0, 1)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        options = (ctx.intervals, ctx.softmax_scale, ctx.workspace_limit_bytes)
+        *operands, lse = ctx.saved_tensors
+        given = (*operands, lse, d_out, without_keyless(d_lse, lse))
+        return *differentiated_once(_gradients, *options, *given), None, None, None
 
 
 def _attend(
@@ -131,6 +114,44 @@ def _attend(
         out[rows] = _ungrouped(values, len(q[rows]))
         lse[rows] = _ungrouped((row_max + total.log2()) * math.log(2), len(q[rows]))[..., 0]
     return out, lse
+
+
+@in_own_precision
+def _gradients(
+    intervals: Intervals,
+    softmax_scale: float,
+    workspace_limit_bytes: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor,
+) -> Gradients:
+    dq = torch.zeros_like(q)
+    # Chunks overlap in their keys: these are sums.
+    dk, dv = (torch.zeros(x.shape, dtype=_sum_dtype(x), device=x.device) for x in (k, v))
+    for chunk in _chunks(intervals, q.shape[1], workspace_limit_bytes):
+        rows, keys = chunk.rows, chunk.keys
+        num_kv_heads, num_rows = k.shape[1], len(q[rows])
+        # Where nothing is seen, whatever is given has no effect, and any finite lse keeps the weights zeros.
+        is_keyless = lse[rows] == -torch.inf
+        given, lse_rows = (
+            d_out[rows].masked_fill(is_keyless[..., None], 0.0),
+            lse[rows].masked_fill(is_keyless, 0.0),
+        )
+        q_rows, d_out_rows = (_grouped(x, num_kv_heads) for x in (q[rows], given))
+        # d_lse moves every score by its weight, and so does -sum(d_out * out).
+        shift = d_lse[rows] - (given.to(lse.dtype) * out[rows]).sum(-1)
+        weights = _scores(q[rows], k[keys], chunk.visible, softmax_scale)
+        weights.sub_(_grouped(lse_rows[..., None], num_kv_heads) / math.log(2)).exp2_()
+        dv[keys] += torch.bmm(weights.transpose(1, 2), d_out_rows).transpose(0, 1)
+        d_scores = torch.bmm(d_out_rows, _by_head(v[keys]).transpose(1, 2))
+        d_scores.add_(_grouped(shift[..., None], num_kv_heads)).mul_(weights).mul_(softmax_scale)
+        dq[rows] = _ungrouped(torch.bmm(d_scores, _by_head(k[keys])), num_rows)
+        dk[keys] += torch.bmm(d_scores.transpose(1, 2), q_rows).transpose(0, 1)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _chunks(intervals: Intervals, num_q_heads: int, limit_bytes: int) -> Iterator[_Chunk]:
@@ -166,8 +187,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, softmax_sca
 
 def _grouped(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[rows, num_q_heads, dim] as [num_kv_heads, group * rows, dim], to multiply with keys of a KV head."""
-    by_group: torch.Tensor = x.to(_sum_dtype(x)).unflatten(1, (num_kv_heads, -1))
-    return by_group.permute(1, 2, 0, 3).flatten(1, 2)
+    return fresh(x.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3), _sum_dtype(x)).flatten(1, 2)
 
 
 def _ungrouped(x: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -178,7 +198,7 @@ def _ungrouped(x: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def _by_head(x: torch.Tensor) -> torch.Tensor:
     """[keys, heads, dim] as [heads, keys, dim]."""
-    return x.to(_sum_dtype(x)).transpose(0, 1)
+    return fresh(x.transpose(0, 1), _sum_dtype(x))
 
 
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:

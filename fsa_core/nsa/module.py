@@ -1,12 +1,16 @@
 """The layer: projections, rotary positions, gates, compression and the operator, to train and to serve."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Real
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from fsa_core.api import BACKENDS
+from fsa_core.errors import InputError, refuse
 from fsa_core.nsa.cache import NSACache
 from fsa_core.nsa.compression import (
     Compression,
@@ -15,14 +19,15 @@ from fsa_core.nsa.compression import (
     MLPCompression,
     WeightedCompression,
 )
-from fsa_core.nsa.config import NSAConfig
+from fsa_core.nsa.config import NSAConfig, checked_size, refuse_value
 from fsa_core.nsa.decoding import attend_slots
 from fsa_core.nsa.functional import attend_checked
 from fsa_core.nsa.rope import Turns, turn, turns_at
 from fsa_core.nsa.steps import Step
-from fsa_core.nsa.validation import Call, check_starts
+from fsa_core.nsa.validation import Call, check_config, check_starts
 from fsa_core.packing import place_queries, single_sequence
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
+from fsa_core.problem import MAX_HEAD_DIM, MIN_HEAD_DIM
 from fsa_core.validation import check_tensor
 
 COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
@@ -47,11 +52,11 @@ class NativeSparseAttention(nn.Module):
     Args:
         hidden_dim: width of the layer's input and output.
         num_q_heads, num_kv_heads: the former a multiple of the latter.
-        head_dim: even, 16 to 256; default hidden_dim / num_q_heads.
-        config: windows, blocks and budget.
+        head_dim: 16 to 256, even if positions are rotated; default hidden_dim // num_q_heads.
+        config: windows, blocks and budget; None: the paper's.
         compression: "mean", "weighted", "linear" or "mlp" (the paper's), of K and of V each with their own.
-        rope_theta: base of the rotary frequencies; None leaves positions out.
-        backend: of selected attention, as in ``fsa_core.api``.
+        rope_theta: base of the rotary frequencies, at least 1; None leaves positions out.
+        backend: of selected attention, as in ``fsa_core.api``; each call says whether it can run there.
 
     state_dict, D for head_dim, in torch's layout [out, in] where a key belongs to a linear map:
         q_proj.weight [num_q_heads * D, hidden_dim]
@@ -61,8 +66,9 @@ class NativeSparseAttention(nn.Module):
             gates of the compressed, the selected and the window branch, before the sigmoid
         compress_k.*, compress_v.*: none for "mean", else as the classes in fsa_core.nsa.compression name them
 
-    Raises ValueError when the sizes do not fit. Under torch.compile the attention itself is a graph break,
-    since what it does depends on the contents of cu_seqlens; projections, gates and output are compiled.
+    Raises InputError, a ValueError, for sizes that do not fit and unknown names. Under torch.compile the
+    attention itself is a graph break, since what it does depends on the contents of cu_seqlens; projections,
+    gates and output are compiled.
     """
 
     def __init__(
@@ -78,16 +84,25 @@ class NativeSparseAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        hidden_dim = checked_size("hidden_dim", hidden_dim)
+        num_q_heads = checked_size("num_q_heads", num_q_heads)
+        num_kv_heads = checked_size("num_kv_heads", num_kv_heads)
         if num_q_heads % num_kv_heads:
-            raise ValueError(f"num_q_heads is {num_q_heads}: expected a multiple of {num_kv_heads} KV heads")
+            refuse_value("num_q_heads", num_q_heads, f"a multiple of {num_kv_heads} KV heads")
         head_dim = hidden_dim // num_q_heads if head_dim is None else head_dim
+        head_dim = checked_size("head_dim", head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
         if head_dim % 2 and rope_theta is not None:
-            raise ValueError(f"head_dim is {head_dim}: expected an even number, for pairs to rotate")
+            refuse_value("head_dim", head_dim, "an even number, for pairs to rotate")
+        if backend not in BACKENDS:
+            refuse_value("backend", backend, f"one of {', '.join(BACKENDS)}")
+        config = NSAConfig() if config is None else config
+        check_config(config)
+        self.hidden_dim = hidden_dim
         self.num_q_heads = num_q_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.config = NSAConfig() if config is None else config
-        self.rope_theta = rope_theta
+        self.config = config
+        self.rope_theta = _checked_theta(rope_theta)
         self.backend = backend
         self.q_proj = nn.Linear(hidden_dim, num_q_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_dim, num_kv_heads * head_dim, bias=False)
@@ -111,29 +126,34 @@ class NativeSparseAttention(nn.Module):
                 It may lie on the CPU: then reading it does not wait for the GPU.
             cache: what was seen before these tokens, and where they are added: a prompt whole or in chunks,
                 and then one or a few tokens of each sequence a call (of some sequences none). A call with a
-                cache carries no gradient. None: the tokens are whole sequences.
+                cache carries no gradient, and one that raises adds nothing: it may be made again. None: the
+                tokens are whole sequences.
 
         Returns:
             [num_tokens, hidden_dim].
 
         Raises:
-            InputError: x is no [num_tokens, hidden_dim], or cu_seqlens break the contract of
-                ``fsa_core.api``.
-            ValueError: the cache has another number of sequences.
+            InputError: x is no [num_tokens, hidden_dim], cu_seqlens break the contract of ``fsa_core.api``,
+                or the cache has another number of sequences or holds tokens of a layer of another kind.
+            ValueError: the backend is unknown or cannot run on these tensors.
         """
         check_tensor("x", x, "[num_tokens, hidden_dim], sequences packed", 2)
+        if x.shape[1] != self.hidden_dim:
+            expected = f"{self.hidden_dim}, the layer's hidden_dim"
+            refuse("INVALID_HIDDEN_DIM", "x", "width", x.shape[1], expected)
         q = self.q_proj(x).unflatten(-1, (self.num_q_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         gates = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_q_heads, 3))
         if cache is None:
-            out = self._attend(q, k, v, gates, cu_seqlens)
-        else:
-            if cu_seqlens is None:
-                cu_seqlens = single_sequence(len(x), torch.device("cpu"))
-            out = self._attend_cached(q, k, v, gates, cu_seqlens, cache)
-        projected: torch.Tensor = self.o_proj(out.flatten(1))
-        return projected if cache is None else projected.detach()
+            projected: torch.Tensor = self.o_proj(self._attend(q, k, v, gates, cu_seqlens).flatten(1))
+            return projected
+        if cu_seqlens is None:
+            cu_seqlens = single_sequence(len(x), torch.device("cpu"))
+        out, step = self._attend_cached(q, k, v, gates, cu_seqlens, cache)
+        projected = self.o_proj(out.flatten(1)).detach()
+        _commit(cache, step, k)
+        return projected
 
     @_graph_break
     def _attend(
@@ -172,24 +192,28 @@ class NativeSparseAttention(nn.Module):
         gates: torch.Tensor,
         cu_seqlens: torch.Tensor,
         cache: NSACache,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Step | None]:
+        """What the tokens attend to, and the step that they are, which is still to be committed."""
+        if not isinstance(cache, NSACache):
+            refuse("INVALID_TYPE", "cache", "type", type(cache).__name__, "NSACache")
         # Read once: on a GPU this waits for it.
         starts = check_starts("cu_seqlens", cu_seqlens, len(q))
         if len(starts) - 1 != cache.num_sequences:
-            raise ValueError(f"the cache has {cache.num_sequences} sequences, cu_seqlens {len(starts) - 1}")
+            message = f"the cache has {cache.num_sequences} sequences, cu_seqlens {len(starts) - 1}"
+            raise InputError("INVALID_CACHE", "cache", message)
         if len(q) == 0:
-            return q
+            return q, None
         step = cache.begin(tuple(starts), k, v, self.config)
         if step.num_windows:
-            # Before what these tokens push out of k_raw is overwritten.
             k_cmp = self.compress_k.at(torch.cat([k, cache.slots.k_raw.flatten(0, 1)]), step.raw_rows)
         turns, window_turns = self._turns_of(step)
-        cache.append(step, _rotated(k, turns), v, k)
+        cache.append(step, _rotated(k, turns), v)
         if step.num_windows:
             v_cmp = self.compress_v.at(cache.slots.v.flatten(0, 1), step.value_rows)
             cache.append_windows(step, _rotated(k_cmp, window_turns), v_cmp)
         q = _rotated(q, turns)
-        return attend_slots(cache.slots, step, q, gates, config=self.config, backend=self.backend)
+        out = attend_slots(cache.slots, step, q, gates, config=self.config, backend=self.backend)
+        return out, step
 
     def _turns(self, position: torch.Tensor) -> Turns | None:
         return None if self.rope_theta is None else turns_at(position, self.head_dim, self.rope_theta)
@@ -213,7 +237,14 @@ class NativeSparseAttention(nn.Module):
                 return LinearCompression(*windows, self.num_kv_heads, self.head_dim)
             case "mlp":
                 return MLPCompression(*windows, self.num_kv_heads, self.head_dim)
-        raise ValueError(f"compression is {kind!r}: expected one of {', '.join(COMPRESSIONS)}")
+        refuse_value("compression", kind, f"one of {', '.join(COMPRESSIONS)}")
+
+
+@_graph_break
+@torch.no_grad()
+def _commit(cache: NSACache, step: Step | None, k_raw: torch.Tensor) -> None:
+    if step is not None:
+        cache.commit(step, k_raw)
 
 
 # All layers of a model ask for the same, one after the other.
@@ -222,6 +253,14 @@ def _turns_of(step: Step, head_dim: int, theta: float) -> tuple[Turns, Turns]:
     num_tokens = len(step.key_row)
     cos, sin = turns_at(step.positions, head_dim, theta)
     return (cos[:num_tokens], sin[:num_tokens]), (cos[num_tokens:], sin[num_tokens:])
+
+
+def _checked_theta(theta: float | None) -> float | None:
+    if theta is None:
+        return None
+    if not isinstance(theta, Real) or isinstance(theta, bool) or not 1 <= theta < math.inf:
+        refuse_value("rope_theta", theta, "a finite number of at least 1, or None")
+    return float(theta)
 
 
 def _positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:

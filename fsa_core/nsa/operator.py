@@ -91,12 +91,14 @@ class _Operator(torch.autograd.Function):
     def forward(ctx: Any, call: Call, backend: str, *operands: torch.Tensor) -> torch.Tensor:
         out, *branches = _launched(call, backend, operands, keep=True)
         ctx.call, ctx.backend = call, backend
-        ctx.save_for_backward(*operands, *branches)
+        # Kernels read where sequences start anew: torch refuses gradients if that was overwritten meanwhile.
+        ctx.save_for_backward(*operands, *branches, call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_cmp)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        operands, branches = ctx.saved_tensors[:6], Branches(*ctx.saved_tensors[6:])
+        saved = ctx.saved_tensors
+        operands, branches = saved[:6], Branches(*saved[6:-3])
         if torch.is_grad_enabled():
             return None, None, *_gradients_with_graph(ctx, operands, grad_out)
         return None, None, *_gradients(ctx.call, operands, branches, grad_out.contiguous())

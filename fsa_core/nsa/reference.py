@@ -139,11 +139,13 @@ def select_blocks_reference(
     """
     importance = block_importance_reference(q, k_cmp, cu_seqlens_q, cu_seqlens_k, config, softmax_scale)
     sequences = _sequences_of_windows(cu_seqlens_q, cu_seqlens_k, config)
-    chosen = torch.full((k_cmp.shape[1], q.shape[0], config.top_k), -1, dtype=torch.int32)
+    size = (k_cmp.shape[1], q.shape[0], config.top_k)
+    chosen = torch.full(size, -1, dtype=torch.int32, device="cpu")
     for rows, (queries, _, position) in zip(importance, sequences, strict=True):
         for head, row in itertools.product(range(rows.shape[0]), range(rows.shape[1])):
             ids = _choose(rows[head, row].tolist(), int(position[row]), config)
-            chosen[head, queries.start + row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            row_ids = torch.tensor(ids, dtype=torch.int32, device="cpu")
+            chosen[head, queries.start + row, : len(ids)] = row_ids
     return chosen.to(q.device)
 
 
@@ -242,7 +244,7 @@ def _visible_windows(position: torch.Tensor, num_windows: int, config: NSAConfig
 
 def _shared_strides(num_windows: int, num_blocks: int, config: NSAConfig) -> torch.Tensor:
     """float64 [num_windows, num_blocks]: how many strides a window shares with a block (equation 9)."""
-    shared = torch.zeros(num_windows, num_blocks, dtype=torch.float64)
+    shared = torch.zeros(num_windows, num_blocks, dtype=torch.float64, device="cpu")
     per_block, per_window = config.block_size // config.stride, config.kernel_size // config.stride
     for block in range(num_blocks):
         for m, i in itertools.product(range(per_block), range(per_window)):

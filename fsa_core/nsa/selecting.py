@@ -164,7 +164,8 @@ def workspace_bytes(problem: SelectingProblem, limit_bytes: int = DEFAULT_WORKSP
         p.num_kv_heads * (SCORE_BYTES * windows + BLOCK_BYTES * blocks),
         SCORE_BYTES * p.num_q_heads * (max(windows, span) if p.is_gated else 0),
     )
-    stages = max(limit_bytes, *rows) + FLOAT32_BYTES * widened
+    # All queries at once, where that is less than the limit.
+    stages = min(max(limit_bytes, *rows), p.num_q_tokens * sum(rows)) + FLOAT32_BYTES * widened
     # Three branches, their float32 sum and one float32 term of it; two numbers a row between the kernels.
     branches = p.num_q_tokens * p.num_q_heads * value_dim * (3 * p.dtype.itemsize + 2 * FLOAT32_BYTES)
     shares = p.num_q_tokens * p.num_q_heads * 2 * FLOAT32_BYTES

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.intervals import Intervals, interval_attention
 from fsa_core.nsa.validation import Call
+from fsa_core.packing import fresh
 
 # More rows amortise nothing more.
 MAX_ROWS = 1024
@@ -120,8 +121,8 @@ def _importance(
     if not num_windows:
         return importance
     is_hidden = torch.arange(num_windows, device=q.device) >= windows_seen[:, None]
-    q_grouped = q.float().unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3)
-    k_by_head = k_cmp.float().permute(1, 2, 0)
+    q_grouped = fresh(q.unflatten(1, (num_kv_heads, -1)).permute(2, 1, 0, 3))
+    k_by_head = fresh(k_cmp.transpose(0, 1)).transpose(1, 2)
     for q_head in q_grouped:
         scores = torch.bmm(q_head, k_by_head).mul_(call.softmax_scale / math.log(2))
         scores.masked_fill_(is_hidden, -torch.inf)

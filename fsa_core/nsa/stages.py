@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A window that reaches further sees the whole sequence. Kernels add it to positions in 32 bits.
 MAX_REACH = 2**30
+# Of a stage by itself. In the operator, for which "cpu" or "reference" may be asked, it is torch operations.
+STAGE_BACKENDS = ("auto", "triton", "torch")
 
 
 @in_own_precision
@@ -52,8 +54,7 @@ def attend_last_keys(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     def forward(problem: Problem, *operands: torch.Tensor) -> Answer:
         return window_attention_forward(problem, windows, *operands)
 
-    implementation = _implementation(call, windows, forward)
-    return differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k, v)))
+    return _differentiable(call, windows, forward, problem, q, k, v)
 
 
 @in_own_precision
@@ -82,6 +83,14 @@ def add_branches(branches: tuple[torch.Tensor, ...], gates: torch.Tensor, backen
     if len(branches) == 3 and runs_kernels(backend, branches[0]):
         return gated_sum_triton(branches, gates)
     return gated_sum_torch(branches, gates)
+
+
+def check_stage_backend(backend: str, q: torch.Tensor) -> None:
+    """Raises ValueError unless a stage by itself can run on ``backend``: it has no others than these."""
+    if backend not in STAGE_BACKENDS:
+        raise ValueError(f"backend is {backend!r}: expected one of {', '.join(STAGE_BACKENDS)}")
+    if backend != "torch":
+        resolve_backend(backend, q.device)
 
 
 def runs_kernels(backend: str, q: torch.Tensor) -> bool:
@@ -117,8 +126,7 @@ def _attend(
         shares.append(found)
         return out, lse
 
-    implementation = _implementation(call, windows, forward)
-    answer = differentiable_attention(implementation, problem, *(x.contiguous() for x in (q, k_cmp, v_cmp)))
+    answer = _differentiable(call, windows, forward, problem, q, k_cmp, v_cmp)
     # Taken out: autograd keeps the implementation, and with it the list, until the backward pass.
     return answer, shares.pop()
 
@@ -130,11 +138,20 @@ def interval_gradients(call: Call, sizes: "Sizes", *tensors: Any) -> Gradients:
     return interval_attention_backward(*sizes, *tensors, workspace_limit_bytes=call.workspace_limit_bytes)
 
 
-def _implementation(call: Call, windows: "Windows", forward: Callable[..., Answer]) -> Implementation:
-    def backward(problem: Problem, *tensors: Any) -> Gradients:
-        return interval_gradients(call, (problem, windows), *tensors)
+def _differentiable(
+    call: Call, windows: "Windows", forward: Callable[..., Answer], problem: Problem, *operands: torch.Tensor
+) -> Answer:
+    """``forward(problem, q, k, v)``; where windows start is saved, so that torch sees it change."""
+    starts = windows.starts
 
-    return Implementation(forward, backward, knows_none=True)
+    def of_operands(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Answer:
+        return forward(problem, q, k, v)
+
+    def backward(problem: Problem, *tensors: Any) -> Gradients:
+        return interval_gradients(call, (problem, windows), *tensors[:3], *tensors[3 + len(starts) :])
+
+    implementation = Implementation(of_operands, backward, knows_none=True)
+    return differentiable_attention(implementation, problem, *(x.contiguous() for x in operands), *starts)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The contract of the operator's functions, checked where data enters, beyond what attention itself checks.
 
-Reasons are those of fsa_core.validation, INVALID_GATES and INVALID_COMPRESSION.
+Reasons are those of fsa_core.validation, INVALID_BRANCHES, INVALID_GATES and INVALID_COMPRESSION.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from fsa_core.errors import refuse, refuse_bad_starts
 from fsa_core.nsa.compression import Compression, count_windows
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.packing import Placement, place_queries, single_sequence, uploaded
-from fsa_core.validation import validate_dense
+from fsa_core.validation import check_tensor, checked_limit, validate_dense
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Call:
         device = self.cu_seqlens_k.device
         if len(self.window_starts) == 2:
             return single_sequence(self.window_starts[1], device)
-        return uploaded(torch.tensor(self.window_starts, dtype=torch.int32), device)
+        return uploaded(torch.tensor(self.window_starts, dtype=torch.int32, device="cpu"), device)
 
     def place(self, num_q_tokens: int) -> Placement:
         return place_queries(self.cu_seqlens_q, self.cu_seqlens_k, num_q_tokens, causal=True)
@@ -135,6 +135,8 @@ def _call(
     limit: int,
 ) -> Call:
     """Reads cu_seqlens, each once, and refuses what is wrong; num_keys None: as many as they say."""
+    check_config(config)
+    limit = checked_limit(limit)
     num_queries = q.shape[0]
     if cu_seqlens_k is None:
         assert num_keys is not None
@@ -174,8 +176,15 @@ def check_starts(name: str, cu_seqlens: torch.Tensor, num_tokens: int) -> list[i
     return starts
 
 
+def check_config(config: NSAConfig) -> None:
+    if not isinstance(config, NSAConfig):
+        refuse("INVALID_TYPE", "config", "type", type(config).__name__, "NSAConfig")
+
+
 def check_compression(name: str, compression: Compression, config: NSAConfig) -> None:
-    """Refuse a compression of other windows than the config's."""
+    """Refuse what is no compression, or one of other windows than the config's."""
+    if not isinstance(compression, Compression):
+        refuse("INVALID_TYPE", name, "type", type(compression).__name__, "Compression")
     got = (compression.kernel_size, compression.stride)
     if got != (config.kernel_size, config.stride):
         expected = f"{(config.kernel_size, config.stride)}, those of config"
@@ -190,9 +199,24 @@ def check_compressed(k_cmp: torch.Tensor, v_cmp: torch.Tensor, k: torch.Tensor, 
             refuse("INVALID_HEADS", name, "heads and dim", got, f"{expected}, those of {name[0]}")
 
 
-def check_gates(gates: torch.Tensor, q: torch.Tensor) -> None:
-    """Refuse gates that are not [num_q_tokens, num_q_heads, 3], of floating point, beside q."""
-    expected = [*q.shape[:2], 3]
+def check_branches(branches: tuple[torch.Tensor, ...]) -> None:
+    """Refuse what are not outputs of one call: [num_q_tokens, num_q_heads, value_dim], all alike."""
+    if not branches:
+        refuse("INVALID_BRANCHES", "branches", "length", 0, "at least 1")
+    first = branches[0]
+    for i, branch in enumerate(branches):
+        name = f"branches[{i}]"
+        check_tensor(name, branch, "[num_q_tokens, num_q_heads, value_dim]", 3)
+        for what in ("shape", "dtype", "device"):
+            got, expected = getattr(branch, what), getattr(first, what)
+            if got != expected:
+                refuse("INVALID_BRANCHES", name, what, got, f"{expected}, that of branches[0]")
+
+
+def check_gates(gates: torch.Tensor, q: torch.Tensor, count: int = 3) -> None:
+    """Refuse gates that are not [num_q_tokens, num_q_heads, count], of floating point, beside q."""
+    check_tensor("gates", gates, "[num_q_tokens, num_q_heads, branches]", 3)
+    expected = [*q.shape[:2], count]
     if list(gates.shape) != expected:
         refuse("INVALID_GATES", "gates", "shape", list(gates.shape), f"{expected}, a gate for each branch")
     if not gates.is_floating_point():

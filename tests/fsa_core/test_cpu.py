@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fsa_core.api import selected_attention
 from fsa_core.cpu import selected_attention_cpu
 from fsa_core.cpu_parts import CPU_WORKSPACE_BYTES
 from tests.fsa_core.conftest import DISTRIBUTIONS, LENGTHS, draw_companies, draw_requests
@@ -128,3 +129,25 @@ def test_decode_reads_only_the_selected_keys(case_on_cpu):
     for x in (case.k, case.v):
         x[~touched.flatten()] = torch.nan
     assert all(torch.equal(a, b) for a, b in zip(run(case), clean, strict=True))
+
+
+@pytest.mark.parametrize("index_heads", [1, 4])
+def test_torchs_default_device_changes_no_bit(case_on_cpu, index_heads):
+    """Tensors on the CPU are computed on there, whatever device new ones would be on."""
+    case = case_on_cpu(distribution="ragged", index_heads=index_heads)
+    expected = run(case)
+    with torch.device("meta"):
+        got = run(case)
+        validated = selected_attention(*case.tensors[:4], **case.options)
+    for answer in (got, validated):
+        assert all(torch.equal(a, b) for a, b in zip(answer, expected, strict=True))
+
+
+def test_torchs_default_device_changes_no_bit_of_shared_rows(case_on_cpu):
+    case = case_on_cpu(q_lens=(40, 20), causal=False)
+    options = {**case.options, "query_block_size": 16}
+    tensors = (case.q, case.k, case.v, case.block_indices[:, [0, 16, 32, 40, 56]])
+    expected = selected_attention(*tensors, **options)
+    with torch.device("meta"):
+        got = selected_attention(*tensors, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

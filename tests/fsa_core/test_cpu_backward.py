@@ -135,3 +135,12 @@ def test_ids_that_no_token_may_see_are_ignored(case_on_cpu):
     wild = torch.tensor([2**31 - 1, -(2**31), 10**6, -2], dtype=torch.int32)
     case.block_indices[unused] = wild.repeat(unused.sum() // 4 + 1)[: unused.sum()]
     assert all(torch.equal(a, b) for a, b in zip(gradients(case, *given), expected, strict=True))
+
+
+def test_torchs_default_device_changes_no_bit(case_on_cpu):
+    case = case_on_cpu(distribution="ragged")
+    given = case.output_gradients()
+    expected = gradients(case, *given)
+    with torch.device("meta"):
+        got = gradients(case, *given)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

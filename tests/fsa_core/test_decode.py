@@ -102,6 +102,41 @@ def test_ids_and_pages_that_nobody_validated_are_ignored(
     assert_close_to_oracle(*answer, paged.case)
 
 
+@FEW_BACKENDS
+@pytest.mark.parametrize("page", [77, -5])
+def test_a_page_that_nobody_validated_and_that_is_none_spoils_no_other_sequence(
+    paged_on_cpu: Callable, backend: str, page: int
+) -> None:
+    paged = paged_on_cpu(k_lens=(100, 40))
+    expected = run(paged, backend=backend)
+    table = paged.page_table.clone()
+    table[0, 1] = page
+    got = run(paged, page_table=table, backend=backend, validate=False)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(got, expected, strict=True))
+
+
+@FEW_BACKENDS
+@pytest.mark.parametrize("length", [129, 10**6, 2**31 - 1, -1])
+def test_a_length_that_nobody_validated_and_that_has_no_room_spoils_no_other_sequence(
+    paged_on_cpu: Callable, backend: str, length: int
+) -> None:
+    paged = paged_on_cpu(k_lens=(80, 9))
+    table = paged.page_table.clone().clamp_(max=len(paged.k_cache) - 1)
+    expected = run(paged, backend=backend)
+    got = run(paged, page_table=table, seq_lens=ints(length, 9), backend=backend, validate=False)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(got, expected, strict=True))
+
+
+@FEW_BACKENDS
+def test_torchs_default_device_changes_no_bit(paged_on_cpu: Callable, backend: str) -> None:
+    paged = paged_on_cpu(**SEVERAL)
+    single = paged_on_cpu(k_lens=(100, 7, 0))
+    expected = (*run(paged, backend=backend), *run(single, backend=backend, cu_seqlens_q=None))
+    with torch.device("meta"):
+        got = (*run(paged, backend=backend), *run(single, backend=backend, cu_seqlens_q=None))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def ints(*values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 

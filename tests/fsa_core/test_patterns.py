@@ -1,12 +1,14 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import fsa_core.block_mask
 import fsa_core.vertical_slash
 from fsa_core.api import dense_attention, selected_attention
+from fsa_core.block_mask import BlockMask
 from fsa_core.errors import InputError
 from fsa_core.patterns import (
     all_blocks,
@@ -15,7 +17,7 @@ from fsa_core.patterns import (
     from_csr,
     from_vertical_slash,
 )
-from fsa_core.validation import validate_selected
+from fsa_core.validation import validate_compact, validate_selected
 from tests.fsa_core.conftest import visible_keys
 
 LENS = {"square": ((50, 1, 0, 33), None), "chunked prefill": ((20, 5), (90, 64))}
@@ -229,6 +231,18 @@ def int32(*values):
             lambda: vertical_slash(int32([0]), int32([0], [1])),
             "slash has head count 2: expected 1, that of vertical",
         ),
+        (
+            lambda: from_csr([[0, 1]], [0], block_size=16),
+            "offsets has type list: expected torch.Tensor",
+        ),
+        (lambda: from_csr(int32([0, 1]), [0], block_size=16), "indices has type list"),
+        (
+            lambda: from_block_mask([[True]], block_size=16, query_block_size=1),
+            "mask has type list: expected torch.Tensor",
+        ),
+        (lambda: vertical_slash([[0]], int32([0])), "vertical has type list"),
+        (lambda: vertical_slash(int32([0]), None), "slash has type NoneType"),
+        (lambda: all_blocks(**(BLOCKS | {"causal": None})), "causal is None: expected True or False"),
     ],
 )
 def test_malformed_patterns_are_refused_by_field_and_index(make, message):
@@ -237,10 +251,72 @@ def test_malformed_patterns_are_refused_by_field_and_index(make, message):
     assert error.value.field == message.split("\\")[0].split()[0]
 
 
-def vertical_slash(vertical, slash):
-    return from_vertical_slash(
-        vertical, slash, block_size=16, cu_seqlens_q=int32(0, 4), cu_seqlens_k=int32(0, 4)
-    )
+def vertical_slash(vertical, slash, **changes):
+    options = {"block_size": 16, "cu_seqlens_q": int32(0, 4), "cu_seqlens_k": int32(0, 4)}
+    return from_vertical_slash(vertical, slash, **(options | changes))
+
+
+BLOCKS = {"block_size": 16, "cu_seqlens_q": int32(0, 4), "cu_seqlens_k": int32(0, 4), "causal": True}
+MADE_BY_STARTS = {
+    "from_vertical_slash": lambda **changes: vertical_slash(int32([0]), int32([0]), **changes),
+    "all_blocks": lambda **changes: all_blocks(**(BLOCKS | changes)),
+}
+
+
+@pytest.mark.parametrize("make", MADE_BY_STARTS.values(), ids=MADE_BY_STARTS.keys())
+@pytest.mark.parametrize(
+    ("changes", "reason", "message"),
+    [
+        ({"block_size": 0}, "INVALID_BLOCK_SIZE", "block_size is 0: expected one of 16, 32"),
+        ({"block_size": None}, "INVALID_BLOCK_SIZE", "block_size is None"),
+        ({"cu_seqlens_q": [0, 4]}, "INVALID_TYPE", "cu_seqlens_q has type list: expected torch.Tensor"),
+        ({"cu_seqlens_k": None}, "INVALID_TYPE", "cu_seqlens_k has type NoneType"),
+        ({"cu_seqlens_q": int32(0, 4).float()}, "INVALID_DTYPE", "cu_seqlens_q has dtype float32"),
+        ({"cu_seqlens_k": int32([0, 4])}, "INVALID_RANK", "cu_seqlens_k has rank 2"),
+        (
+            {"cu_seqlens_q": int32(0), "cu_seqlens_k": int32(0)},
+            "INVALID_CU_SEQLENS",
+            "cu_seqlens_q has length 1: expected at least 2",
+        ),
+        (
+            {"cu_seqlens_k": int32(0, 2, 4)},
+            "INVALID_CU_SEQLENS",
+            "cu_seqlens_k has length 3: expected 2, that of cu_seqlens_q",
+        ),
+        (
+            {"cu_seqlens_q": int32(0, 4, 2), "cu_seqlens_k": int32(0, 4, 4)},
+            "INVALID_CU_SEQLENS",
+            "cu_seqlens_q[2] is 2: expected at least 4",
+        ),
+        (
+            {"cu_seqlens_q": int32(0, 4, 4), "cu_seqlens_k": int32(0, 4, 2)},
+            "INVALID_CU_SEQLENS",
+            "cu_seqlens_k[2] is 2: expected at least 4",
+        ),
+        ({"cu_seqlens_q": int32(0, -4)}, "INVALID_CU_SEQLENS", "cu_seqlens_q[1] is -4: expected at least 0"),
+        ({"cu_seqlens_k": int32(-1, 4)}, "INVALID_CU_SEQLENS", "cu_seqlens_k[0] is -1: expected 0"),
+    ],
+)
+def test_starts_and_sizes_that_make_no_pattern_are_refused_by_name(make, changes, reason, message):
+    with pytest.raises(InputError) as caught:
+        make(**changes)
+    assert caught.value.reason == reason
+    assert str(caught.value).startswith(message)
+    assert caught.value.field in changes
+
+
+def test_sizes_of_patterns_may_be_numpys():
+    for make in MADE_BY_STARTS.values():
+        assert type(make(block_size=np.int64(16)).block_size) is int
+
+
+def test_torchs_default_device_changes_no_verdict_on_a_mask(case_on_cpu):
+    case = case_on_cpu(dense=True)
+    mask, _ = random_block_mask(case, 1, 16, 16)
+    pattern = BlockMask(mask, 16, 16)
+    expected = validate_compact(case.q, case.k, case.v, pattern, **case.options)
+    with torch.device("meta"):
+        assert validate_compact(case.q, case.k, case.v, pattern, **case.options) == expected
 
 
 def test_ids_that_a_pattern_may_not_name_are_refused_as_any(make_case):

@@ -1,5 +1,8 @@
+import copy
+import pickle
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fsa_core import index_checks
-from fsa_core.validation import InputError, validate_dense, validate_selected
+from fsa_core.validation import InputError, checked_limit, validate_dense, validate_selected
 from tests.fsa_core.conftest import DISTRIBUTIONS
 
 
@@ -47,6 +50,8 @@ def test_a_call_that_is_known_gives_the_same_problem_and_one_that_cannot_be_told
     assert call_of(case) is call_of(make_case(seed=1))
     assert call_of(case, softmax_scale=0.5) != call_of(case)
     assert call_of(case, softmax_scale=np.float64(0.5)) == call_of(case, softmax_scale=0.5)
+    assert call_of(case, causal=np.True_).causal is True
+    assert call_of(case, causal=np.False_).causal is False
 
 
 def test_any_strides_and_nan_are_allowed(make_case):
@@ -109,6 +114,17 @@ REFUSED = [
     ({"softmax_scale": float("nan")}, "INVALID_SOFTMAX_SCALE", "softmax_scale is nan"),
     ({"softmax_scale": float("inf")}, "INVALID_SOFTMAX_SCALE", "softmax_scale is inf"),
     ({"softmax_scale": "1"}, "INVALID_SOFTMAX_SCALE", "softmax_scale is '1'"),
+    # In float32 infinity, zero, or so small that a device may take it for zero.
+    ({"softmax_scale": 1e300}, "INVALID_SOFTMAX_SCALE", "softmax_scale is 1e+300: expected a finite number"),
+    ({"softmax_scale": 10**400}, "INVALID_SOFTMAX_SCALE", "softmax_scale is 10000"),
+    ({"softmax_scale": Fraction(10**400)}, "INVALID_SOFTMAX_SCALE", "softmax_scale is Fraction(1000"),
+    ({"softmax_scale": 1e-300}, "INVALID_SOFTMAX_SCALE", "softmax_scale is 1e-300"),
+    ({"softmax_scale": 1e-40}, "INVALID_SOFTMAX_SCALE", "softmax_scale is 1e-40"),
+    ({"softmax_scale": np.float16(0)}, "INVALID_SOFTMAX_SCALE", "softmax_scale is"),
+    ({"causal": None}, "INVALID_CAUSAL", "causal is None: expected True or False"),
+    ({"causal": "no"}, "INVALID_CAUSAL", "causal is 'no'"),
+    ({"causal": 1}, "INVALID_CAUSAL", "causal is 1"),
+    ({"causal": torch.tensor(True)}, "INVALID_CAUSAL", "causal is tensor(True"),
     ({"cu_seqlens_q": [0, 70, 103]}, "INVALID_TYPE", "cu_seqlens_q has type list"),
     (
         {"cu_seqlens_q": starts(0, 70, 103, dtype=torch.int64)},
@@ -187,6 +203,62 @@ def test_dense_calls_are_checked_as_well(make_case, device):
         validate_dense(
             case.q, case.k, case.v, **(case.options | {"cu_seqlens_q": starts(0, 70, 99).to(device)})
         )
+
+
+@pytest.mark.parametrize("causal", [None, "no", 2, torch.tensor(True)])
+def test_dense_attention_is_causal_or_not(make_case, causal):
+    case = make_case(dense=True)
+    with pytest.raises(InputError, match="expected True or False") as caught:
+        validate_dense(case.q, case.k, case.v, **(case.options | {"causal": causal}))
+    assert (caught.value.reason, caught.value.field) == ("INVALID_CAUSAL", "causal")
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.finfo(torch.float32).tiny, 1, np.float16(0.5), Fraction(1, 3), 3.4e38]
+)
+def test_any_scale_that_float32_holds_is_allowed(make_case, scale):
+    got = call_of(make_case(), softmax_scale=scale).softmax_scale
+    assert type(got) is float
+    assert got == float(scale)
+
+
+@pytest.mark.parametrize("limit", [1, 2**40, np.int32(7), np.uint64(2**63)])
+def test_a_workspace_limit_becomes_a_plain_integer(limit):
+    assert type(checked_limit(limit)) is int
+    assert checked_limit(limit) == limit
+
+
+@pytest.mark.parametrize("limit", [None, "x", 1.5, 2.0, -5, 0, True, np.True_, np.float32(3)])
+def test_a_workspace_limit_is_an_integer_of_at_least_1(limit):
+    with pytest.raises(InputError) as caught:
+        checked_limit(limit)
+    error = caught.value
+    assert (error.reason, error.field) == ("INVALID_WORKSPACE_LIMIT_BYTES", "workspace_limit_bytes")
+    assert str(error) == f"workspace_limit_bytes is {limit!r}: expected an integer of at least 1"
+
+
+COPIES = {
+    "pickled": lambda error: pickle.loads(pickle.dumps(error)),  # noqa: S301
+    "copied": copy.copy,
+    "copied deeply": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+def test_an_error_reaches_another_process_whole(make_case, copied):
+    """As whatever a process pool's worker raises: pickled."""
+    case = make_case()
+    case.block_indices[1, 40, 3] = 9
+    with pytest.raises(InputError) as caught:
+        call_of(case)
+    error = caught.value
+    error.add_note("layer 3")
+    got = copied(error)
+    assert type(got) is InputError
+    assert str(got) == str(error)
+    assert (got.reason, got.field, got.metadata) == (error.reason, error.field, error.metadata)
+    assert got.metadata["head"] == "1"
+    assert got.__notes__ == ["layer 3"]
 
 
 def test_values_stay_unread_on_request(make_case, device):

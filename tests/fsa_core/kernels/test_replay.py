@@ -201,6 +201,26 @@ def test_misaligned_and_watched_calls_are_not_replayed(ours: Kernel, written: Dr
     assert work.calls == calls + 2
 
 
+def test_a_call_that_launches_nothing_asks_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of no tokens: without a GPU there is none to ask."""
+    monkeypatch.setattr(replay, "driver", None)
+
+    def work(memory: Memory, tensors: tuple[torch.Tensor, ...]) -> None:
+        memory.answer(0, 4)
+
+    replayed = Replayed(work)
+    for _ in range(2):
+        (out,) = replayed(operands())
+        assert out.shape == (0, 4)
+
+
+@pytest.mark.skipif(not knobs.runtime.interpret, reason="of CPU tensors")
+def test_a_decode_step_of_no_tokens_launches_nothing(make_paged: Callable) -> None:
+    paged = make_paged(q_lens=(0, 0), k_lens=(20, 0))
+    out, lse = paged_selected_attention(**paged.tensors, block_size=16, backend="triton")
+    assert (out.shape, lse.shape) == ((0, 4, 64), (0, 4))
+
+
 @compiles
 def test_foreign_memory_is_never_replayed(ours: Kernel, written: Driver) -> None:
     foreign = torch.zeros(64, dtype=torch.int32)

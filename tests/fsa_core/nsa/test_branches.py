@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsa_core.errors import InputError
 from fsa_core.nsa.functional import compressed_attention, select_blocks, sliding_window_attention
-from tests.fsa_core.nsa.conftest import SMALL, Branch, assert_close_to_oracle
+from tests.fsa_core.nsa.conftest import SMALL, Branch, assert_close_to_oracle, cumulative
 
 BRANCHES = ("compressed", "window")
 LENS = {
@@ -96,13 +96,66 @@ def test_no_array_of_queries_times_keys_exists(make_call, stage):
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_gradients_are_given_once(make_call, name):
+def test_queries_without_keys_disturb_nothing(make_call, name):
+    """Whatever is made of their lse: its gradient there is most often NaN."""
+    branch = Branch(name, make_call(q_lens=(40, 20), k_lens=(30, 20)))
+    leaves = [x.detach().requires_grad_() for x in branch.operands]
+    out, lse = branch.run(*leaves)
+    seen = lse > -torch.inf
+    assert not seen.all()
+    expected = torch.autograd.grad((out.sum(), lse[seen].square().sum()), leaves, retain_graph=True)
+    masked = lse.square().where(seen, 0.0).sum()
+    for got, true in zip(torch.autograd.grad((out.sum(), masked), leaves), expected, strict=True):
+        assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_starts_that_were_overwritten_are_noticed(make_call, name):
+    """As other operands are: kernels read them again, and would give gradients of other sequences."""
+    call = make_call(q_lens=(20, 20))
+    branch = Branch(name, call, "triton")
+    q, *others = branch.operands
+    out, _ = branch.run(q.requires_grad_(), *others)
+    call.cu_seqlens_q[1] = 4
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_autocast_around_a_backward_pass_changes_nothing(make_call, device, name):
     branch = Branch(name, make_call())
-    operands = [x.requires_grad_() for x in branch.operands]
-    out, _ = branch.run(*operands)
-    (grad,) = torch.autograd.grad(out.square().sum(), operands[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
-        grad.sum().backward()
+    leaves = [x.detach().requires_grad_() for x in branch.operands]
+    out, _ = branch.run(*leaves)
+    expected = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    grad_out = (2 * out).detach()
+    with torch.autocast(device.type, torch.bfloat16):
+        got = torch.autograd.grad(out, leaves, grad_out)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_second_derivative_is_refused_and_not_taken_for_zero(make_call, name):
+    branch = Branch(name, make_call())
+    leaves = [x.detach().requires_grad_() for x in branch.operands]
+    out, _ = branch.run(*leaves)
+    grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        (out.sum() + grads[0].square().sum()).backward()
+
+
+@pytest.mark.parametrize("head_dim", [16, 17, 66])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_company_changes_no_bit(make_call, device, name, head_dim):
+    """Whatever the address at which a sequence begins: products of matrices round by its alignment."""
+    config = replace(SMALL, kernel_size=16, stride=8)
+    sizes = {"num_kv_heads": 1, "group_size": 1, "head_dim": head_dim, "value_dim": head_dim}
+    call = make_call(q_lens=(7, 90), config=config, **sizes)
+    starts = cumulative((90,)).to(device)
+    # Seven keys have no window.
+    q, k, v = (x[7:].clone() for x in (call.q, call.k, call.v))
+    alone = Branch(name, replace(call, q=q, k=k, v=v, cu_seqlens_q=starts, cu_seqlens_k=starts))
+    packed = Branch(name, call)
+    assert torch.equal(packed.run(*packed.operands)[0][7:], alone.run(*alone.operands)[0])
 
 
 @pytest.mark.parametrize("name", BRANCHES)

@@ -1,8 +1,10 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from fsa_core.errors import InputError
 from fsa_core.nsa.compression import (
     LinearCompression,
     MeanCompression,
@@ -112,8 +114,71 @@ def test_learned_pools_start_as_a_mean(device, kind):
 
 
 def test_a_stride_that_skips_keys_is_refused():
-    with pytest.raises(ValueError, match="stride is 9: expected from 1 to the kernel size, 8"):
+    with pytest.raises(InputError, match="stride is 9: expected from 1 to the kernel size, 8"):
         MeanCompression(8, 9)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "field", "value"),
+    [
+        (lambda: MeanCompression(8, 4.0), "stride", "4.0"),
+        (lambda: MeanCompression("8", 4), "kernel_size", "'8'"),
+        (lambda: WeightedCompression(8, True, HEADS), "stride", "True"),
+        (lambda: WeightedCompression(8, 4, 0), "num_heads", "0"),
+        (lambda: LinearCompression(8, 4, -1, HEAD_DIM), "num_heads", "-1"),
+        (lambda: LinearCompression(8, 4, HEADS, 0), "head_dim", "0"),
+        (lambda: MLPCompression(8, 4, HEADS, 1.5), "head_dim", "1.5"),
+        (lambda: MLPCompression(8, 4, HEADS, HEAD_DIM, hidden_dim=0), "hidden_dim", "0"),
+    ],
+)
+def test_sizes_are_refused_by_name(make_one, field, value):
+    with pytest.raises(InputError, match=f"{field} is {value}: expected an integer of at least 1") as error:
+        make_one()
+    assert (error.value.reason, error.value.field) == (f"INVALID_{field.upper()}", field)
+
+
+def test_sizes_of_other_kinds_of_integers_become_plain_ones():
+    compression = MLPCompression(np.int64(8), np.int32(4), np.int64(HEADS), np.int64(HEAD_DIM), np.int64(24))
+    assert type(compression.kernel_size) is type(compression.stride) is int
+    assert compression(torch.zeros(20, HEADS, HEAD_DIM)).shape == (4, HEADS, HEAD_DIM)
+
+
+@pytest.mark.parametrize("as_numbers", [False, True])
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([0, 20], r"cu_seqlens\[1\] is 20: expected 40, the token count"),
+        ([0, 50], r"cu_seqlens\[1\] is 50: expected 40, the token count"),
+        ([0, 20, 30], r"cu_seqlens\[2\] is 30: expected 40, the token count"),
+        ([10, 40], r"cu_seqlens\[0\] is 10: expected 0"),
+        ([0, 30, 20, 40], r"cu_seqlens\[2\] is 20: expected at least 30, the one before it"),
+        ([0], "cu_seqlens has length 1: expected at least 2"),
+    ],
+    ids=str,
+)
+def test_starts_that_are_not_those_of_x_are_refused(device, starts, message, as_numbers):
+    x = torch.randn(40, HEADS, HEAD_DIM, device=device)
+    with pytest.raises(InputError, match=message) as error:
+        MeanCompression(8, 4)(x, starts if as_numbers else torch.tensor(starts, dtype=torch.int32))
+    assert error.value.reason == "INVALID_CU_SEQLENS"
+
+
+def test_tensors_of_other_ranks_and_starts_of_other_types_are_refused(device):
+    compression, x = MeanCompression(8, 4), torch.randn(40, HEADS, HEAD_DIM, device=device)
+    with pytest.raises(InputError, match=r"x has rank 2 .*: expected 3, \[num_tokens, heads, head_dim\]"):
+        compression(x[:, 0])
+    with pytest.raises(InputError, match="cu_seqlens has dtype int64: expected int32"):
+        compression(x, torch.tensor([0, 40]))
+    with pytest.raises(InputError, match="cu_seqlens has rank 2 "):
+        compression(x, torch.tensor([[0, 40]], dtype=torch.int32))
+
+
+def test_gradients_of_float64_are_computed_in_float64(device):
+    x = torch.randn(40, HEADS, HEAD_DIM, dtype=torch.float64, device=device, requires_grad=True)
+    weights = torch.randn(9, HEADS, HEAD_DIM, dtype=torch.float64, device=device)
+    (grad,) = torch.autograd.grad((MeanCompression(8, 4)(x) * weights).sum(), x)
+    (true,) = torch.autograd.grad((x.unfold(0, 8, 4).mean(-1) * weights).sum(), x)
+    torch.testing.assert_close(grad, true, rtol=1e-14, atol=1e-14)
 
 
 def test_a_sequence_has_the_same_windows_in_any_company(device):

@@ -11,6 +11,7 @@ from fsa_core.nsa import functional, operator, stages
 from fsa_core.nsa.compression import MeanCompression, MLPCompression, WeightedCompression
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.functional import (
+    compressed_attention,
     gated_sum,
     nsa_attention,
     nsa_attention_from_compressed,
@@ -238,6 +239,47 @@ def test_gates_are_added_up_in_float32(device):
     assert gated_sum(branches, gates).item() == 258.0
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("branches", "gates", "message"),
+    [
+        ((), (5, 2, 3), r"branches has length 0: expected at least 1"),
+        (((5, 2, 16), (1, 2, 16), (5, 2, 16)), (5, 2, 3), r"branches\[1\] has shape .*\[1, 2, 16\]"),
+        (((5, 2),), (5, 2, 1), r"branches\[0\] has rank 2"),
+        (((5, 2, 16),) * 3, (5, 2, 4), r"gates has shape \[5, 2, 4\]: expected \[5, 2, 3\]"),
+        (((5, 2, 16),) * 3, (1, 1, 3), r"gates has shape \[1, 1, 3\]: expected \[5, 2, 3\]"),
+    ],
+    ids=str,
+)
+def test_a_gated_sum_takes_branches_and_gates_that_fit(device, backend, branches, gates, message):
+    branches = tuple(torch.randn(shape, device=device) for shape in branches)
+    with pytest.raises(InputError, match=message):
+        gated_sum(branches, torch.rand(gates, device=device), backend=backend)
+
+
+def test_a_gated_sum_by_kernels_has_second_derivatives(device):
+    """It is linear in its branches and in its gates, but not in both."""
+    branches = tuple(torch.randn(5, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    gates = torch.rand(5, 2, 3, device=device, requires_grad=True)
+
+    def second(backend):
+        out = gated_sum(branches, gates, backend=backend)
+        grad = torch.autograd.grad(out.square().sum(), gates, create_graph=True)[0]
+        return torch.autograd.grad(grad.square().sum(), (gates, *branches))
+
+    for got, expected in zip(second("triton"), second("torch"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_starts_that_were_overwritten_are_noticed_by_the_operator(make_call, device):
+    call = make_call(q_lens=(20, 20))
+    leaf = call.q.detach().requires_grad_()
+    out = run(replace(call, q=leaf), *compressions(device), backend="triton")
+    call.cu_seqlens_q[1] = 4
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_bad_calls_are_refused_by_field(make_call, device):
     call = make_call(q_lens=(40,))
     compress_k, compress_v = compressions(device)
@@ -255,3 +297,15 @@ def test_bad_calls_are_refused_by_field(make_call, device):
         run(replace(call, v=call.v[1:]), compress_k, compress_v)
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         run(call, compress_k, compress_v, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'torch'"):
+        run(call, compress_k, compress_v, backend="torch")
+    with pytest.raises(InputError, match=r"gates has type NoneType: expected torch\.Tensor"):
+        run(replace(call, gates=None), compress_k, compress_v)
+    with pytest.raises(InputError, match="compress_k has type Linear: expected Compression"):
+        run(call, torch.nn.Linear(1, 1), compress_v)
+    with pytest.raises(InputError, match="config has type dict: expected NSAConfig"):
+        run(replace(call, config={}), compress_k, compress_v)
+    for stage in (select_blocks, compressed_attention):
+        operands = (call.q, call.k_cmp) if stage is select_blocks else (call.q, call.k_cmp, call.v_cmp)
+        with pytest.raises(ValueError, match="backend is 'reference': expected one of auto, triton, torch"):
+            stage(*operands, config=call.config, backend="reference")

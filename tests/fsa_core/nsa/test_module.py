@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from fsa_core.errors import InputError
+from fsa_core.nsa import module
 from fsa_core.nsa.cache import NSACache
 from fsa_core.nsa.config import NSAConfig
 from fsa_core.nsa.module import COMPRESSIONS, NativeSparseAttention
@@ -225,15 +227,58 @@ def test_a_cached_call_carries_no_gradient(make_layer, device):
     assert not out.requires_grad, "training what comes behind attention alone would go unnoticed"
 
 
-def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
-    with pytest.raises(ValueError, match="num_q_heads is 4: expected a multiple of 3 KV heads"):
-        NativeSparseAttention(64, 4, 3)
-    with pytest.raises(ValueError, match="head_dim is 17: expected an even number"):
-        NativeSparseAttention(64, 4, 2, head_dim=17)
-    with pytest.raises(ValueError, match="compression is 'max': expected one of mean, weighted, linear, mlp"):
-        NativeSparseAttention(64, 4, 2, compression="max")
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((64, 4, 3), {}, "num_q_heads is 4: expected a multiple of 3 KV heads"),
+        ((64, 0, 2), {}, "num_q_heads is 0: expected an integer of at least 1"),
+        ((64, 4, 0), {}, "num_kv_heads is 0: expected an integer of at least 1"),
+        ((64, -4, 2), {}, "num_q_heads is -4: expected an integer of at least 1"),
+        ((64.0, 4, 2), {}, "hidden_dim is 64.0: expected an integer of at least 1"),
+        ((64, 8, 2), {}, "head_dim is 8: expected an integer of at least 16, at most 256"),
+        ((64, 4, 2), {"head_dim": 512}, "head_dim is 512: expected an integer of at least 16, at most 256"),
+        ((64, 4, 2), {"head_dim": 17}, "head_dim is 17: expected an even number"),
+        (
+            (64, 4, 2),
+            {"compression": "max"},
+            "compression is 'max': expected one of mean, weighted, linear, mlp",
+        ),
+        (
+            (64, 4, 2),
+            {"backend": "bogus"},
+            "backend is 'bogus': expected one of auto, triton, cpu, reference",
+        ),
+        ((64, 4, 2), {"rope_theta": 0}, "rope_theta is 0: expected a finite number of at least 1, or None"),
+        ((64, 4, 2), {"rope_theta": -1e4}, "rope_theta is -10000.0: expected a finite number of at least 1"),
+        (
+            (64, 4, 2),
+            {"rope_theta": float("inf")},
+            "rope_theta is inf: expected a finite number of at least 1",
+        ),
+        ((64, 4, 2), {"rope_theta": "1e4"}, "rope_theta is '1e4': expected a finite number of at least 1"),
+        ((64, 4, 2), {"config": {"window": 8}}, "config has type dict: expected NSAConfig"),
+    ],
+    ids=str,
+)
+def test_what_a_layer_cannot_be_made_of_is_refused_by_name(sizes, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        NativeSparseAttention(*sizes, **options)
+    assert error.value.field == message.split()[0]
+
+
+def test_numbers_of_other_kinds_become_plain_ones(device):
+    sizes = (np.int64(64), np.int32(4), np.int64(2))
+    layer = NativeSparseAttention(*sizes, config=SMALL, rope_theta=np.float32(1e4)).to(device)
+    assert type(layer.num_q_heads) is type(layer.num_kv_heads) is type(layer.head_dim) is int
+    assert type(layer.rope_theta) is float
+    assert layer(torch.randn(20, 64, device=device)).isfinite().all()
+
+
+def test_calls_that_do_not_fit_are_refused(make_layer, device):
     layer, x = make_layer(), tokens(20, device)
     for cache in (None, NSACache(1)):
+        with pytest.raises(InputError, match="x has width 47: expected 48, the layer's hidden_dim"):
+            layer(x[:, 1:], cache=cache)
         with pytest.raises(InputError, match=r"x has rank 3 \(shape \[1, 20, .*expected 2, \[num_tokens"):
             layer(x[None], cache=cache)
         with pytest.raises(InputError, match=r"cu_seqlens has type list: expected torch\.Tensor"):
@@ -242,8 +287,88 @@ def test_sizes_and_calls_that_do_not_fit_are_refused(make_layer, device):
         layer(x, cumulative((19,)).to(device))
     with pytest.raises(InputError, match=r"cu_seqlens\[2\] is 19: expected 20, the token count"):
         layer(x, cumulative((10, 9)).to(device), NSACache(2))
-    with pytest.raises(ValueError, match="the cache has 2 sequences, cu_seqlens 1"):
+    with pytest.raises(InputError, match="the cache has 2 sequences, cu_seqlens 1"):
         layer(x, cache=NSACache(2))
+    with pytest.raises(InputError, match="cache has type list: expected NSACache"):
+        layer(x, cache=[1])
+
+
+@pytest.mark.parametrize("num_sequences", [0, -1, 1.0, True])
+def test_a_cache_is_of_at_least_one_sequence(num_sequences):
+    with pytest.raises(
+        InputError, match=f"num_sequences is {num_sequences}: expected an integer of at least 1"
+    ):
+        NSACache(num_sequences)
+
+
+@pytest.mark.parametrize("failing", ["a refusal", "attention", "the output"])
+@pytest.mark.parametrize("retried", [[10, 20], [1] * 30], ids=["as it was", "token by token"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_call_that_raises_adds_nothing_to_the_cache(make_layer, device, monkeypatch, failing, retried):
+    """Its tokens are NaN, and more than a window has: what is left of them would show."""
+    layer, x, cache = make_layer(), tokens(60, device), NSACache(1)
+    parts = [layer(x[:30], cache=cache)]
+
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        match failing:
+            case "a refusal":
+                patch.setattr(layer, "backend", "bogus")
+            case "attention":
+                patch.setattr(module, "attend_slots", fail)
+            case "the output":
+                patch.setattr(layer.o_proj, "forward", fail)
+        with pytest.raises((ValueError, torch.OutOfMemoryError)):
+            layer(torch.full_like(x[:10], torch.nan), cache=cache)
+    assert cache.lengths == [30]
+    parts += [layer(part, cache=cache) for part in x[30:].split(retried)]
+    assert_same(torch.cat(parts), layer(x))
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_a_cache_goes_on_in_inference_mode_and_out_of_it(make_layer, device, first):
+    layer, x, cache = make_layer(), tokens(60, device), NSACache(1)
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    parts = []
+    # The slots grow in the fourth call.
+    for i, part in enumerate(x.split([10, 10, 5, 15, 20])):
+        with (first, second)[i % 2]():
+            parts.append(layer(part, cache=cache))
+    assert_same(torch.cat(parts), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"config": replace(SMALL, window=21)}, "config NSAConfig.* window=20.*: expected .* window=21"),
+        ({"num_kv_heads": 4}, "num_kv_heads 2: expected 4, that of this call"),
+        ({"head_dim": 32}, "head_dim 16: expected 32, that of this call"),
+        ({"dtype": torch.bfloat16}, "dtype torch.float32: expected torch.bfloat16, that of this call"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_layer_is_refused_by_name_unless_it_is_empty(make_layer, device, other, message):
+    x, cache = tokens(20, device), NSACache(1)
+    make_layer()(x, cache=cache)
+    sizes = {"num_kv_heads": 2, "head_dim": 16, "config": SMALL, "dtype": torch.float32, **other}
+    dtype = sizes.pop("dtype")
+    layer = NativeSparseAttention(HIDDEN, 4, **sizes, compression="mean").to(device, dtype)
+    with pytest.raises(InputError, match=f"cache has {message}") as error:
+        layer(x[:1].to(dtype), cache=cache)
+    assert (error.value.reason, error.value.field) == ("INVALID_CACHE", "cache")
+    assert cache.lengths == [20]
+    cache.forget(0)
+    assert torch.equal(layer(x.to(dtype), cache=cache), layer(x.to(dtype), cache=NSACache(1)))
+
+
+def test_a_cache_on_another_device_is_refused(make_layer, device):
+    x, cache = tokens(20, device), NSACache(1)
+    make_layer()(x, cache=cache)
+    k = torch.empty(1, 2, 16, device="meta")
+    with pytest.raises(InputError, match=f"cache has device {device}.*: expected meta, that of this call"):
+        cache.begin((0, 1), k, k, SMALL)
 
 
 def test_storage_of_the_cache_doubles(make_layer, device):

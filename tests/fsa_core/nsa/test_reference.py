@@ -150,3 +150,13 @@ def test_gradients_are_finite_where_a_branch_sees_nothing(make_call):
     assert not out[20].any(), "a query before the first key"
     for leaf in leaves:
         assert leaf.grad.isfinite().all()
+
+
+def test_torchs_default_device_changes_no_bit(make_call):
+    call = make_call()
+    rest = (call.cu_seqlens_q, call.cu_seqlens_k, call.config, call.softmax_scale)
+    gates = torch.rand(*call.q.shape[:2], 3, device=call.q.device)
+    operands = (call.q, call.k, call.v, call.k_cmp, call.v_cmp, gates)
+    expected = nsa_attention_reference(*operands, *rest)
+    with torch.device("meta"):
+        assert torch.equal(nsa_attention_reference(*operands, *rest), expected)

@@ -173,6 +173,8 @@ class BoundKernel:
 
     def __init__(self, jitted: Any, num_pointers: int, constants: dict[str, Any]) -> None:
         self._jitted = jitted
+        # The interpreter's functions have none before Triton 3.6.
+        self._hooks: list[Any] = getattr(jitted, "pre_run_hooks", [])
         self._num_pointers = num_pointers
         self._constants = constants
         # By the types of the arguments.
@@ -183,7 +185,7 @@ class BoundKernel:
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         of_types = self._remembered.get(tuple(map(type, args)))
-        hooks = self._jitted.pre_run_hooks
+        hooks = self._hooks
         if of_types is None or is_watched((hooks,)):
             return self._launch_through_triton(grid, args)
         tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
@@ -206,7 +208,7 @@ class BoundKernel:
         compiled = self._jitted[grid](*args, **self._constants)
         if _this_thread.notes is not None:
             _this_thread.notes.are_complete = False
-        if not _can_be_launched_again(compiled) or is_watched((self._jitted.pre_run_hooks,)):
+        if not _can_be_launched_again(compiled) or is_watched((self._hooks,)):
             return
         tensors, scalars = args[: self._num_pointers], args[self._num_pointers :]
         arguments, rest = self._jitted.params[: len(args)], self._jitted.params[len(args) :]

@@ -135,7 +135,8 @@ class Replayed:
         memory = Memory(tensors[0])
         with noted_launches() as launches, _whole(memory):
             self._function(memory, tensors, *options)
-        if launches.are_complete:
+        # Where nothing is launched there may be no driver to ask for its device.
+        if launches.noted and launches.are_complete:
             addresses = [0, *[x.data_ptr() for x in tensors]]
             program = _program(launches.noted, addresses, memory)
             if program is not None:

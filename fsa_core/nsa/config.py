@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 from fsa_core.errors import InputError
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS
 
-# What fits an int32, as kernels and indices have it.
-MAX_SIZE = 2**31 - 1
+# What fits an int64, as positions of keys have it.
+MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,13 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 COPY deploy/healthcheck.py /opt/fsa/healthcheck.py
 
 # The container's own network is the fence here, so the ports listen on every address of it.
+# The user has no home: what `fsa tune` finds is kept in the volume.
 # The NVIDIA_ variables ask the NVIDIA runtime for the driver; without a GPU they do nothing.
 ENV PATH=/opt/fsa/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     FSA_HOST=0.0.0.0 \
     TRITON_CACHE_DIR=/var/cache/fsa/triton \
+    XDG_CONFIG_HOME=/var/cache/fsa \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -24,6 +25,7 @@ from benchmarks.measure import enqueue_timer, extra_bytes, measure_ceilings, tak
 from benchmarks.operator_gate import operator_error
 from benchmarks.progress import progress_bar
 from benchmarks.results_file import Measured, Results, Row, machine_of
+from service.files import check_writable
 from service.malloc import restart_tuned
 
 MIB = 1 << 20
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     recorded = recorded_block_indices(options.indices) if options.indices else None
     cases = _cases(options.suite, options.only, recorded, device)
+    if options.json:
+        _check_results_file(options.json)
     words = sys.argv[1:] if arguments is None else list(arguments)
     results = Results(machine_of(device), shlex.join(["python", "-m", "benchmarks.run", *words]))
     print("  ".join(f"{name} {value}" for name, value in results.machine.items()))
@@ -159,10 +163,24 @@ def _cases(name: str, only: str, recorded: torch.Tensor | None, device: torch.de
     chosen = [case for case in cases if fnmatch(case.name, f"*{only}*")]
     if not chosen:
         names = "\n  ".join(case.name for case in cases)
-        raise SystemExit(f"benchmarks: no case of {name} matches {only!r}; there are\n  {names}")
+        _refuse(f"no case of {name} matches {only!r}; there are\n  {names}")
     if device.type == "cpu" and any(case.clock == "host" or case.stage == "index" for case in chosen):
         raise SystemExit(f"benchmarks: the suite {name} needs a GPU")
     return chosen
+
+
+def _check_results_file(path: Path) -> None:
+    """Ends the process where the results could not be written after the first case."""
+    try:
+        check_writable(path)
+    except OSError as error:
+        _refuse(f"--json {path} cannot be written: {error.strerror}")
+
+
+def _refuse(message: str) -> NoReturn:
+    """Wrong usage: exit code 2."""
+    print(f"benchmarks: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _line(row: Row) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
@@ -112,9 +113,19 @@ def family(device_name: str) -> str:
 
 
 def user_table_path(device_name: str) -> Path:
-    """Where a user's own table for a device lies."""
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(config) / "fsa-serve" / "tuned" / f"{family(device_name)}.json"
+    """Where a user's own table for a device lies. Raises TuningError where the user has no home folder."""
+    return _user_folder() / f"{family(device_name)}.json"
+
+
+def check_user_tables() -> None:
+    """Raises TuningError where any of the user's own tables is not valid."""
+    try:
+        files = sorted(_user_folder().iterdir())
+    except (OSError, TuningError):
+        return
+    for file in files:
+        if file.suffix == ".json" and _is_there(file):
+            read_table(file)
 
 
 @cache
@@ -132,10 +143,11 @@ def table_for(device_name: str) -> Table | None:
         table = read_table(Path(named))
         if table.device in names:
             return table
-    folder = user_table_path(device_name).parent
-    shipped = resources.files("fsa_core") / "tuned"
-    for file in (place / f"{name}.json" for place in (folder, shipped) for name in names):
-        if file.is_file():
+    places: list[Path | Traversable] = [resources.files("fsa_core") / "tuned"]
+    with suppress(TuningError):
+        places.insert(0, _user_folder())
+    for file in (place / f"{name}.json" for place in places for name in names):
+        if _is_there(file):
             return read_table(file)
     return None
 
@@ -146,6 +158,22 @@ def read_table(file: Path | Traversable) -> Table:
         return _parse_table(json.loads(file.read_text(encoding="utf-8")), str(file))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, _Invalid) as error:
         raise TuningError(f"tuning table {file} cannot be used: {error}") from error
+
+
+def _user_folder() -> Path:
+    config = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        return Path(config or Path.home() / ".config") / "fsa-serve" / "tuned"
+    except RuntimeError as error:
+        raise TuningError("the user has no home folder for tuning tables; set XDG_CONFIG_HOME") from error
+
+
+def _is_there(file: Path | Traversable) -> bool:
+    """A file in a folder that may not be entered is as good as none."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
 
 
 class _Invalid(Exception):

@@ -1,21 +1,18 @@
-"""``python -m service``: the server, set by environment and file alone. ``fsa serve`` has flags."""
+"""``python -m service``: ``fsa serve`` without flags, set by environment and file alone."""
 
 import sys
 
-from pydantic import ValidationError
-
-from service.config import Settings
-from service.server import run
+from service import cli
 
 
-def main() -> int:
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        print(f"fsa: {error}", file=sys.stderr)
-        return 2
-    return run(settings)
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(
+            f"fsa: python -m service takes no arguments, not {sys.argv[1]}; fsa serve does", file=sys.stderr
+        )
+        sys.exit(2)
+    cli.main(["serve"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,6 @@
 """Who may come in: limits of one request, and budgets of all that are in flight."""
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,10 +8,12 @@ from fsa_core.nsa import selecting
 from fsa_core.nsa.selecting import SelectingProblem
 from fsa_core.plan import workspace_bytes
 from fsa_core.problem import Problem
-from service.arena import ArenaFull, ArenaPool, Lease
+from service.arena import ArenaFull, ArenaPool, Lease, MachineFull
 from service.config import Settings
 from service.errors import FsaError
 from service.job import Layout
+
+log = logging.getLogger("fsa.admission")
 
 # A typical request is done by then; a client that comes back earlier only costs both sides work.
 RETRY_AFTER_SECONDS = 0.1
@@ -43,6 +46,13 @@ class Permit:
         self._cost = cost
         self._released = False
 
+    def answer(self, num_bytes: int) -> None:
+        """Give back all but the ``num_bytes`` of an answer that is on its way."""
+        self._admission._give_back(self._cost)
+        self._cost = Cost(num_bytes, 0)
+        self._admission._take(self._cost)
+        self.lease.release()
+
     def release(self) -> None:
         """Give everything back. Idempotent."""
         if not self._released:
@@ -53,7 +63,7 @@ class Permit:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The bytes that one request holds while it is in flight."""
+    """The bytes that one request holds while it is in flight, or its answer while that is sent."""
 
     host_bytes: int
     workspace_bytes: int
@@ -78,13 +88,19 @@ class Admission:
         check_limits(problem, self._settings)
         cost = Cost(Layout.of(problem).total_bytes, _workspace_bytes(problem))
         self._check_budgets(cost)
-        self.num_requests += 1
-        self.host_bytes += cost.host_bytes
-        self.workspace_bytes += cost.workspace_bytes
+        self._take(cost)
         try:
             return Permit(self, cost, await self._arena.acquire(cost.host_bytes))
         except BaseException as error:
             self._give_back(cost)
+            if isinstance(error, MachineFull):
+                log.warning("no memory for a request", extra={"detail": str(error)})
+                raise FsaError(
+                    "BUDGET_EXHAUSTED",
+                    "the machine has no memory for the request now; try again later",
+                    metadata={"limit": "memory"},
+                    retry_after_seconds=RETRY_AFTER_SECONDS,
+                ) from error
             if isinstance(error, ArenaFull):
                 raise _exhausted("max_inflight_bytes", self._settings) from error
             raise
@@ -104,6 +120,11 @@ class Admission:
         if self.workspace_bytes + cost.workspace_bytes > settings.max_workspace_bytes:
             raise _exhausted("max_workspace_bytes", settings)
 
+    def _take(self, cost: Cost) -> None:
+        self.num_requests += 1
+        self.host_bytes += cost.host_bytes
+        self.workspace_bytes += cost.workspace_bytes
+
     def _give_back(self, cost: Cost) -> None:
         self.num_requests -= 1
         self.host_bytes -= cost.host_bytes
@@ -119,10 +140,8 @@ def check_sizes(sizes: Sizes, settings: Settings) -> None:
 
 def check_limits(problem: Problem, settings: Settings) -> None:
     """Raises FsaError(LIMIT_EXCEEDED) naming the first limit of one request that ``problem`` is over."""
-    layout = Layout.of(problem)
     check_sizes(problem, settings)
     _check("max_slots", "slots in a row of block indices", problem.num_slots, settings)
-    _check("max_message_bytes", "bytes of answer", layout.answer_bytes, settings)
     if isinstance(problem, SelectingProblem):
         size = problem.config.kernel_size
         if size > MAX_KERNEL_SIZE:

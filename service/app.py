@@ -11,7 +11,7 @@ import torch
 from grpc_reflection.v1alpha import reflection
 
 from fsa_core.api import resolve_backend
-from fsa_core.tuning_table import read_table
+from fsa_core.tuning_table import check_user_tables, read_table
 from service import health, info, servicer
 from service.admission import Admission
 from service.arena import SEGMENT_BYTES, ArenaPool
@@ -50,6 +50,8 @@ class App:
         """Raises NoSuchDevice and TuningError."""
         if settings.tuning_file is not None:
             read_table(settings.tuning_file)
+        # A worker that looks into one that is not valid answers nothing, and is never up.
+        check_user_tables()
         devices = discover(settings.devices)
         for spec in devices:
             _check_backend(settings.backend.value, spec)
@@ -96,9 +98,10 @@ class App:
         return ports
 
     async def drain(self) -> None:
-        """NOT_SERVING and no new requests from now on; returns when those in flight are answered."""
+        """NOT_SERVING and no new requests from now on; returns when answers to those in flight are sent."""
         self._is_draining = True
         self._health.set_serving(False)
+        self._dispatcher.drain()
         await self._servicer.drain()
 
     async def stop(self, *, grace_seconds: float) -> None:
@@ -134,6 +137,9 @@ class App:
             options=[
                 ("grpc.max_receive_message_length", longest),
                 ("grpc.max_send_message_length", longest),
+                # Identity alone: gRPC looks at the size of a message before it unpacks it, and a megabyte may
+                # become a gigabyte.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
                 # A port that is taken is an error, not a port shared with a stranger.
                 ("grpc.so_reuseport", 0),
                 # Notices clients that vanished, and lets idle ones keep their connection open.

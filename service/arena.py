@@ -20,6 +20,10 @@ class ArenaFull(Exception):
     """The pool's capacity is in use: try again when requests have finished."""
 
 
+class MachineFull(ArenaFull):
+    """The machine has not the memory that the pool may still take."""
+
+
 class Segment:
     """One memfd, mapped and touched, that can no longer change its size.
 
@@ -105,8 +109,9 @@ class Lease:
 class ArenaPool:
     """Sub-allocates slices, aligned to 256 bytes, first fit, from segments made as they are needed.
 
-    Standard segments are shared by small requests. A request larger than one gets a dedicated segment, which
-    is kept for the next large one. Unused segments are dropped only when the capacity is wanted for another.
+    Standard segments are for requests that fit one. A larger request makes a larger segment, where others of
+    the kind find room as well. Small ones go there only where no segment of theirs can be made. Unused
+    segments are dropped only when the capacity is wanted for another.
     """
 
     def __init__(
@@ -158,17 +163,13 @@ class ArenaPool:
         """A lease from memory that exists, in microseconds, or None where a segment must be made first."""
         num_bytes = _round_up(max(num_bytes, 1), ALIGNMENT_BYTES)
         with self._lock:
-            for number in self._candidates(num_bytes):
-                offset = self._free[number].take(num_bytes)
-                if offset is not None:
-                    return self._lease(number, offset, num_bytes)
-        return None
+            return self._take(self._candidates(num_bytes), num_bytes)
 
     def allocate(self, num_bytes: int) -> Lease:
         """A lease of ``num_bytes``; may take a millisecond a MiB of new segment, so not in an event loop.
 
         Raises:
-            ArenaFull: over ``capacity_bytes``.
+            ArenaFull: over ``capacity_bytes``, or MachineFull.
         """
         return self.try_allocate(num_bytes) or self._grow(num_bytes)
 
@@ -188,11 +189,21 @@ class ArenaPool:
             raise
 
     def _candidates(self, num_bytes: int) -> list[int]:
-        """Segments that may hold the request: standard ones by age, or dedicated ones by size."""
+        """Segments that are for a request of this size: standard ones by age, or larger ones by size."""
         if num_bytes <= self.segment_bytes:
             return [n for n, s in self._segments.items() if s.num_bytes == self.segment_bytes]
+        return self._by_size(num_bytes)
+
+    def _by_size(self, num_bytes: int) -> list[int]:
         large = [s for s in self._segments.values() if s.num_bytes >= num_bytes]
-        return [s.number for s in sorted(large, key=lambda s: s.num_bytes) if self._free[s.number].is_unused]
+        return [s.number for s in sorted(large, key=lambda s: s.num_bytes)]
+
+    def _take(self, numbers: list[int], num_bytes: int) -> Lease | None:
+        for number in numbers:
+            offset = self._free[number].take(num_bytes)
+            if offset is not None:
+                return self._lease(number, offset, num_bytes)
+        return None
 
     def _lease(self, number: int, offset: int, num_bytes: int) -> Lease:
         self._used_bytes += num_bytes
@@ -201,22 +212,20 @@ class ArenaPool:
     def _grow(self, num_bytes: int) -> Lease:
         """Lease the start of a new segment. Only its bytes are reserved under the lock, not its touching."""
         num_bytes = _round_up(max(num_bytes, 1), ALIGNMENT_BYTES)
-        # Whole multiples of a segment, so that the next large request of about this size fits too. Where they
-        # find no room: what this one takes.
-        new_bytes = max(min(_round_up(num_bytes, self.segment_bytes), self.capacity_bytes), num_bytes)
         try:
-            self._reserve(new_bytes)
+            new_bytes = self._reserved(num_bytes)
         except ArenaFull:
-            if new_bytes == num_bytes or num_bytes <= self.segment_bytes:
+            with self._lock:
+                lease = self._take(self._by_size(num_bytes), num_bytes)
+            if lease is None:
                 raise
-            new_bytes = num_bytes
-            self._reserve(new_bytes)
+            return lease
         try:
             segment = Segment(next(self._numbers), new_bytes)
         except OSError as error:
             with self._lock:
                 self._committed_bytes -= new_bytes
-            raise ArenaFull(
+            raise MachineFull(
                 f"the machine has no {new_bytes} bytes for a segment: {error.strerror}"
             ) from error
         with self._lock:
@@ -225,6 +234,22 @@ class ArenaPool:
             lease = self._lease(segment.number, 0, num_bytes)
         self._tell_listeners()
         return lease
+
+    def _reserved(self, num_bytes: int) -> int:
+        """How large the new segment for so many bytes will be.
+
+        Whole multiples of a segment, so that the next large request of about this size fits too. Where they
+        find no room: what this one takes.
+        """
+        new_bytes = max(min(_round_up(num_bytes, self.segment_bytes), self.capacity_bytes), num_bytes)
+        try:
+            self._reserve(new_bytes)
+        except ArenaFull:
+            if new_bytes == num_bytes or num_bytes <= self.segment_bytes:
+                raise
+            new_bytes = num_bytes
+            self._reserve(new_bytes)
+        return new_bytes
 
     def _reserve(self, new_bytes: int) -> None:
         with self._lock:

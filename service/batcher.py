@@ -1,7 +1,7 @@
 """Which queued requests ride together: pure bookkeeping, without clocks, tasks or processes."""
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fsa_core.problem import Problem
 from service.job import Job, compatible
@@ -25,6 +25,15 @@ class Entry:
     def num_tokens(self) -> int:
         """Query and key tokens: what a batch's work grows with."""
         return self.job.problem.num_q_tokens + self.job.problem.num_k_tokens
+
+    def due_at(self, delay_seconds: float) -> float:
+        """Until when it waits for company: for the delay, but no longer than half of the time that it has.
+
+        The other half is for the work: how long that takes is not known before.
+        """
+        if self.deadline is not None:
+            delay_seconds = min(delay_seconds, (self.deadline - self.arrived) / 2)
+        return self.arrived + delay_seconds
 
     def is_expired(self, now: float) -> bool:
         return self.deadline is not None and now >= self.deadline
@@ -72,7 +81,7 @@ class Batcher:
         """Takes the next batch, and everything cancelled or expired, out of the queue.
 
         The batch is empty when the queue is, or while every batch that could be formed still waits
-        for company (``delay_seconds`` after its first entry arrived, unless it is full before).
+        for company (until the first of its entries is due, unless it is full before).
         """
         expired = [e for _, _, e in self._queue if not e.cancelled and e.is_expired(now)]
         self._queue = [item for item in self._queue if not (item[2].cancelled or item[2].is_expired(now))]
@@ -82,9 +91,13 @@ class Batcher:
         return Draw(batch, expired)
 
     def due_at(self) -> float | None:
-        """When the oldest entry will have waited for company long enough; None when none is queued."""
-        arrivals = [e.arrived for _, _, e in self._queue if not e.cancelled]
-        return min(arrivals) + self._limits.delay_seconds if arrivals else None
+        """When the first entry will have waited for company long enough; None when none is queued."""
+        delay_seconds = self._limits.delay_seconds
+        return min((e.due_at(delay_seconds) for _, _, e in self._queue if not e.cancelled), default=None)
+
+    def expect_no_company(self) -> None:
+        """No entry waits for company any more."""
+        self._limits = replace(self._limits, delay_seconds=0.0)
 
     def take_all(self) -> list[Entry]:
         """Empties the queue; returns what was in it and not cancelled."""
@@ -99,8 +112,7 @@ class Batcher:
                 continue
             seen.add(head.key)
             batch, is_full = self._fill(head.key)
-            oldest = min(entry.arrived for entry in batch)
-            if is_full or now >= oldest + self._limits.delay_seconds:
+            if is_full or now >= min(entry.due_at(self._limits.delay_seconds) for entry in batch):
                 return batch
         return []
 

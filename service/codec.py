@@ -45,6 +45,17 @@ class AttendCall:
     def returns_block_indices(self) -> bool:
         return isinstance(self.pattern, selection.Select) and self.pattern.return_block_indices
 
+    @property
+    def answer_bytes(self) -> int:
+        """Of the tensors that are asked for."""
+        layout = Layout.of(self.problem)
+        asked = [layout.out]
+        if self.return_lse:
+            asked.append(layout.lse)
+        if self.returns_block_indices:
+            asked.append(layout.block_indices)
+        return sum(field.num_bytes for field in asked)
+
 
 @dataclass(frozen=True, slots=True)
 class DeclaredSizes:

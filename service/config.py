@@ -24,6 +24,10 @@ MAX_MESSAGE_BYTES = (2 << 30) - 1
 OTHER_VARIABLES = {"FSA_TARGET", "FSA_CACHE", "FSA_RUNTIME"}
 # What a worker is told of a batch is bounded (service.records).
 MAX_BATCH_REQUESTS = 1024
+# What the kernels take: fsa_core.problem, whose import would bring torch.
+MAX_SLOTS = 4096
+# Kubernetes sets FSA_SERVE_PORT and more like it where there is a Service named fsa-serve.
+SERVICE_LINKS_PREFIX = "FSA_SERVE_"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -61,7 +65,7 @@ class Settings(BaseSettings):
     An unknown name in the file or among the keywords is an error, as is a value out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="FSA_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="FSA_", extra="forbid", frozen=True, allow_inf_nan=False)
 
     config: FilePath | None = Field(
         default=None,
@@ -119,7 +123,9 @@ class Settings(BaseSettings):
     )
     max_sequences: PositiveInt = Field(default=4096, description="Packed sequences in a request, at most.")
     max_q_heads: PositiveInt = Field(default=256, description="Query heads in a request, at most.")
-    max_slots: PositiveInt = Field(default=1024, description="Slots in a row of block indices, at most.")
+    max_slots: int = Field(
+        default=1024, gt=0, le=MAX_SLOTS, description="Slots in a row of block indices, at most."
+    )
 
     max_batch_requests: int = Field(
         default=64, gt=0, le=MAX_BATCH_REQUESTS, description="Requests in one batch, at most."
@@ -134,8 +140,8 @@ class Settings(BaseSettings):
     )
     max_batch_delay_seconds: NonNegativeFloat = Field(
         default=0.0,
-        description="How long a request may wait for company while a worker is free, in seconds. "
-        "0: a free worker takes what is there.",
+        description="How long a request may wait for company while a worker is free, in seconds, but no "
+        "longer than half of the time to its deadline. 0: a free worker takes what is there.",
     )
 
     worker_wait_seconds: PositiveFloat = Field(
@@ -145,8 +151,9 @@ class Settings(BaseSettings):
     )
     batch_timeout_seconds: PositiveFloat = Field(
         default=120.0,
-        description="How long a worker may take for one batch, in seconds, before it is killed as hung. No "
-        "request that takes longer is ever answered, and others that are in the worker are sent again.",
+        description="How long a worker may take for each request of a batch, in seconds, before it is killed "
+        "as hung. No request that takes longer alone is ever answered, and others that are in the worker are "
+        "sent again.",
     )
     worker_healthy_seconds: NonNegativeFloat = Field(
         default=10.0,
@@ -192,7 +199,13 @@ class Settings(BaseSettings):
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:
-    """Those that begin as settings do and are none: misspelt, most likely."""
+    """Those that begin as settings do, in any case, and are none: misspelt, most likely."""
     prefix = str(Settings.model_config["env_prefix"])
     known = {prefix + name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
-    return sorted(name for name in environment if name.startswith(prefix) and name not in known)
+    return sorted(
+        name
+        for name in environment
+        if name.upper().startswith(prefix)
+        and name.upper() not in known
+        and not name.startswith(SERVICE_LINKS_PREFIX)
+    )

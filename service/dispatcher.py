@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 from service.batcher import Batcher, Entry
@@ -72,6 +73,11 @@ class Dispatcher:
         """Start every worker; they come up in the background."""
         await asyncio.gather(*(worker.start() for worker in self.workers))
 
+    def drain(self) -> None:
+        """No more requests will come: what is queued waits for a worker only, not for company."""
+        self._batcher.expect_no_company()
+        self._dispatch()
+
     async def stop(self, grace_seconds: float) -> None:
         """Refuse what is queued and end every worker, after what it is busy with or ``grace_seconds``."""
         self._fail_queued(FsaError("DRAINING", "the server is shutting down"))
@@ -136,14 +142,17 @@ class Dispatcher:
         running.add_done_callback(lambda done: _settle(done, futures, num_tokens))
 
     def _wake_when_due(self, now: float) -> None:
-        """A batch that still waits for company becomes due by time alone, so a timer has to look."""
+        """A batch that still waits for company becomes due by time alone, so a timer has to look.
+
+        What is logged then is of no request, such as the one that arms it; likewise below.
+        """
         if self._company_timer is not None:
             self._company_timer.cancel()
             self._company_timer = None
         due_at = self._batcher.due_at()
         if due_at is not None and due_at > now and self._least_loaded() is not None:
             loop = asyncio.get_running_loop()
-            self._company_timer = loop.call_later(due_at - now, self._dispatch)
+            self._company_timer = loop.call_later(due_at - now, self._dispatch, context=Context())
 
     def _workers_changed(self) -> None:
         if self.is_serving != self._was_serving:
@@ -158,7 +167,7 @@ class Dispatcher:
             self._give_up_timer = None
         if not self.is_serving:
             self._give_up_timer = asyncio.get_running_loop().call_later(
-                self._worker_wait_seconds, lambda: self._fail_queued(_no_worker())
+                self._worker_wait_seconds, lambda: self._fail_queued(_no_worker()), context=Context()
             )
 
     def _fail_queued(self, error: FsaError) -> None:

@@ -1,5 +1,6 @@
 """Runs batches on one device, and puts each job's answer into its slice of the arena."""
 
+import errno
 import logging
 import os
 import platform
@@ -25,6 +26,7 @@ from service.worker_memory import (
     PackedInputs,
     PackedOutputs,
     PlacedJob,
+    Segment,
     host_cu_seqlens,
     pack_inputs,
     unpack_outputs,
@@ -34,6 +36,11 @@ log = logging.getLogger("fsa.worker")
 
 FATAL_EXIT_CODE = 70
 MEMORY_INTERVAL_SECONDS = 2.0
+_NO_HOST_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+)
 
 Report = Callable[[Record], None]
 
@@ -60,11 +67,11 @@ class Executor(ABC):
         """How much memory of the device is in use."""
 
     @abstractmethod
-    def pin(self, segment: torch.Tensor) -> None:
-        """Prepare a mapped segment for transfers."""
+    def pin(self, segment: Segment) -> None:
+        """Prepare a segment for transfers; one that is mapped only later does without, and is slower."""
 
     @abstractmethod
-    def unpin(self, segment: torch.Tensor) -> None:
+    def unpin(self, segment: Segment) -> None:
         """Undo ``pin``, before the segment is unmapped."""
 
     @abstractmethod
@@ -110,12 +117,20 @@ class Executor(ABC):
 
 
 def failure_kind(error: Exception) -> FailureKind:
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return FailureKind.OOM
     # Triton and cuBLAS have no type of their own for an error of the driver.
     of_driver = "CUDA error" in str(error) or "Error [CUDA]" in str(error)
     is_fatal = of_driver or isinstance(error, torch.AcceleratorError)
     return FailureKind.FATAL if is_fatal else FailureKind.ERROR
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # On the CPU torch has no type of its own for it.
+    is_of_host = any(text in str(error) for text in _NO_HOST_MEMORY)
+    return is_of_host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _describe(error: Exception) -> str:
@@ -142,10 +157,10 @@ class CpuExecutor(Executor):
             resident_pages = int(statm.read().split()[1])
         return Memory(resident_pages * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes)
 
-    def pin(self, segment: torch.Tensor) -> None:
+    def pin(self, segment: Segment) -> None:
         """Nothing to do: the CPU reads the arena itself."""
 
-    def unpin(self, segment: torch.Tensor) -> None:
+    def unpin(self, segment: Segment) -> None:
         """Nothing was done."""
 
     def drain(self) -> None:
@@ -209,6 +224,7 @@ class CudaExecutor(Executor):
         self._copy_in = torch.cuda.Stream(self._device)
         self._compute = torch.cuda.Stream(self._device)
         self._copy_out = torch.cuda.Stream(self._device)
+        self._pinned: set[Segment] = set()
         self._in_flight: queue.SimpleQueue[_InFlight | None] = queue.SimpleQueue()
         self._completer = threading.Thread(target=self._complete, name="fsa-completer", daemon=True)
         self._completer.start()
@@ -229,12 +245,16 @@ class CudaExecutor(Executor):
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         return Memory(total_bytes - free_bytes, total_bytes)
 
-    def pin(self, segment: torch.Tensor) -> None:
-        status = torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), segment.numel(), 0)
-        torch.cuda.check_error(status)
+    def pin(self, segment: Segment) -> None:
+        if segment.is_mapped:
+            status = torch.cuda.cudart().cudaHostRegister(segment.map().data_ptr(), segment.num_bytes, 0)
+            torch.cuda.check_error(status)
+            self._pinned.add(segment)
 
-    def unpin(self, segment: torch.Tensor) -> None:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(segment.data_ptr()))
+    def unpin(self, segment: Segment) -> None:
+        if segment in self._pinned:
+            self._pinned.remove(segment)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(segment.map().data_ptr()))
 
     def drain(self) -> None:
         self._in_flight.put(None)

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import torch
 
-from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM
+from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from service import __version__
 from service.admission import MAX_KERNEL_SIZE
 from service.config import Backend, Settings
@@ -53,7 +53,7 @@ def _variants() -> Sequence[Any]:
 def _pattern_limits(variant: Any, settings: Settings) -> attention_pb2.PatternLimits:
     return attention_pb2.PatternLimits(
         name=variant.name,
-        max_slots=0 if variant.name == "dense" else min(settings.max_slots, MAX_SLOTS),
+        max_slots=0 if variant.name == "dense" else settings.max_slots,
         shared_rows="query_block_size" in variant.message_type.fields_by_name,
         causal_only=variant.name in ("vertical_slash", "select"),
         max_kernel_size=MAX_KERNEL_SIZE if variant.name == "select" else 0,

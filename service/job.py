@@ -87,12 +87,6 @@ class Layout:
             total_bytes=offset,
         )
 
-    @property
-    def answer_bytes(self) -> int:
-        """Of all that can be answered; less may be asked for."""
-        outputs = (self.block_indices, self.out, self.lse)
-        return sum(field.num_bytes for field in outputs if field.offset >= self.input_bytes)
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:

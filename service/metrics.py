@@ -11,6 +11,9 @@ from prometheus_client.registry import Collector
 
 from service.pb.fsa.v1 import attention_pb2
 
+# How long a connection to the metrics may say nothing.
+SILENCE_SECONDS = 10.0
+
 # Each stage and the field of the response's Timings that holds the same number.
 STAGE_FIELDS = {
     "decode": "receive",
@@ -20,6 +23,11 @@ STAGE_FIELDS = {
     "d2h": "d2h",
     "encode": "send",
 }
+
+# What ends a worker: service.worker_process and service.worker_client.
+RESTART_CAUSES = ("killed", "exit", "start_timeout", "hang", "fatal_error", "protocol", "spawn_error")
+# The codes that alerts look for. A series that begins with its first event does not increase by it.
+ALERTED_CODES = ("INTERNAL", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
 def geometric(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -96,6 +104,8 @@ class Metrics:
         )
         for stage in STAGE_FIELDS:
             self._stage_seconds.labels(stage)
+        for code in ALERTED_CODES:
+            self._requests.labels("Attend", code)
 
     def observe_request(self, method: str, code: str, seconds: float) -> None:
         self._requests.labels(method, code).inc()
@@ -130,7 +140,11 @@ class Metrics:
 
     def listen(self, host: str, port: int) -> "MetricsServer":
         """Serve ``/metrics`` from a thread. Port 0: any free one. Raises OSError when it cannot."""
-        return MetricsServer(*start_http_server(port, host, self.registry))
+        server, thread = start_http_server(port, host, self.registry)
+        # A connection that asks nothing must not keep its thread and its descriptor for ever.
+        patient = type("Handler", (server.RequestHandlerClass,), {"timeout": SILENCE_SECONDS})
+        server.RequestHandlerClass = patient
+        return MetricsServer(server, thread)
 
 
 class MetricsServer:
@@ -160,7 +174,7 @@ class _WorkerCollector(Collector):
         )
         used = GaugeMetricFamily("fsa_gpu_memory_used_bytes", "Device memory in use.", labels=["device"])
         total = GaugeMetricFamily("fsa_gpu_memory_total_bytes", "Device memory there is.", labels=["device"])
-        causes: dict[str, int] = {}
+        causes = dict.fromkeys(RESTART_CAUSES, 0)
         for worker in self._workers:
             up.add_metric([worker.label], float(worker.is_up))
             for cause, count in worker.restarts.items():

@@ -16,7 +16,7 @@ from service.telemetry import configure_logging
 
 log = logging.getLogger("fsa.server")
 
-# For answers that are written but not yet sent.
+# For refusals that are written but not yet sent.
 FLUSH_SECONDS = 1.0
 
 

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
 import grpc
@@ -62,25 +62,31 @@ class AttentionServicer:
         """AttendRequest to AttendResponse."""
         started = time.perf_counter()
         deadline = _deadline(context)
-        with self._active():
-            self._check_size(raw)
+        with ExitStack() as held:
+            self._enter()
+            held.callback(self._leave)
+            self._check_size("the message", len(raw))
             call = await self._run(len(raw), codec.decode_attend, raw, self._admission.check_sizes)
             request_id = call.request_id or telemetry.request_id()
             telemetry.set_request_id(request_id)
+            self._check_size("the answer", call.answer_bytes)
             permit = await self._admission.admit(call.problem)
-            try:
-                memory = permit.lease.view()
-                await self._run(len(memory), codec.write_inputs, call, memory)
-                received = time.perf_counter()
-                job = Job(call.problem, permit.lease.memory)
-                outcome = await self._dispatcher.submit(job, priority=call.priority, deadline=deadline)
-                clock = codec.SendClock(started, time.perf_counter())
-                timings = _timings(outcome, received - started, clock.answered - received)
-                response = await self._run(
-                    len(memory), codec.encode_attend, request_id, call, memory, timings, clock
-                )
-            finally:
-                permit.release()
+            held.callback(permit.release)
+            memory = permit.lease.view()
+            await self._run(len(memory), codec.write_inputs, call, memory)
+            received = time.perf_counter()
+            job = Job(call.problem, permit.lease.memory)
+            outcome = await self._dispatcher.submit(job, priority=call.priority, deadline=deadline)
+            clock = codec.SendClock(started, time.perf_counter())
+            timings = _timings(outcome, received - started, clock.answered - received)
+            response = await self._run(
+                len(memory), codec.encode_attend, request_id, call, memory, timings, clock
+            )
+            del memory
+            permit.answer(len(response))
+            # In flight, and in the budgets, until the client has it: it may read slowly, or not at all.
+            sent = held.pop_all().close
+            context.add_done_callback(lambda _: sent())  # type: ignore[arg-type]
         self._metrics.observe_stages(timings)
         return response
 
@@ -98,12 +104,11 @@ class AttentionServicer:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     async def drain(self) -> None:
-        """Refuse new Attend requests from now on; returns when those in flight are answered."""
+        """Refuse new Attend requests from now on; returns when answers to those in flight are sent."""
         self._is_draining = True
         await self._idle.wait()
 
-    @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _enter(self) -> None:
         """Counts a request in flight; refuses it where it could not be served."""
         if self._is_draining:
             raise FsaError(
@@ -112,17 +117,16 @@ class AttentionServicer:
         self._dispatcher.require_worker()
         self._num_active += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_active -= 1
-            if not self._num_active:
-                self._idle.set()
 
-    def _check_size(self, raw: bytes) -> None:
-        if len(raw) > self._max_message_bytes:
-            what = f"the message has {len(raw)} bytes"
-            raise limit_exceeded("max_message_bytes", what, len(raw), self._max_message_bytes)
+    def _leave(self) -> None:
+        self._num_active -= 1
+        if not self._num_active:
+            self._idle.set()
+
+    def _check_size(self, what: str, num_bytes: int) -> None:
+        if num_bytes > self._max_message_bytes:
+            has = f"{what} has {num_bytes} bytes"
+            raise limit_exceeded("max_message_bytes", has, num_bytes, self._max_message_bytes)
 
     async def _run(self, num_bytes: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``work``, here or in a thread, by the bytes it touches."""

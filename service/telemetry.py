@@ -68,8 +68,17 @@ class TextFormatter(logging.Formatter):
 def configure_logging(level: LogLevel, log_format: LogFormat) -> None:
     """Send every record of ``level`` and above to standard error, in ``log_format``."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_tell_departures_as_debug)
     handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def _tell_departures_as_debug(record: logging.LogRecord) -> bool:
+    """gRPC calls it an error that a client left while its answer, or its error, was being sent."""
+    if record.name.startswith("grpc.") and record.getMessage().startswith("ExecuteBatchError raised in core"):
+        record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
+        return logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+    return True
 
 
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 
 from service.arena import ArenaPool
 from service.devices import DeviceInfo, DeviceSpec
@@ -49,9 +50,9 @@ class WorkerClient:
         """``on_change`` runs in the event loop after ``ready`` or ``restarts`` changed, or a batch ended.
 
         ``num_threads`` (CPU worker) 0 is one a core. A batch that takes longer than ``batch_timeout_seconds``
-        gets its worker killed as hung. ``tuning_file``: as in service.config.Settings. The back-off between
-        restarts doubles from 0.2 s to 10 s, and starts again after a worker was ready for
-        ``healthy_seconds``.
+        for each of its jobs gets its worker killed as hung. ``tuning_file``: as in service.config.Settings.
+        The back-off between restarts doubles from 0.2 s to 10 s, and starts again after a worker was ready
+        for ``healthy_seconds``.
         """
         self.spec = spec
         self.on_change = on_change
@@ -183,7 +184,8 @@ class WorkerClient:
         if self._process is not None and self._process.device is not None:
             self._device = self._process.device
         self._changed.set()
-        self._loop.call_soon(self.on_change)
+        # What is logged then is of no request, such as the one whose end this may be.
+        self._loop.call_soon(self.on_change, context=Context())
 
     def _arena_changed(self) -> None:
         """From whichever thread allocated."""
@@ -192,4 +194,7 @@ class WorkerClient:
 
     def _send_segments(self) -> None:
         if self._process is not None and self._process.pid is not None:
-            self._process.send_segments()
+            with suppress(
+                OSError
+            ):  # No descriptor is left: the next batch tries again, and fails if it must.
+                self._process.send_segments()

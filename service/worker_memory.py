@@ -3,7 +3,9 @@
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,50 +15,90 @@ from service.job import Field, Job, Layout
 from service.records import ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment of the arena in this process, mapped once there is room for it."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        """The descriptor, of a file of at least ``num_bytes``, is closed when it is no longer needed."""
+        self.num_bytes = num_bytes
+        self._descriptor = descriptor
+        self._memory: torch.Tensor | None = None
+
+    @property
+    def is_mapped(self) -> bool:
+        return self._memory is not None
+
+    def map(self) -> torch.Tensor:
+        """uint8 [num_bytes], shared with the front end; the same at every call.
+
+        Raises:
+            OSError: there is no room for it now.
+        """
+        if self._memory is None:
+            # The pages exist: populating only fills this process's page table.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            mapped = mmap.mmap(self._descriptor, self.num_bytes, flags=flags)
+            self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
+            os.close(self._descriptor)
+        return self._memory
+
+    def __del__(self) -> None:
+        if self._memory is None:
+            os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
 class PlacedJob:
-    """A job with the bytes it is about: ``memory`` is its slice of the arena, uint8 on the host."""
+    """A job and where its bytes lie."""
 
     job: Job
     layout: Layout
-    memory: torch.Tensor
+    segment: Segment
+
+    @cached_property
+    def memory(self) -> torch.Tensor:
+        """Its slice of the arena, uint8 on the host. Raises OSError as ``Segment.map`` does."""
+        start = self.job.memory.offset
+        return self.segment.map()[start : start + self.job.memory.num_bytes]
 
 
 class Segments:
-    """The arena as the worker maps it."""
+    """The arena's segments by their numbers."""
 
     def __init__(self) -> None:
-        self._memory: dict[int, torch.Tensor] = {}
+        self._segments: dict[int, Segment] = {}
 
-    def add(self, segment: int, descriptor: int, num_bytes: int) -> torch.Tensor:
-        """Map a segment: uint8 [num_bytes], shared with the front end. The descriptor is closed."""
-        try:
-            # The pages exist: populating only fills this process's page table, before a request needs it.
-            mapped = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        except ValueError as error:
-            raise ProtocolError(f"segment {segment} has not the {num_bytes} bytes announced") from error
-        finally:
+    def add(self, number: int, descriptor: int, num_bytes: int) -> Segment:
+        """Take a segment, and its descriptor, and map it before a request needs it.
+
+        Where there is no room for it now, it is mapped when a job needs it, and that job's batch fails if
+        there is none then.
+        """
+        if os.fstat(descriptor).st_size < num_bytes:
             os.close(descriptor)
-        self._memory[segment] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return self._memory[segment]
+            raise ProtocolError(f"segment {number} has not the {num_bytes} bytes announced")
+        segment = self._segments[number] = Segment(descriptor, num_bytes)
+        with suppress(OSError):
+            segment.map()
+        return segment
 
-    def drop(self, segment: int) -> torch.Tensor:
-        """Forget a segment; it is unmapped with the last reference to the tensor returned."""
-        if segment not in self._memory:
-            raise ProtocolError(f"segment {segment} is not mapped")
-        return self._memory.pop(segment)
+    def drop(self, number: int) -> Segment:
+        """Forget a segment; it is unmapped with the last reference to it."""
+        if number not in self._segments:
+            raise ProtocolError(f"segment {number} is not there")
+        return self._segments.pop(number)
 
     def place(self, job: Job) -> PlacedJob:
         """
         Raises:
-            ProtocolError: the slice is not within a mapped segment, or too small for the job's tensors.
+            ProtocolError: the slice is not within a segment, or too small for the job's tensors.
         """
         memory, layout = job.memory, Layout.of(job.problem)
-        segment = self._memory.get(memory.segment)
+        segment = self._segments.get(memory.segment)
         end = memory.offset + memory.num_bytes
-        if segment is None or end > segment.numel() or layout.total_bytes > memory.num_bytes:
+        if segment is None or end > segment.num_bytes or layout.total_bytes > memory.num_bytes:
             raise ProtocolError(f"{memory} does not hold the {layout.total_bytes} bytes of a job")
-        return PlacedJob(job, layout, segment[memory.offset : end])
+        return PlacedJob(job, layout, segment)
 
 
 def field_of(memory: torch.Tensor, field: Field) -> torch.Tensor:

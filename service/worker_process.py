@@ -5,8 +5,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from fsa_core import tuning_table
@@ -32,8 +34,11 @@ from service.records import (
 log = logging.getLogger("fsa.worker_client")
 
 MAX_OUTSTANDING_BATCHES = 2
+ROOT = Path(__file__).resolve().parents[1]
 # How long a killed process is waited for before its batches fail all the same.
 REAP_SECONDS = 0.5
+# How long one that closed its end of the channel may take to exit by itself.
+LEAVE_SECONDS = 2.0
 # How long an idle worker may take to exit when told to.
 EXIT_SECONDS = 5.0
 
@@ -71,12 +76,25 @@ class WorkerOptions:
             "log-level": self.log_level,
             "log-format": self.log_format,
         }
+        # No modules of the folder that it runs in, as with "-m", and those that run here, installed or not.
+        start = (
+            f"import sys; sys.path.append({str(ROOT)!r}); from service.worker import main; sys.exit(main())"
+        )
         return [
             sys.executable,
-            "-m",
-            "service.worker",
+            "-P",
+            "-c",
+            start,
             *(f"--{name}={value}" for name, value in arguments.items()),
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """A batch that the worker has, and how many requests ride in it."""
+
+    future: "asyncio.Future[JobResult]"
+    num_jobs: int
 
 
 class WorkerProcess:
@@ -94,7 +112,7 @@ class WorkerProcess:
         self._options = options
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        self._outstanding: dict[int, asyncio.Future[JobResult]] = {}
+        self._outstanding: dict[int, _Outstanding] = {}
         self._batches = count()
         self._sent_segments: set[int] = set()
         self._sent_generation = -1
@@ -115,22 +133,29 @@ class WorkerProcess:
         batch = next(self._batches)
         self.send_segments()
         self._channel.send(Submit(batch, tuple(jobs)))
-        future = self._outstanding[batch] = self._loop.create_future()
+        outstanding = self._outstanding[batch] = _Outstanding(self._loop.create_future(), len(jobs))
         if len(self._outstanding) == 1:
-            self._watch(self._options.batch_timeout_seconds, "hang")
-        return future
+            self._watch_first()
+        return outstanding.future
 
     def send_segments(self) -> None:
-        """Tell the worker which segments the arena gained and lost since the last time."""
+        """Tell the worker which segments the arena gained and lost since the last time.
+
+        Raises:
+            OSError: no descriptor is left to send one by.
+        """
         if self._arena.generation == self._sent_generation or self._end.done():
             return
-        self._sent_generation = self._arena.generation
+        generation = self._arena.generation
         segments = self._arena.segments()
         for number in self._sent_segments - segments.keys():
             self._channel.send(DropSegment(number))
+            self._sent_segments.remove(number)
         for number in sorted(segments.keys() - self._sent_segments):
+            # Where this process is out of descriptors it raises, and the segment is sent the next time.
             self._channel.send(AddSegment(number, segments[number].num_bytes), segments[number].fd)
-        self._sent_segments = set(segments)
+            self._sent_segments.add(number)
+        self._sent_generation = generation
 
     async def run(self, stopping: "asyncio.Future[float]") -> str:
         """Start it, and return when it is gone and every batch is settled.
@@ -172,7 +197,12 @@ class WorkerProcess:
                 raise
         self.pid = child.pid
         self._channel = AsyncChannel(ours, self._receive, self._lost)
-        self.send_segments()
+        try:
+            self.send_segments()
+        except OSError:
+            child.kill()
+            self._channel.close()
+            raise
         log.info("worker started", extra={"device": self._spec.label, "pid": self.pid})
         return child
 
@@ -187,14 +217,17 @@ class WorkerProcess:
 
     async def _bury(self, child: ChildProcess) -> str:
         self._finish(None)
+        if self._end.result() is None:
+            # It closed its end: on its way out by itself, most likely, and its status says how.
+            await asyncio.wait({child.exited}, timeout=LEAVE_SECONDS)
         child.kill()
         # Its GPU may still be copying into the arena, and slices whose batch has failed are used again.
         await asyncio.wait({child.exited}, timeout=REAP_SECONDS)
         self._channel.close()
         self._watch(None, "hang")
-        for future in self._outstanding.values():
-            if not future.done():
-                future.set_exception(WorkerLost(f"the worker on {self._spec.label} was lost"))
+        for outstanding in self._outstanding.values():
+            if not outstanding.future.done():
+                outstanding.future.set_exception(WorkerLost(f"the worker on {self._spec.label} was lost"))
         self._outstanding.clear()
         self._on_change()
         status = await child.exited
@@ -231,26 +264,36 @@ class WorkerProcess:
                 self._lost(ProtocolError(f"{type(record).__name__} was not expected"))
 
     def _settle(self, batch: int, result: JobResult | WorkerFailed) -> None:
-        future = self._outstanding.pop(batch, None)
-        if future is None:
+        outstanding = self._outstanding.pop(batch, None)
+        if outstanding is None:
             self._lost(ProtocolError(f"batch {batch} is not outstanding"))
             return
+        future = outstanding.future
         if not future.done():
             if isinstance(result, WorkerFailed):
                 future.set_exception(result)
             else:
                 future.set_result(result)
         # The next one had to wait for this one, so its time starts now.
-        self._watch(self._options.batch_timeout_seconds if self._outstanding else None, "hang")
+        self._watch_first()
         if self._idle is not None and not self._outstanding and not self._idle.done():
             self._idle.set_result(None)
         self._on_change()
+
+    def _watch_first(self) -> None:
+        """The batch in hand, if any, for as long as its requests may take one after the other."""
+        first = next(iter(self._outstanding.values()), None)
+        seconds = None if first is None else self._options.batch_timeout_seconds * first.num_jobs
+        self._watch(seconds, "hang")
 
     def _watch(self, seconds: float | None, cause: str) -> None:
         """End the process for ``cause`` unless the next call comes within ``seconds`` (None: never)."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._watchdog = None if seconds is None else self._loop.call_later(seconds, self._finish, cause)
+        self._watchdog = None
+        if seconds is not None:
+            # What is logged then is of no request, such as the one that arms it.
+            self._watchdog = self._loop.call_later(seconds, self._finish, cause, context=Context())
 
 
 async def _any_of(*futures: "asyncio.Future[Any]", timeout_seconds: float | None = None) -> None:

@@ -202,10 +202,13 @@ def request_of(case: Any, **fields: Any) -> attention_pb2.AttendRequest:
 
 
 class NoDeadline:
-    """The only part of a call's context that the servicer reads, for calling it in this process."""
+    """What the servicer asks of a call's context, for calls in this process: answers are sent at once."""
 
     def time_remaining(self) -> None:
         return None
+
+    def add_done_callback(self, callback: Callable[["NoDeadline"], None]) -> None:
+        callback(self)
 
 
 @dataclass(frozen=True)

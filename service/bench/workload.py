@@ -30,9 +30,16 @@ class Shape:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of q, k, v and out, and of the block indices: what a request moves over the wire."""
-        floats = self.tokens * self.head_dim * 2 * (self.q_heads + self.kv_heads)
+        return self.request_bytes + self._bytes_of(self.q_heads)
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of q, k, v and of the block indices."""
+        return self._bytes_of(self.q_heads + 2 * self.kv_heads) + self.tokens * self.kv_heads * self.slots * 4
+
+    def _bytes_of(self, num_heads: int) -> int:
         itemsize: int = DTYPES[self.dtype].itemsize
-        return floats * itemsize + self.tokens * self.kv_heads * self.slots * 4
+        return self.tokens * num_heads * self.head_dim * itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import grpc.aio
 
 from service.client import connection
 from service.client.arrays import ArrayT
-from service.client.errors import DeadlineExceeded, Unavailable, error_from_rpc
+from service.client.errors import AttentionError, DeadlineExceeded, Unavailable, error_from_rpc
 from service.client.messages import AttendCall, AttendOptions, parse_health, parse_server_info
 from service.client.patterns import BlockIndices, Pattern, Select
 from service.client.results import AttendResult, ServerInfo
@@ -164,12 +164,26 @@ class AsyncAttentionClient:
             raise RuntimeError(f"the client of {self.target} is closed")
         try:
             return await method(
-                payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready
+                payload,
+                timeout=connection.deadline(timeout_seconds),
+                metadata=connection.metadata(request_id),
+                wait_for_ready=wait_for_ready,
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, request_id) from error
+        except asyncio.CancelledError:
+            # So does gRPC end the calls of a channel that is closed: nobody cancelled the task.
+            if not self._is_closed or _is_being_cancelled():
+                raise
+            code = grpc.StatusCode.CANCELLED
+            raise AttentionError(code, "", "the client was closed", request_id=request_id) from None
 
     def _timeout(self, timeout_seconds: float | None) -> float:
         return connection.checked_timeout(
             self._timeout_seconds if timeout_seconds is None else timeout_seconds
         )
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

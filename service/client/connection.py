@@ -1,4 +1,4 @@
-"""How a client's channel is set up: methods, message sizes, reconnection and retries."""
+"""How a client's channel is set up, and what every call of it carries."""
 
 import json
 from typing import Any
@@ -10,6 +10,8 @@ from service.client.errors import Unavailable
 ATTEND = "/fsa.v1.AttentionService/Attend"
 SERVER_INFO = "/fsa.v1.AttentionService/GetServerInfo"
 HEALTH = "/grpc.health.v1.Health/Check"
+REQUEST_ID_HEADER = "x-request-id"
+MAX_REQUEST_ID_LENGTH = 128
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
 READY_POLL_SECONDS = 0.05
@@ -59,6 +61,15 @@ def checked_timeout(seconds: float) -> float:
 def deadline(seconds: float) -> float | None:
     """What gRPC is told of a timeout: nothing, where it is further away than gRPC can say."""
     return seconds if seconds < LONGEST_SECONDS else None
+
+
+def metadata(request_id: str) -> tuple[tuple[str, str], ...]:
+    """The headers of a call: by them a server knows the id of what it refuses before it has read it.
+
+    An id that no header can carry stays in the message, where the server says what is wrong with it.
+    """
+    is_header = request_id.isascii() and request_id.isprintable() and len(request_id) <= MAX_REQUEST_ID_LENGTH
+    return ((REQUEST_ID_HEADER, request_id),) if request_id and is_header else ()
 
 
 def not_ready(target: str, timeout_seconds: float, status: str) -> Unavailable:

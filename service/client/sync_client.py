@@ -174,7 +174,10 @@ class AttentionClient:
             raise RuntimeError(f"the client of {self.target} is closed")
         try:
             return method(
-                payload, timeout=connection.deadline(timeout_seconds), wait_for_ready=wait_for_ready
+                payload,
+                timeout=connection.deadline(timeout_seconds),
+                metadata=connection.metadata(request_id),
+                wait_for_ready=wait_for_ready,
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error, request_id) from error

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.commands.failures import CommandFailed, WrongUsage, client_failures
-from service.commands.options import DEFAULT_TARGET, Json, Target
-from service.commands.output import format_seconds, print_table
+from service.commands.options import DEFAULT_TARGET, Json, Target, TimeoutSeconds
+from service.commands.output import format_seconds, print_table, writing
+from service.files import check_writable, write_file
 
 if TYPE_CHECKING:
     from service.client import AttendResult, Pattern
@@ -25,7 +26,7 @@ def attend(
     query_block_size: Annotated[int | None, typer.Option(help="Queries that share a row of indices.")] = None,
     softmax_scale: Annotated[float | None, typer.Option(help="1/sqrt(head_dim) if not given.")] = None,
     causal: Annotated[bool | None, typer.Option("--causal/--no-causal", help="Causal if not given.")] = None,
-    timeout_seconds: Annotated[float, typer.Option(help="The request's deadline.")] = 60.0,
+    timeout_seconds: TimeoutSeconds = 60.0,
     as_json: Json = False,
 ) -> None:
     """Compute the attention of one file of tensors.
@@ -36,8 +37,8 @@ def attend(
     """
     from service.client import AttentionClient
 
-    if destination.is_dir() or not destination.parent.is_dir():
-        raise CommandFailed(f"{destination} cannot be written: it is a folder, or in none")
+    with writing(destination):
+        check_writable(destination)
     tensors, metadata = _read(source)
     given = {
         "block_size": block_size,
@@ -133,14 +134,12 @@ def _pattern(
 
 
 def _write(destination: Path, answer: "AttendResult[Any]") -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    tensors = {"out": answer.out, "lse": answer.lse}
-    try:
-        save_file(tensors, destination, metadata={"request_id": answer.request_id})
-    except (OSError, SafetensorError) as error:
-        raise CommandFailed(f"{destination} cannot be written: {error}") from error
+    tensors: dict[str, Any] = {"out": answer.out, "lse": answer.lse}
+    content = save(tensors, metadata={"request_id": answer.request_id})
+    with writing(destination):
+        write_file(destination, content)
 
 
 def _report(answer: "AttendResult[Any]", as_json: bool) -> None:

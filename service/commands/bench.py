@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import typer
 
 from service.commands.failures import CommandFailed, WrongUsage, client_failures
-from service.commands.options import DEFAULT_TARGET, Json, Target
+from service.commands.options import DEFAULT_TARGET, Duration, Json, Target, TimeoutSeconds
 from service.commands.output import format_bytes, format_seconds, print_table
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def bench(
     target: Target = DEFAULT_TARGET,
     concurrency: Annotated[str, typer.Option(help="Requests in flight, one run each.")] = "1,8,64",
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds of each run.")] = 10.0,
+    duration: Duration = 10.0,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests of each run, instead of a duration.")
     ] = None,
@@ -39,7 +39,7 @@ def bench(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that make the load; half the cores, 4 at most.")
     ] = None,
-    timeout_seconds: Annotated[float, typer.Option(help="Deadline of each request.")] = 60.0,
+    timeout_seconds: TimeoutSeconds = 60.0,
     as_json: Json = False,
 ) -> None:
     """Measure latency and throughput under load, with the server's own stage timings.
@@ -89,7 +89,17 @@ def _check(target: str, shape: "Shape", timeout_seconds: float) -> tuple["Server
         AttentionClient(target, timeout_seconds=timeout_seconds, retry=False) as client,
     ):
         server = client.server_info()
-        request = make_request(shape, seed=0)
+        limit = server.limits.max_message_bytes
+        if shape.request_bytes > limit:
+            raise CommandFailed(
+                f"a request has {format_bytes(shape.request_bytes)}; the server at {target} takes "
+                f"{format_bytes(limit)} at most (max_message_bytes)"
+            )
+        try:
+            request = make_request(shape, seed=0)
+        except MemoryError as error:
+            size = format_bytes(shape.request_bytes)
+            raise CommandFailed(f"this machine has not the memory to make a request of {size}") from error
         answer = client.attend(request.q, request.k, request.v, request.pattern)
     try:
         return server, check_answer(shape, request, answer.out)

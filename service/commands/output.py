@@ -1,6 +1,10 @@
-"""What commands print: aligned columns for people."""
+"""What commands print and write: aligned columns for people, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.commands.failures import CommandFailed
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -10,6 +14,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the OSError of a file that cannot be written into CommandFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be written: {error.strerror}") from error
 
 
 def format_bytes(count: int) -> str:

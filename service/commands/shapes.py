@@ -39,14 +39,14 @@ class CallShape:
     def parse(cls, text: str) -> "CallShape":
         """Raises WrongUsage."""
         known = {field.name: field for field in fields(cls)}
-        given: dict[str, int | str] = {}
+        given: dict[str, int | str | None] = {}
         for part in text.split(","):
             name, _, value = part.partition("=")
             if name not in known:
                 raise WrongUsage(f"--shape has {part!r}; it takes {', '.join(known)}, each as name=value")
-            if name != "dtype" and not (value.isdecimal() and int(value) <= MOST):
+            given[name] = value if name == "dtype" else _number(value)
+            if given[name] is None:
                 raise WrongUsage(f"--shape has {name}={value}; it must be a number up to {MOST}")
-            given[name] = value if name == "dtype" else int(value)
         missing = [name for name, field in known.items() if field.default is MISSING and name not in given]
         if missing:
             raise WrongUsage(f"--shape has no {', '.join(missing)}")
@@ -83,11 +83,22 @@ class CallShape:
             )
         except InputError as error:
             raise WrongUsage(f"--shape: {error}") from error
+        except RuntimeError as error:
+            # How torch says so.
+            raise WrongUsage(f"--shape: no tensor of {num_tokens} tokens can be that large") from error
 
 
 def parse_tokens(text: str) -> list[int]:
     """Raises WrongUsage."""
-    values = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    values = [_number(part) or 0 for part in text.split(",")]
     if min(values) < 1:
-        raise WrongUsage(f"--tokens is {text!r}; it must be positive integers, such as 8192,65536")
+        raise WrongUsage(
+            f"--tokens is {text!r}; it must be positive integers up to {MOST}, such as 8192,65536"
+        )
     return values
+
+
+def _number(text: str) -> int | None:
+    """None where it is none, or more than MOST; Python refuses to read thousands of digits."""
+    is_number = text.isdecimal() and len(text) <= 20 and int(text) <= MOST
+    return int(text) if is_number else None

@@ -1,6 +1,5 @@
 """``fsa tune``: measure on this GPU which kernels suit which shapes."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.commands.failures import CommandFailed
-from service.commands.output import format_seconds
+from service.commands.output import format_seconds, writing
 from service.commands.shapes import SHAPE_METAVAR, CallShape, Tokens, parse_tokens
+from service.files import check_writable, write_file
 
 if TYPE_CHECKING:
     import torch
@@ -54,14 +54,17 @@ def tune(
 
     from fsa_core.timing import cuda_timer
     from fsa_core.tuning import GRID
-    from fsa_core.tuning_table import user_table_path
+    from fsa_core.tuning_table import TuningError, user_table_path
 
     calls = [[one.problem(length) for length in lengths] for one in shapes]
     if not torch.cuda.is_available():
         raise CommandFailed("fsa tune measures on a GPU, and torch sees none here")
     device = torch.device("cuda", torch.cuda.current_device())
     device_name = torch.cuda.get_device_name(device)
-    destination = output or user_table_path(device_name)
+    try:
+        destination = output or user_table_path(device_name)
+    except TuningError as error:
+        raise CommandFailed(f"{error}, or give --output") from error
     fill(destination, new_table(device_name, tokens), calls, device, cuda_timer, GRID)
     print(f"written to {destination}")
 
@@ -98,6 +101,10 @@ def fill(
 
     Raises CommandFailed.
     """
+    with writing(destination):
+        # Said now, and not after minutes of measuring.
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(destination)
     table = _with_entries_of(destination, table)
     reports = []
     with _progress(sum(grid.num_candidates(call[0]) for call in calls)) as advance:
@@ -105,7 +112,9 @@ def fill(
             entry, rejected = _measured(problems, device, timer, grid, advance)
             others = (old for old in table.entries if old.shape != entry.shape)
             table = replace(table, entries=(*others, entry))
-            _write(destination, table)
+            # A run that is cut short leaves a table that can be used.
+            with writing(destination):
+                write_file(destination, table.to_json().encode())
             reports.append((entry, rejected))
     for entry, rejected in reports:
         _print(entry, rejected)
@@ -150,17 +159,6 @@ def _with_entries_of(destination: Path, table: "Table") -> "Table":
                 f"now {table.provenance[name]}); remove it, or name another with --output"
             )
     return replace(table, entries=old.entries)
-
-
-def _write(destination: Path, table: "Table") -> None:
-    """All of it or nothing: a run that is cut short leaves a table that can be used."""
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(table.to_json())
-        unfinished.replace(destination)
-    except OSError as error:
-        raise CommandFailed(f"{destination} cannot be written: {error}") from error
 
 
 def _print(entry: "Entry", rejected: "list[tuple[Candidate, str]]") -> None:

@@ -131,9 +131,30 @@ def test_a_run_goes_on_where_an_earlier_one_was_cut_short(
         run_smoke(tmp_path, "real --resume")
 
 
-def test_a_pattern_that_matches_nothing_names_the_cases() -> None:
-    with pytest.raises(SystemExit, match=CASE):
+def test_a_pattern_that_matches_nothing_is_wrong_usage_and_names_the_cases(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
         run.main(["--suite", "smoke", "--only", "n8192", "--device", "cpu"])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("benchmarks: no case of smoke matches 'n8192'; there are\n")
+    assert CASE in said.err
+
+
+@pytest.mark.parametrize(("file", "why"), [("absent/x.json", "No such file"), ("", "Is a directory")])
+def test_results_that_could_not_be_written_are_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, why: str
+) -> None:
+    path = tmp_path / file
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--suite", "smoke", "--only", CASE, "--device", "cpu", "--json", str(path)])
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"benchmarks: --json {path} cannot be written: {why}")
+    assert said.err.count("\n") == 1
 
 
 def test_suites_that_time_a_gpu_say_so_on_the_cpu() -> None:

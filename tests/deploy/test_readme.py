@@ -19,3 +19,10 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_python_block_runs(block: str, server: ServerProcess) -> None:
     exec(compile(block.replace(DEFAULT_TARGET, f"127.0.0.1:{server.port}"), str(README), "exec"), {})  # noqa: S102
+
+
+def test_no_document_installs_the_package_from_an_index_that_has_none() -> None:
+    documents = [README, *(README.parent / "docs").glob("*.md")]
+    assert [
+        path.name for path in documents if re.search(r"pip install ['\"]?fsa-serve", path.read_text())
+    ] == []

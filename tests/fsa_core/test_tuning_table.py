@@ -16,6 +16,7 @@ from fsa_core.tuning_table import (
     Shape,
     Table,
     TuningError,
+    check_user_tables,
     family,
     read_table,
     table_for,
@@ -155,3 +156,42 @@ def test_a_named_file_that_cannot_be_read_is_an_error_and_not_passed_over(
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(file))
     with pytest.raises(TuningError, match=r"named\.json cannot be used"):
         table_for("NVIDIA H200")
+
+
+@pytest.mark.parametrize("home", ["a name that is too long", "no folder"])
+def test_a_home_that_may_not_be_entered_has_no_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    (tmp_path / "file").touch()
+    # Root may enter every folder: what it cannot ask for either stands for one that it may not.
+    homes = {"a name that is too long": tmp_path / ("n" * 256), "no folder": tmp_path / "file"}
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(homes[home]))
+    check_user_tables()
+    table = table_for("NVIDIA H200")
+    assert table is not None
+    assert Path(table.source).parts[-3] == "fsa_core"
+
+
+def test_a_user_without_a_home_has_no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    check_user_tables()
+    assert table_for("NVIDIA H200") is not None
+    with pytest.raises(TuningError, match="no home folder for tuning tables; set XDG_CONFIG_HOME"):
+        user_table_path("NVIDIA H200")
+
+
+def test_every_table_of_the_users_is_checked() -> None:
+    folder = write(user_table_path("NVIDIA H200")).parent
+    (folder / "notes.txt").write_text("no table")
+    (folder / "folder.json").mkdir()
+    check_user_tables()
+    (folder / "nvidia-b200.json").write_text("{}")
+    with pytest.raises(
+        TuningError, match=r"tuning table .*nvidia-b200\.json cannot be used: the table has no"
+    ):
+        check_user_tables()

@@ -1,6 +1,8 @@
 """Budgets: who is let in, who is told to come back, who never fits; and that nothing stays behind."""
 
 import asyncio
+import errno
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +70,21 @@ def test_over_a_budget_a_request_is_told_to_come_back_and_then_fits(
     asyncio.run(budget.admit(PROBLEM)).release()
 
 
+def test_a_machine_without_memory_is_not_taken_for_a_budget_in_use(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_fd: int, _offset: int, _length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    budget = admission()
+    error = refusal(budget)
+    assert (error.reason, error.metadata["limit"]) == ("BUDGET_EXHAUSTED", "memory")
+    assert error.message == "the machine has no memory for the request now; try again later"
+    assert "No space left on device" in caplog.records[-1].detail
+    assert (budget.num_requests, budget.host_bytes) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("limit", "settings"),
     [
@@ -89,7 +106,6 @@ def test_a_request_that_never_fits_is_not_told_to_come_back(limit: str, settings
         ("max_sequences", replace(PROBLEM, num_sequences=DEFAULTS.max_sequences + 1)),
         ("max_q_heads", replace(PROBLEM, num_q_heads=DEFAULTS.max_q_heads + 2)),
         ("max_slots", replace(PROBLEM, num_slots=DEFAULTS.max_slots + 1)),
-        ("max_message_bytes", replace(PROBLEM, num_q_tokens=2**20, num_q_heads=64, value_dim=256)),
     ],
 )
 def test_each_limit_of_one_request_is_named_with_its_value(limit: str, over: Problem) -> None:

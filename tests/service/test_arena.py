@@ -158,6 +158,18 @@ def test_threads_share_the_pool_without_overlap() -> None:
     assert pool.used_bytes == 0
 
 
+def test_large_requests_share_what_a_larger_one_left_and_small_ones_find_room_there() -> None:
+    pool = ArenaPool(CAPACITY, segment_bytes=SEGMENT)
+    pool.allocate(CAPACITY).release()
+    larger = [pool.allocate(SEGMENT + 1) for _ in range(CAPACITY // SEGMENT // 2)]
+    assert {lease.memory.segment for lease in larger} == {0}
+    small = pool.allocate(1)
+    assert small.memory.segment == 0
+    for lease in (*larger, small):
+        lease.release()
+    assert (pool.used_bytes, pool.allocate(CAPACITY).memory.num_bytes) == (0, CAPACITY)
+
+
 def test_acquire_grows_off_the_event_loop() -> None:
     pool = ArenaPool(CAPACITY, segment_bytes=SEGMENT)
     growing_threads: list[int] = []

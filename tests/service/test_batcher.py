@@ -98,6 +98,25 @@ def test_a_batch_waits_for_company_no_longer_than_the_delay_and_not_when_full() 
     assert len(full.next_batch(10.0).batch) == LIMITS.requests
 
 
+def test_company_is_not_waited_for_longer_than_half_of_the_time_to_a_deadline() -> None:
+    patient, hurried = entry(arrived=10.0, deadline=16.0), entry(arrived=10.0, deadline=10.8)
+    limits = replace(LIMITS, delay_seconds=1.0)
+    assert queued(patient, limits=limits).due_at() == 11.0
+    batcher = queued(patient, hurried, limits=limits)
+    due_at = batcher.due_at()
+    assert due_at == pytest.approx(10.4)
+    assert batcher.next_batch(10.39).batch == []
+    assert batcher.next_batch(due_at).batch == [patient, hurried]
+
+
+def test_where_no_company_is_expected_nothing_waits_for_it() -> None:
+    batcher = queued(entry(arrived=10.0), limits=replace(LIMITS, delay_seconds=1.0))
+    assert batcher.next_batch(10.0).batch == []
+    batcher.expect_no_company()
+    assert batcher.due_at() == 10.0
+    assert len(batcher.next_batch(10.0).batch) == 1
+
+
 def test_a_full_batch_does_not_wait_behind_one_that_waits_for_company() -> None:
     alone = entry(kind=DENSE)
     batcher = queued(alone, *(entry() for _ in range(4)), limits=replace(LIMITS, delay_seconds=1.0))

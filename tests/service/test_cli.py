@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,23 +23,14 @@ from safetensors.numpy import load_file, save_file
 
 from fsa_core import dispatch, tuning_table
 from fsa_core.plan import PATHS, plan_forward
-from service.cli import main
 from service.client import AttentionClient, BlockIndices
 from service.commands.shapes import CallShape
 from service.config import Settings
+from tests.service.conftest import Fsa, Outcome
 from tests.serving import ServerProcess, eventually, running_server
 
 NOBODY = "127.0.0.1:1"
 MAX_INFLIGHT_REQUESTS = 8
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Fsa = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +40,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> It
     with running_server(log, devices=device.type, max_inflight_requests=MAX_INFLIGHT_REQUESTS) as server:
         server.wait_for_health()
         yield server
-
-
-@pytest.fixture
-def fsa(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Fsa]:
-    """Runs ``fsa`` with the given words in this process."""
-
-    def run(*words: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["fsa", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        code = exit_info.value.code
-        return Outcome(code if isinstance(code, int) else 1, *capfd.readouterr())
-
-    handler = signal.getsignal(signal.SIGINT)
-    yield run
-    signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -125,47 +99,6 @@ def test_a_server_that_is_not_there_is_one_line_that_says_what_to_do(fsa: Fsa, c
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith(f"fsa: no server answers at {NOBODY}; start one with `fsa serve`")
     assert outcome.err.count("\n") == 1
-
-
-class TestConfig:
-    def test_names_the_source_of_every_value(
-        self, fsa: Fsa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        file = tmp_path / "fsa.toml"
-        file.write_text("port = 1234\nmax_tokens = 99\n")
-        monkeypatch.setenv("FSA_PORT", "4321")
-        outcome = fsa("config", "--config", file, "--json")
-        settings = json.loads(outcome.out)
-        assert outcome.code == 0
-        assert set(settings) == set(Settings.model_fields)
-        assert settings["port"] == {"value": 4321, "source": "environment"}
-        assert settings["max_tokens"] == {"value": 99, "source": "file"}
-        assert settings["devices"] == {"value": "auto", "source": "default"}
-        assert settings["config"]["source"] == "flag"
-
-    def test_prints_a_table_for_people(self, fsa: Fsa) -> None:
-        lines = fsa("config").out.splitlines()
-        assert lines[0].split() == ["SETTING", "VALUE", "SOURCE"]
-        assert ["port", "50051", "default"] in [line.split() for line in lines]
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("port = 70000", "port: Input should be less than or equal to 65535, not 70000"),
-            ("prot = 1", "prot: Extra inputs are not permitted, not 1"),
-            ("port = ", "the settings cannot be read"),
-        ],
-    )
-    def test_a_wrong_file_is_wrong_usage_in_one_line(
-        self, fsa: Fsa, tmp_path: Path, text: str, message: str
-    ) -> None:
-        file = tmp_path / "fsa.toml"
-        file.write_text(text)
-        for command in ("config", "serve"):
-            outcome = fsa(command, "--config", file)
-            assert (outcome.code, outcome.out) == (2, "")
-            assert outcome.err.startswith(f"fsa: {message}")
-            assert outcome.err.count("\n") == 1
 
 
 class TestServe:

@@ -109,6 +109,7 @@ def test_a_response_is_what_protobuf_would_have_written(
     assert response.HasField("lse") == return_lse
     if return_lse:
         assert torch.equal(tensor_of(response.lse), at(memory, layout.lse))
+    assert call.answer_bytes == len(response.out.inline) + len(response.lse.inline)
     assert response.timings == timings
     assert 1.0 < timings.send < timings.total - 0.9
 

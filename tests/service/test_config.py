@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from fsa_core import problem
+from service import config
 from service.config import Settings, unknown_variables
 
 
@@ -48,6 +50,9 @@ def test_the_environment_can_name_the_file(tmp_path: Path, monkeypatch: pytest.M
         ("max_inflight_bytes", 1),
         ("max_inflight_requests", 0),
         ("max_batch_requests", 1025),
+        ("max_slots", 4097),
+        ("drain_grace_seconds", float("inf")),
+        ("batch_timeout_seconds", float("nan")),
         ("max_batch_delay_seconds", -1.0),
         ("log_level", "loud"),
         ("config", "/no/such/file.toml"),
@@ -81,6 +86,22 @@ def test_a_message_that_could_never_be_admitted_is_refused_as_a_limit() -> None:
 def test_a_variable_that_no_setting_is_named_by_is_found() -> None:
     environment = ("FSA_PORT", "FSA_TARGET", "FSA_MAX_INFLIGHT_REQUEST", "PATH")
     assert unknown_variables(environment) == ["FSA_MAX_INFLIGHT_REQUEST"]
+
+
+def test_a_variable_in_small_letters_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSA_Port", "1234")
+    assert Settings().port == 1234
+    assert unknown_variables(["FSA_Port", "fsa_port", "Fsa_Prot"]) == ["Fsa_Prot"]
+
+
+def test_variables_of_a_kubernetes_service_named_fsa_serve_are_no_misspelt_settings() -> None:
+    links = ("FSA_SERVE_PORT", "FSA_SERVE_SERVICE_HOST", "FSA_SERVE_PORT_50051_TCP_ADDR")
+    assert unknown_variables(links) == []
+
+
+def test_no_more_slots_can_be_set_than_the_kernels_take() -> None:
+    assert config.MAX_SLOTS == problem.MAX_SLOTS
+    assert Settings(max_slots=config.MAX_SLOTS).max_slots == config.MAX_SLOTS
 
 
 def test_every_setting_is_described() -> None:

@@ -2,17 +2,20 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from service import telemetry
 from service.arena import ArenaPool
-from service.batcher import Batcher, BatchLimits
+from service.batcher import Batcher, BatchLimits, Draw
 from service.device_worker import DeviceWorker, RunJob
 from service.devices import discover
 from service.dispatcher import Dispatcher, Outcome
@@ -188,6 +191,55 @@ def test_a_free_worker_waits_for_company_when_it_is_told_to(line: Line) -> None:
     assert [outcome.batch_requests for outcome in outcomes] == [2, 2]
 
 
+@pytest.mark.parametrize("ends_by", ["deadline", "drain"])
+def test_company_is_not_waited_for_to_the_deadline_nor_while_draining(line: Line, ends_by: str) -> None:
+    (worker,) = line.dispatcher.workers
+    usual = worker.on_change
+    request = line.request(1)
+
+    async def scenario() -> None:
+        batcher = Batcher(replace(LIMITS, delay_seconds=60.0))
+        patient = Dispatcher([worker], batcher, Metrics(), worker_wait_seconds=5.0)
+        deadline = time.monotonic() + 2 if ends_by == "deadline" else None
+        task = asyncio.create_task(patient.submit(request.job, deadline=deadline))
+        await asyncio.sleep(0.05)
+        assert patient.queue_depth == 1
+        if ends_by == "drain":
+            patient.drain()
+        await asyncio.wait_for(task, 5)
+
+    line.runner.run(scenario())
+    worker.on_change = usual
+    assert request.is_answered(line.worker.spec.kind)
+
+
+class WatchedBatcher(Batcher):
+    """Knows the ids of the requests in whose name it was asked for batches."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        super().__init__(limits)
+        self.asked_by: list[str] = []
+
+    def next_batch(self, now: float) -> Draw:
+        self.asked_by.append(telemetry.request_id())
+        return super().next_batch(now)
+
+
+def test_a_timer_works_for_no_request(line: Line) -> None:
+    (worker,) = line.dispatcher.workers
+    usual = worker.on_change
+    batcher = WatchedBatcher(replace(LIMITS, delay_seconds=0.05))
+
+    async def scenario() -> None:
+        telemetry.set_request_id("the-one-that-armed-it")
+        patient = Dispatcher([worker], batcher, Metrics(), worker_wait_seconds=5.0)
+        await patient.submit(line.request(1).job)
+
+    line.runner.run(scenario())
+    worker.on_change = usual
+    assert batcher.asked_by[:2] == ["the-one-that-armed-it", ""]
+
+
 def test_a_batch_goes_to_the_least_loaded_worker(line: Line) -> None:
     (first,) = line.dispatcher.workers
     usual = first.on_change
@@ -282,6 +334,46 @@ def test_a_batch_that_cannot_be_handed_over_fails_and_holds_nothing(
 
     line.runner.run(scenario())
     assert request.is_answered(line.worker.spec.kind)
+
+
+def test_a_segment_that_the_worker_has_no_room_for_costs_the_batch_that_needs_it_and_no_worker(
+    device: torch.device,
+) -> None:
+    """Its own, as the worker is to have no memory left, and the request is large."""
+    arena = ArenaPool(32 << 20, segment_bytes=1 << 20)
+
+    async def scenario() -> None:
+        worker = WorkerClient(discover(device.type)[0], arena, num_threads=1)
+        dispatcher = Dispatcher(
+            [DeviceWorker(worker, no_warm_up)], Batcher(LIMITS), Metrics(), worker_wait_seconds=60.0
+        )
+        await dispatcher.start()
+        await asyncio.wait_for(worker.wait_ready(), 60)
+        await asyncio.sleep(0)
+        small = Request.write(arena, SELECTED, 1)
+        await dispatcher.submit(small.job)
+        pid = worker.pid
+        assert pid is not None
+        room = num_mapped_bytes(pid) + (4 << 20)
+        usual = resource.prlimit(pid, resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+        large = Request.write(arena, SELECTED, 11, max_length=9000)
+        assert large.lease.memory.num_bytes > 8 << 20
+        with pytest.raises(FsaError) as caught:
+            await dispatcher.submit(large.job)
+        assert caught.value.reason == "DEVICE_MEMORY_EXHAUSTED"
+        await dispatcher.submit(small.job)
+        resource.prlimit(pid, resource.RLIMIT_AS, usual)
+        await dispatcher.submit(large.job)
+        assert worker.pid == pid
+        assert large.is_answered(device.type)
+        await dispatcher.stop(1.0)
+
+    asyncio.run(scenario())
+
+
+def num_mapped_bytes(pid: int) -> int:
+    num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    return num_pages * resource.getpagesize()
 
 
 def test_a_batch_that_the_worker_cannot_run_fails_and_the_next_one_works(line: Line) -> None:

@@ -1,8 +1,11 @@
 """Executors in this process; through a worker process: test_worker_client.py."""
 
+import errno
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,10 +90,26 @@ def test_memory_is_reported_but_not_with_every_batch(
 
 
 @pytest.mark.parametrize(
+    "take",
+    [
+        lambda: torch.empty(1 << 50),
+        lambda: np.empty(1 << 60, np.uint8),
+        lambda: mmap.mmap(-1, 1 << 60),
+    ],
+    ids=["torch", "numpy", "mapping"],
+)
+def test_more_memory_than_the_host_has_is_out_of_memory(take: Callable[[], object]) -> None:
+    with pytest.raises((RuntimeError, MemoryError, OSError)) as caught:
+        take()
+    assert failure_kind(caught.value) is FailureKind.OOM
+
+
+@pytest.mark.parametrize(
     ("error", "kind"),
     [
         (ValueError("no kernel for this shape"), FailureKind.ERROR),
         (RuntimeError("shape mismatch"), FailureKind.ERROR),
+        (OSError(errno.EMFILE, "too many open files"), FailureKind.ERROR),
         (torch.OutOfMemoryError("CUDA out of memory"), FailureKind.OOM),
         (torch.AcceleratorError("an illegal memory access was encountered"), FailureKind.FATAL),
         (RuntimeError("CUDA error: unspecified launch failure"), FailureKind.FATAL),

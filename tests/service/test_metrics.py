@@ -1,5 +1,6 @@
 """The names and numbers that Prometheus sees."""
 
+import socket
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import SECONDS_BUCKETS, Metrics
+from service import metrics as metrics_module
+from service.metrics import RESTART_CAUSES, SECONDS_BUCKETS, Metrics
 from service.pb.fsa.v1 import attention_pb2
 
 NAMES = {
@@ -91,6 +93,22 @@ def test_gauges_and_workers_are_read_when_asked(metrics: Metrics) -> None:
     assert after["fsa_gpu_memory_used_bytes", "cuda:0"] == 10
 
 
+def test_what_alerts_look_for_is_there_before_it_happens(metrics: Metrics) -> None:
+    worker = Worker()
+    metrics.watch_workers([worker, Worker(label="cuda:1")])
+    causes = ("killed", "exit", "start_timeout", "hang", "fatal_error", "protocol", "spawn_error")
+    found = samples(metrics)
+    assert [found["fsa_worker_restarts_total", cause] for cause in causes] == [0] * len(causes)
+    assert set(causes) == set(RESTART_CAUSES)
+    codes = ("INTERNAL", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+    assert [found["fsa_requests_total", code, "Attend"] for code in codes] == [0, 0, 0]
+    worker.restarts["hang"] += 1
+    metrics.observe_request("Attend", "INTERNAL", 0.1)
+    found = samples(metrics)
+    assert found["fsa_worker_restarts_total", "hang"] == 1
+    assert found["fsa_requests_total", "INTERNAL", "Attend"] == 1
+
+
 def test_memory_of_a_cpu_worker_is_no_gpu_memory(metrics: Metrics) -> None:
     metrics.watch_workers([Worker(label="cpu")])
     found = samples(metrics)
@@ -106,3 +124,15 @@ def test_the_endpoint_serves_on_a_free_port_and_closes(metrics: Metrics) -> None
     server.close()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "SILENCE_SECONDS", 0.2)
+    server = Metrics().listen("127.0.0.1", 0)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            assert connection.recv(1) == b""
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
+            assert response.status == 200
+    finally:
+        server.close()

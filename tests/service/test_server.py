@@ -305,7 +305,11 @@ def test_budgets_and_limits_hold_on_the_wire(
         large = refused(lambda: server.call(b"\0" * ((1 << 20) + 1)))
         assert (large.reason, large.metadata["limit"]) == ("LIMIT_EXCEEDED", "max_message_bytes")
         assert refused(lambda: server.call(b"\0" * (20 << 20))).code == "RESOURCE_EXHAUSTED"
-        assert server.metrics()["fsa_rejected_total", "LIMIT_EXCEEDED"] == 2
+        wide = request_of(make_case(q_lens=(500,), k_lens=(64,), head_dim=16, value_dim=256))
+        answer = refused(lambda: server.attend(wide))
+        assert (answer.reason, answer.metadata["limit"]) == ("LIMIT_EXCEEDED", "max_message_bytes")
+        assert answer.message.startswith("the answer has ")
+        assert server.metrics()["fsa_rejected_total", "LIMIT_EXCEEDED"] == 3
         assert_reflection_lists(server, "fsa.v1.AttentionService")
 
 

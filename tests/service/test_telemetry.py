@@ -3,11 +3,19 @@
 import contextvars
 import json
 import logging
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from service import telemetry
+from service.config import LogFormat, LogLevel
+from tests.serving import eventually, request_of, running_server
 
 
 def record(message: str = "served", **fields: object) -> logging.LogRecord:
@@ -55,6 +63,71 @@ def test_the_cause_of_an_error_is_in_the_log(formatter: logging.Formatter) -> No
 def test_a_text_line_reads_from_left_to_right() -> None:
     line = formatted(telemetry.TextFormatter(), record(code="OK"), "id-1")
     assert line.endswith("INFO fsa.access served request_id=id-1 code=OK")
+
+
+def test_of_grpcs_errors_only_a_clients_departure_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    usual = root.handlers[:], root.level
+    grpcs = logging.getLogger("grpc._cython.cygrpc")
+    try:
+        for level in (LogLevel.INFO, LogLevel.DEBUG):
+            telemetry.configure_logging(level, LogFormat.JSON)
+            grpcs.error("ExecuteBatchError raised in core by servicer method [%s]", "/a/b")
+            grpcs.error("Unexpected [ValueError] raised by servicer method [%s]", "/a/b")
+    finally:
+        root.handlers[:], root.level = usual
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["level"], line["message"].split()[0]) for line in lines] == [
+        ("error", "Unexpected"),
+        ("debug", "ExecuteBatchError"),
+        ("error", "Unexpected"),
+    ]
+
+
+LEAVING_CLIENT = """
+import sys
+import grpc
+channel = grpc.insecure_channel(sys.argv[1], [("grpc.max_receive_message_length", -1)])
+raw = open(sys.argv[2], "rb").read()
+calls = [channel.unary_unary("/fsa.v1.AttentionService/Attend").future(raw, timeout=60) for _ in range(8)]
+sys.stdin.readline()
+for call in calls:
+    call.cancel()
+sys.stdin.readline()
+"""
+
+
+def test_a_client_that_leaves_while_its_answers_are_sent_leaves_no_error(
+    tmp_path: Path, make_case: Callable[..., Any], device: torch.device
+) -> None:
+    """Of more bytes than are on their way before somebody reads; the client stands still until it leaves."""
+    case = make_case(q_lens=(10_000,), k_lens=(10_000,), head_dim=128, num_slots=1)
+    (tmp_path / "request").write_bytes(request_of(case).SerializeToString())
+
+    def num_answered() -> float:
+        return server.metrics().get(("fsa_requests_total", "OK", "Attend"), 0)
+
+    def departures() -> list[dict[str, Any]]:
+        lines = map(json.loads, server.log.read_text().splitlines())
+        return [line for line in lines if line["message"].startswith("ExecuteBatchError")]
+
+    with running_server(tmp_path / "log", devices=device.type, log_level="debug") as server:
+        server.wait_for_health()
+        command = [sys.executable, "-c", LEAVING_CLIENT, server.target, str(tmp_path / "request")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as client:
+            assert client.stdin is not None
+            try:
+                with server.frozen_worker():
+                    eventually(lambda: server.metrics()["fsa_queue_depth",] == 6, what="requests queue up")
+                    client.send_signal(signal.SIGSTOP)
+                eventually(lambda: num_answered() == 8, seconds=60, what="answers")
+                client.stdin.write("leave\n")
+                client.stdin.flush()
+                client.send_signal(signal.SIGCONT)
+                found = eventually(departures, what="a departure in the log")
+            finally:
+                client.kill()
+    assert {line["level"] for line in found} == {"debug"}
 
 
 def test_outside_of_a_request_there_is_no_id() -> None:

@@ -85,6 +85,28 @@ def test_a_table_measured_with_something_else_is_left_as_it_is(
     assert file.read_text() == before
 
 
+@pytest.mark.parametrize("destination", ["file/table.json", "folder"])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(
+    table: Table, tmp_path: Path, device: torch.device, destination: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+
+    def timer(run: Callable[[], object], count: int) -> list[float]:
+        raise AssertionError("measured")
+
+    with pytest.raises(CommandFailed, match=r"cannot be written: (File exists|Is a directory)"):
+        fill(tmp_path / destination, table, [[GROUP_OF_1]], device, timer, SMALL)
+
+
+def test_a_run_that_fails_leaves_the_folder_and_no_table(
+    tune: Callable[..., Table], table: Table, tmp_path: Path
+) -> None:
+    with pytest.raises(CommandFailed, match="no sizes of path"):
+        tune(table, GROUP_OF_1, grid=replace(SMALL, partial=(replace(SMALL.partial[0], rows=48),)))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_a_shape_for_which_nothing_runs_fails_with_the_reason(
     tune: Callable[..., Table], table: Table
 ) -> None:

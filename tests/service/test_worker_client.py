@@ -1,6 +1,7 @@
 """The supervisor and real worker processes."""
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from fsa_core.problem import Problem
 from fsa_core.tuning_table import Table
 from service.arena import ArenaPool
 from service.devices import CPU, DeviceSpec
+from service.records import Memory
 from service.worker_client import WorkerClient, WorkerFailed, WorkerLost
 from tests.jobs import DENSE, SELECTED, Request
 
@@ -243,6 +245,84 @@ def test_stop_lets_outstanding_batches_finish(
     for request in requests:
         assert request.is_answered(str(device))
         request.lease.release()
+
+
+def test_a_worker_runs_no_modules_of_the_folder_it_starts_in(
+    pool: ArenaPool, spec: DeviceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's folder may well have a service.py, or a queue.py, which the standard library has as well."""
+    for name in ("service", "queue", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        client = await started(WorkerClient(spec, pool, num_threads=1))
+        assert client.restarts == {}
+        await client.stop(5)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_batch_of_many_may_take_as_long_as_each_of_them_alone(
+    runner: asyncio.Runner, pool: ArenaPool, spec: DeviceSpec
+) -> None:
+    requests = [Request.write(pool, SELECTED, seed) for seed in range(4)]
+
+    async def scenario() -> None:
+        client = await started(WorkerClient(spec, pool, num_threads=1, batch_timeout_seconds=0.5))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        running = client.submit([request.job for request in requests])
+        await asyncio.sleep(1.0)
+        os.kill(client.pid, signal.SIGCONT)
+        await running
+        assert client.restarts == {}
+        await client.stop(5)
+
+    runner.run(scenario())
+    for request in requests:
+        request.lease.release()
+
+
+def test_a_segment_that_could_not_be_sent_is_sent_the_next_time(
+    runner: asyncio.Runner, worker: WorkerClient, pool: ArenaPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_fd: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "dup", refuse)
+            # A segment of its own.
+            lease = pool.allocate(pool.segment_bytes + 1)
+            await asyncio.sleep(0.05)
+            with pytest.raises(OSError, match="Too many open files"):
+                worker.submit([request.job])
+        await worker.submit([request.job])
+        lease.release()
+
+    request = Request.write(pool, SELECTED, 1)
+    runner.run(scenario())
+    assert worker.restarts == {}
+    request.lease.release()
+
+
+def test_a_worker_that_ends_by_itself_is_not_taken_for_killed(
+    pool: ArenaPool, spec: DeviceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        lost = asyncio.Event()
+        client = await started(WorkerClient(spec, pool, num_threads=1))
+        client.on_change = lambda: lost.set() if client.restarts else None
+        process = client._process
+        assert process is not None
+        # What no front end sends ends it with a code of its own.
+        process._channel.send(Memory(0, 0))
+        await asyncio.wait_for(lost.wait(), 10)
+        assert client.restarts == {"exit": 1}
+        await client.stop(0)
+
+    asyncio.run(scenario())
 
 
 def test_a_hung_worker_is_killed_and_its_batches_are_lost(pool: ArenaPool, spec: DeviceSpec) -> None:

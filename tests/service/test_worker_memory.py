@@ -10,6 +10,7 @@ from service.records import ProtocolError
 from service.worker_memory import (
     PackedOutputs,
     PlacedJob,
+    Segment,
     Segments,
     host_cu_seqlens,
     pack_inputs,
@@ -136,7 +137,19 @@ def test_a_segment_smaller_than_announced_is_refused_and_its_descriptor_closed()
         os.fstat(descriptor)
 
 
-def test_dropping_what_is_not_mapped_is_refused(segments: Segments) -> None:
+def test_a_descriptor_is_closed_with_its_segment_mapped_or_not() -> None:
+    descriptors = [os.memfd_create("test") for _ in range(2)]
+    for descriptor in descriptors:
+        os.ftruncate(descriptor, 4096)
+    segments = [Segment(descriptor, 4096) for descriptor in descriptors]
+    segments[0].map()
+    segments.clear()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_dropping_what_is_not_there_is_refused(segments: Segments) -> None:
     segments.drop(0)
-    with pytest.raises(ProtocolError, match="not mapped"):
+    with pytest.raises(ProtocolError, match="not there"):
         segments.drop(0)

@@ -25,6 +25,7 @@ from fsa_core.nsa.functional import nsa_attention, select_blocks
 from service.client import (
     AsyncAttentionClient,
     AttentionClient,
+    AttentionError,
     BlockCsr,
     BlockIndices,
     BlockMask,
@@ -204,6 +205,41 @@ def test_a_client_that_is_closed_says_so(client_type: Any, server: ServerProcess
             client.health()
 
 
+@pytest.mark.parametrize("request_id", ["with a space", "naïve", "two\nlines", "x" * 100_000])
+def test_an_id_that_no_header_can_carry_is_refused_with_the_reason(client: Any, request_id: str) -> None:
+    q, k, v, _ = torch_tensors()
+    with pytest.raises(InvalidRequest) as caught:
+        client.attend(q, k, v, Dense(), request_id=request_id)
+    assert caught.value.reason == "INVALID_REQUEST_ID"
+
+
+def test_closing_the_client_fails_its_calls_and_cancels_no_task(server: ServerProcess) -> None:
+    q, k, v, _ = torch_tensors()
+
+    async def close_while_one_waits() -> BaseException:
+        client = AsyncAttentionClient(server.target)
+        task = asyncio.create_task(client.attend(q, k, v, Dense(), request_id="mine"))
+        await asyncio.sleep(0.3)
+        await client.close()
+        (ended,) = await asyncio.gather(task, return_exceptions=True)
+        return ended
+
+    async def cancel_and_close() -> None:
+        client = AsyncAttentionClient(server.target)
+        task = asyncio.create_task(client.attend(q, k, v, Dense()))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with server.frozen_worker():
+        ended = asyncio.run(close_while_one_waits())
+        asyncio.run(cancel_and_close())
+    assert isinstance(ended, AttentionError)
+    assert (ended.code, ended.request_id) == (grpc.StatusCode.CANCELLED, "mine")
+
+
 def test_no_deadline_is_no_deadline_and_no_time_is_refused(client: Any) -> None:
     for timeout_seconds in (math.inf, 1e10):
         assert client.health(timeout_seconds=timeout_seconds) == "SERVING"
@@ -339,6 +375,20 @@ class TestLostWorker:
                 channel.unary_unary(ATTEND)(raw, timeout=60)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
             assert num_refused(server) == before + 5
+
+    def test_what_is_refused_unread_is_in_the_log_under_its_id(
+        self, client_type: Any, worker_dies_in_half_a_second: int, server: ServerProcess
+    ) -> None:
+        q, k, v, _ = torch_tensors()
+        request_id = f"unread-{client_type.__name__}"
+        with (
+            next_worker_held_back(server, worker_dies_in_half_a_second),
+            client_type(server.target, timeout_seconds=60, retry=False) as client,
+            pytest.raises(Unavailable) as caught,
+        ):
+            client.attend(q, k, v, Dense(), request_id=request_id)
+        assert caught.value.reason == "NO_WORKER"
+        assert f'"request_id": "{request_id}"' in server.log.read_text()
 
     def test_its_request_is_unavailable_when_retries_are_off(
         self, client_type: Any, server: ServerProcess

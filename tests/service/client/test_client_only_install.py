@@ -48,11 +48,13 @@ def test_nothing_of_the_server_is_installed(python: Path, tmp_path: Path, module
     assert f"No module named '{module}'" in run(python, tmp_path, "-c", f"import {module}").stderr
 
 
-def test_the_command_line_says_how_to_install_it(python: Path, tmp_path: Path) -> None:
-    done = run(python, tmp_path, "-m", "service.cli", "info")
+@pytest.mark.parametrize("words", [["service.cli", "info"], ["service"]])
+def test_the_command_line_says_how_to_install_it(python: Path, tmp_path: Path, words: list[str]) -> None:
+    done = run(python, tmp_path, "-m", *words)
     assert done.returncode == 1
-    assert (
-        done.stderr == "fsa: the command line is not in the base install; pip install 'fsa-serve[server]'\n"
+    assert done.stderr == (
+        "fsa: the command line is not in the base install; "
+        "pip install '.[server]' in the source folder adds it\n"
     )
 
 

@@ -142,7 +142,7 @@ class Metrics:
         """Serve ``/metrics`` from a thread. Port 0: any free one. Raises OSError when it cannot."""
         server, thread = start_http_server(port, host, self.registry)
         # A connection that asks nothing must not keep its thread and its descriptor for ever.
-        patient = type("Handler", (server.RequestHandlerClass,), {"timeout": SILENCE_SECONDS})
+        patient = type("Handler", (server.RequestHandlerClass,), {"timeout": SILENCE_SECONDS})  # type: ignore[arg-type]
         server.RequestHandlerClass = patient
         return MetricsServer(server, thread)
 

@@ -31,6 +31,12 @@ def refuse(reason: str, field: str, what: str, got: object, expected: str) -> No
     )
 
 
+def refuse_value(name: str, value: object, expected: str) -> NoReturn:
+    """Raise InputError for an option, reason INVALID_<NAME>."""
+    message = f"{name} is {value!r}: expected {expected}"
+    raise InputError(f"INVALID_{name.upper()}", name, message, got=value, expected=expected)
+
+
 def refuse_bad_starts(name: str, starts: Sequence[int], num_tokens: int | None) -> None:
     """Raise InputError for cu_seqlens not from 0, decreasing, or not to ``num_tokens`` if that is given."""
     if starts[0] != 0:

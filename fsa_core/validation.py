@@ -17,14 +17,14 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 
 from fsa_core.compact import CompactPattern
 from fsa_core.errors import InputError as InputError
-from fsa_core.errors import refuse, refuse_bad_starts
+from fsa_core.errors import refuse, refuse_bad_starts, refuse_value
 from fsa_core.index_checks import IndexRows, first_offender, ids_are_valid
 from fsa_core.packing import row_starts, sequence_starts
 from fsa_core.problem import BLOCK_SIZES, MAX_HEAD_DIM, MAX_SLOTS, MIN_HEAD_DIM, Problem
@@ -276,27 +276,27 @@ def check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
 def checked_choice(name: str, value: object, choices: tuple[int, ...]) -> int:
     """A plain integer, whatever kind of one (NumPy's, say) is given."""
     if not _is_int(value) or value not in choices:
-        _refuse_option(name, value, f"one of {', '.join(map(str, choices))}")
+        refuse_value(name, value, f"one of {', '.join(map(str, choices))}")
     return int(value)
 
 
 def checked_flag(name: str, value: object) -> bool:
     """A plain bool, of Python's or NumPy's."""
     if not isinstance(value, bool | np.bool_):
-        _refuse_option(name, value, "True or False")
+        refuse_value(name, value, "True or False")
     return bool(value)
 
 
 def checked_limit(workspace_limit_bytes: object) -> int:
     """A plain integer of at least 1, whatever kind of one (NumPy's, say) is given."""
     if not _is_int(workspace_limit_bytes) or workspace_limit_bytes < 1:
-        _refuse_option("workspace_limit_bytes", workspace_limit_bytes, "an integer of at least 1")
+        refuse_value("workspace_limit_bytes", workspace_limit_bytes, "an integer of at least 1")
     return int(workspace_limit_bytes)
 
 
 def _checked_query_block_size(value: object) -> int:
     if not _is_int(value) or not 1 <= value <= MAX_TOKENS:
-        _refuse_option("query_block_size", value, f"an integer from 1 to {MAX_TOKENS}")
+        refuse_value("query_block_size", value, f"an integer from 1 to {MAX_TOKENS}")
     return int(value)
 
 
@@ -308,7 +308,7 @@ def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     # Kernels have it in float32, and may take what is subnormal there for 0.
     if not FLOAT32.tiny <= scale <= FLOAT32.max:
         expected = f"a finite number above 0, in float32 from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}"
-        _refuse_option("softmax_scale", softmax_scale, expected)
+        refuse_value("softmax_scale", softmax_scale, expected)
     return scale
 
 
@@ -317,11 +317,6 @@ def _as_float(x: float) -> float:
         return float(x)
     except OverflowError:
         return math.inf
-
-
-def _refuse_option(name: str, value: object, expected: str) -> NoReturn:
-    message = f"{name} is {value!r}: expected {expected}"
-    raise InputError(f"INVALID_{name.upper()}", name, message, got=value, expected=expected)
 
 
 def checked_sequences(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fsa_core.api import resolve_backend
-from fsa_core.errors import refuse, refuse_bad_starts
-from fsa_core.nsa.config import checked_size, refuse_value
+from fsa_core.errors import refuse, refuse_bad_starts, refuse_value
+from fsa_core.nsa.config import checked_size
 from fsa_core.validation import check_ints, check_tensor
 
 
@@ -38,8 +38,10 @@ class Compression(nn.Module, ABC):
     Sizes that are no integers of at least 1, or do not fit, are refused by InputError, reason INVALID_<NAME>.
     """
 
-    def __init__(self, kernel_size: int, stride: int) -> None:
+    def __init__(self, kernel_size: int, stride: int, *heads_and_dim: int) -> None:
+        """``heads_and_dim``: those that x must have, as far as they matter."""
         super().__init__()
+        self._heads_and_dim = list(heads_and_dim)
         self.kernel_size = checked_size("kernel_size", kernel_size)
         self.stride = checked_size("stride", stride)
         if self.stride > self.kernel_size:
@@ -61,6 +63,10 @@ class Compression(nn.Module, ABC):
         Raises InputError for x or cu_seqlens of other shapes, and for cu_seqlens that are not x's.
         """
         check_tensor("x", x, "[num_tokens, heads, head_dim]", 3)
+        expected = self._heads_and_dim
+        got = list(x.shape[1 : 1 + len(expected)])
+        if got != expected:
+            refuse("INVALID_HEADS", "x", "heads and dim", got, f"{expected}, those of the parameters")
         parts = self._split(x, _lengths(x, cu_seqlens))
         pooled = [self.pool_sequences(part) for part in parts if part.shape[1] >= self.kernel_size]
         if not pooled:
@@ -178,8 +184,8 @@ class WeightedCompression(Compression):
     """
 
     def __init__(self, kernel_size: int, stride: int, num_heads: int) -> None:
-        super().__init__(kernel_size, stride)
         num_heads = checked_size("num_heads", num_heads)
+        super().__init__(kernel_size, stride, num_heads)
         self.weight = nn.Parameter(torch.full((num_heads, self.kernel_size), 1 / self.kernel_size))
 
     def pool(self, windows: torch.Tensor) -> torch.Tensor:
@@ -194,8 +200,8 @@ class LinearCompression(Compression):
     """
 
     def __init__(self, kernel_size: int, stride: int, num_heads: int, head_dim: int) -> None:
-        super().__init__(kernel_size, stride)
         num_heads, head_dim = checked_size("num_heads", num_heads), checked_size("head_dim", head_dim)
+        super().__init__(kernel_size, stride, num_heads, head_dim)
         mean = torch.eye(head_dim) / self.kernel_size
         self.weight = nn.Parameter(mean.repeat(num_heads, self.kernel_size, 1, 1))
         self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
@@ -215,9 +221,9 @@ class MLPCompression(Compression):
     def __init__(
         self, kernel_size: int, stride: int, num_heads: int, head_dim: int, hidden_dim: int | None = None
     ) -> None:
-        super().__init__(kernel_size, stride)
-        kernel_size = self.kernel_size
         num_heads, head_dim = checked_size("num_heads", num_heads), checked_size("head_dim", head_dim)
+        super().__init__(kernel_size, stride, num_heads, head_dim)
+        kernel_size = self.kernel_size
         hidden_dim = checked_size("hidden_dim", 4 * head_dim if hidden_dim is None else hidden_dim)
         self.position = nn.Parameter(0.02 * torch.randn(num_heads, kernel_size, head_dim))
         fan_in = kernel_size * head_dim

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, NoReturn
+from typing import Any
 
-from fsa_core.errors import InputError
+from fsa_core.errors import refuse_value
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS
 
 # What fits an int64, as positions of keys have it.
@@ -67,14 +67,3 @@ def checked_size(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) ->
         refuse_value(name, value, f"an integer of at least {least}, at most {most}")
     # NumPy's integers, say, would be told apart from Python's where kernels are looked up.
     return int(value)
-
-
-def refuse_value(name: str, value: object, expected: str) -> NoReturn:
-    """Raise InputError for an argument, reason INVALID_<NAME>."""
-    raise InputError(
-        f"INVALID_{name.upper()}",
-        name,
-        f"{name} is {value!r}: expected {expected}",
-        got=value,
-        expected=expected,
-    )

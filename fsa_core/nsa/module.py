@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fsa_core.api import BACKENDS
-from fsa_core.errors import InputError, refuse
+from fsa_core.errors import InputError, refuse, refuse_value
 from fsa_core.nsa.cache import NSACache
 from fsa_core.nsa.compression import (
     Compression,
@@ -19,7 +19,7 @@ from fsa_core.nsa.compression import (
     MLPCompression,
     WeightedCompression,
 )
-from fsa_core.nsa.config import NSAConfig, checked_size, refuse_value
+from fsa_core.nsa.config import NSAConfig, checked_size
 from fsa_core.nsa.decoding import attend_slots
 from fsa_core.nsa.functional import attend_checked
 from fsa_core.nsa.rope import Turns, turn, turns_at

@@ -205,3 +205,15 @@ def test_sequences_of_one_length_are_trained_at_once(device, kind, monkeypatch):
         alone = compression(x, cumulative(lengths).to(device))
     assert pooled[3:] == [(1, 40), (1, 40), (1, 41), (1, 40), (1, 40)]
     assert_within_roundings(got, alone.double(), 8 * HEAD_DIM)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [WeightedCompression(8, 4, 2), LinearCompression(8, 4, 2, 16), MLPCompression(8, 4, 2, 16)],
+    ids=type,
+)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_other_heads_than_the_parameters_are_refused(module, heads):
+    """One head would be taken for each of theirs."""
+    with pytest.raises(InputError, match=rf"x has heads and dim \[{heads}.*\]: expected \[2"):
+        module(torch.randn(20, heads, 16))

@@ -14,6 +14,7 @@ import triton
 from benchmarks.cases import Case
 from benchmarks.inputs import Work
 from benchmarks.measure import Ceilings
+from service.files import write_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,7 @@ class Results:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Replaces the file as a whole, so that a run that is cut short leaves the last complete one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    write_file(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def machine_of(device: torch.device) -> dict[str, str]:

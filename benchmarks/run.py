@@ -165,7 +165,7 @@ def _cases(name: str, only: str, recorded: torch.Tensor | None, device: torch.de
         names = "\n  ".join(case.name for case in cases)
         _refuse(f"no case of {name} matches {only!r}; there are\n  {names}")
     if device.type == "cpu" and any(case.clock == "host" or case.stage == "index" for case in chosen):
-        raise SystemExit(f"benchmarks: the suite {name} needs a GPU")
+        _refuse(f"the suite {name} needs a GPU")
     return chosen
 
 

@@ -76,10 +76,10 @@ class _Attention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         out, lse = tensors[-2:]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        if grad_lse is None and not ctx.implementation.knows_none:
-            grad_lse = torch.zeros_like(lse)
         if grad_lse is not None:
             grad_lse = without_keyless(grad_lse, lse).contiguous()
+        elif not ctx.implementation.knows_none:
+            grad_lse = torch.zeros_like(lse)
         # Autograd expands the gradient of a sum instead of writing it out.
         given = (*tensors, grad_out.contiguous(), grad_lse)
         grads = differentiated_once(_gradients, ctx.implementation, ctx.problem, *given)

@@ -92,7 +92,8 @@ class BackwardPlan:
     workspace_bytes: int
 
 
-@lru_cache(maxsize=1024)
+# Of more problems than have programs (kernels/replay.py): one that is planned anew finds none of its own.
+@lru_cache(maxsize=1 << 15)
 def plan_backward(
     problem: Problem,
     limit_bytes: int = DEFAULT_WORKSPACE_BYTES,

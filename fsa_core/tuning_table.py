@@ -117,17 +117,6 @@ def user_table_path(device_name: str) -> Path:
     return _user_folder() / f"{family(device_name)}.json"
 
 
-def check_user_tables() -> None:
-    """Raises TuningError where any of the user's own tables is not valid."""
-    try:
-        files = sorted(_user_folder().iterdir())
-    except (OSError, TuningError):
-        return
-    for file in files:
-        if file.suffix == ".json" and _is_there(file):
-            read_table(file)
-
-
 @cache
 def table_for(device_name: str) -> Table | None:
     """The first table found for a device, in the order that the module names; read once a process.

@@ -304,7 +304,7 @@ def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
     is_number = isinstance(softmax_scale, Real) and not isinstance(softmax_scale, bool)
-    scale = _as_float(softmax_scale) if is_number else math.nan
+    scale = as_float(softmax_scale) if is_number else math.nan
     # Kernels have it in float32, and may take what is subnormal there for 0.
     if not FLOAT32.tiny <= scale <= FLOAT32.max:
         expected = f"a finite number above 0, in float32 from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}"
@@ -312,7 +312,8 @@ def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     return scale
 
 
-def _as_float(x: float) -> float:
+def as_float(x: Any) -> float:
+    """A number; infinity for an integer or a fraction that is larger than any."""
     try:
         return float(x)
     except OverflowError:

@@ -11,7 +11,7 @@ import torch
 from grpc_reflection.v1alpha import reflection
 
 from fsa_core.api import resolve_backend
-from fsa_core.tuning_table import check_user_tables, read_table
+from fsa_core.tuning_table import read_table, table_for
 from service import health, info, servicer
 from service.admission import Admission
 from service.arena import SEGMENT_BYTES, ArenaPool
@@ -50,11 +50,11 @@ class App:
         """Raises NoSuchDevice and TuningError."""
         if settings.tuning_file is not None:
             read_table(settings.tuning_file)
-        # A worker that looks into one that is not valid answers nothing, and is never up.
-        check_user_tables()
         devices = discover(settings.devices)
         for spec in devices:
             _check_backend(settings.backend.value, spec)
+            # A worker that looks into a table that is not valid answers nothing, and is never up.
+            table_for(spec.name)
         self._settings = settings
         self._is_draining = self._is_stopping = False
         self._metrics = Metrics()

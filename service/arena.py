@@ -225,6 +225,9 @@ class ArenaPool:
         except OSError as error:
             with self._lock:
                 self._committed_bytes -= new_bytes
+                lease = self._take(self._by_size(num_bytes), num_bytes)
+            if lease is not None:
+                return lease
             raise MachineFull(
                 f"the machine has no {new_bytes} bytes for a segment: {error.strerror}"
             ) from error

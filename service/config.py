@@ -102,13 +102,14 @@ class Settings(BaseSettings):
 
     max_inflight_requests: PositiveInt = Field(
         default=256,
-        description="Requests admitted and not yet answered, at most. More get RESOURCE_EXHAUSTED.",
+        description="Requests admitted whose answer is not yet with the client, at most. More get "
+        "RESOURCE_EXHAUSTED.",
     )
     max_inflight_bytes: int = Field(
         default=4 * GIB,
         ge=64 * MIB,
-        description="Bytes of shared host memory that admitted requests may hold, inputs and outputs. "
-        "Taken from the system as it is first needed.",
+        description="Bytes of shared host memory that admitted requests may hold, inputs and outputs, and of "
+        "answers that are being sent. Taken from the system as it is first needed.",
     )
     max_workspace_bytes: PositiveInt = Field(
         default=8 * GIB,
@@ -151,9 +152,9 @@ class Settings(BaseSettings):
     )
     batch_timeout_seconds: PositiveFloat = Field(
         default=120.0,
-        description="How long a worker may take for each request of a batch, in seconds, before it is killed "
-        "as hung. No request that takes longer alone is ever answered, and others that are in the worker are "
-        "sent again.",
+        description="How long a worker may take for one request, in seconds, before it is killed as hung; "
+        "for a batch of several four times as long at most. No request that takes longer alone is ever "
+        "answered, and others that are in the worker are sent again.",
     )
     worker_healthy_seconds: NonNegativeFloat = Field(
         default=10.0,
@@ -161,7 +162,9 @@ class Settings(BaseSettings):
         "After shorter lives the wait between restarts doubles, from 0.2 s to 10 s.",
     )
     drain_grace_seconds: NonNegativeFloat = Field(
-        default=30.0, description="How long requests in flight may take to finish after SIGTERM, in seconds."
+        default=30.0,
+        description="How long requests in flight may take to finish after SIGTERM, until clients have their "
+        "answers, in seconds.",
     )
 
     log_level: LogLevel = Field(

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,12 +18,14 @@ class DeviceSpec:
     """One device to start a worker on.
 
     ``uuid`` is what CUDA_VISIBLE_DEVICES of the worker is set to ("" for the CPU), so that a worker sees
-    its own GPU alone, whatever order CUDA would number them in.
+    its own GPU alone, whatever order CUDA would number them in. ``name``: as the driver names it, "" for a
+    part of a GPU.
     """
 
     kind: str
     index: int
     uuid: str = ""
+    name: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:
@@ -44,7 +46,7 @@ class DeviceInfo:
     cuda_version: str
 
 
-CPU = DeviceSpec("cpu", 0)
+CPU = DeviceSpec("cpu", 0, name="cpu")
 
 
 def discover(devices: str = "auto") -> tuple[DeviceSpec, ...]:
@@ -58,7 +60,7 @@ def discover(devices: str = "auto") -> tuple[DeviceSpec, ...]:
     """
     if devices == "cpu":
         return (CPU,)
-    gpus = tuple(DeviceSpec("cuda", i, uuid) for i, uuid in enumerate(_visible_gpus()))
+    gpus = _visible_gpus()
     if devices == "auto":
         return gpus or (CPU,)
     by_label = {gpu.label: gpu for gpu in gpus}
@@ -69,25 +71,28 @@ def discover(devices: str = "auto") -> tuple[DeviceSpec, ...]:
     return tuple(by_label[label] for label in wanted)
 
 
-def _visible_gpus() -> list[str]:
-    return visible_uuids(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+def _visible_gpus() -> tuple[DeviceSpec, ...]:
+    names = _installed_gpus()
+    uuids = visible_uuids(list(names), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(DeviceSpec("cuda", i, uuid, names.get(uuid, "")) for i, uuid in enumerate(uuids))
 
 
-def _installed_gpus() -> list[str]:
-    """UUIDs in the order of the PCI bus, from the driver's management library."""
+def _installed_gpus() -> dict[str, str]:
+    """Names by UUID, in the order of the PCI bus, from the driver's management library."""
     if torch.version.cuda is None:
         log.info("this torch was built without CUDA, so GPUs are not looked for")
-        return []
+        return {}
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         log.info("no NVIDIA driver, so no GPU", extra={"detail": str(error)})
-        return []
+        return {}
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        uuid_of, name_of = pynvml.nvmlDeviceGetUUID, pynvml.nvmlDeviceGetName
+        return {_text(uuid_of(handle)): _text(name_of(handle)) for handle in handles}
     finally:
         pynvml.nvmlShutdown()
 

@@ -100,7 +100,7 @@ class Metrics:
             "fsa_queue_depth", "Requests that wait for a batch.", registry=self.registry
         )
         self._inflight_bytes = Gauge(
-            "fsa_inflight_bytes", "Bytes that admitted requests hold.", ["pool"], registry=self.registry
+            "fsa_inflight_bytes", "Bytes that requests and answers hold.", ["pool"], registry=self.registry
         )
         for stage in STAGE_FIELDS:
             self._stage_seconds.labels(stage)

@@ -37,6 +37,8 @@ MAX_OUTSTANDING_BATCHES = 2
 ROOT = Path(__file__).resolve().parents[1]
 # How long a killed process is waited for before its batches fail all the same.
 REAP_SECONDS = 0.5
+# So many times as long as one request a batch of several may take: more, and what hangs is found too late.
+MOST_TIMEOUTS = 4
 # How long one that closed its end of the channel may take to exit by itself.
 LEAVE_SECONDS = 2.0
 # How long an idle worker may take to exit when told to.
@@ -76,9 +78,10 @@ class WorkerOptions:
             "log-level": self.log_level,
             "log-format": self.log_format,
         }
-        # No modules of the folder that it runs in, as with "-m", and those that run here, installed or not.
+        # No modules of the folder that it runs in, as with "-m", and of this project those that run here.
         start = (
-            f"import sys; sys.path.append({str(ROOT)!r}); from service.worker import main; sys.exit(main())"
+            f"import sys; root = {str(ROOT)!r}; root in sys.path or sys.path.insert(0, root); "
+            "from service.worker import main; sys.exit(main())"
         )
         return [
             sys.executable,
@@ -216,10 +219,10 @@ class WorkerProcess:
             await asyncio.wait({child.exited}, timeout=EXIT_SECONDS)
 
     async def _bury(self, child: ChildProcess) -> str:
-        self._finish(None)
-        if self._end.result() is None:
+        if self._end.done() and self._end.result() is None:
             # It closed its end: on its way out by itself, most likely, and its status says how.
             await asyncio.wait({child.exited}, timeout=LEAVE_SECONDS)
+        self._finish(None)
         child.kill()
         # Its GPU may still be copying into the arena, and slices whose batch has failed are used again.
         await asyncio.wait({child.exited}, timeout=REAP_SECONDS)
@@ -281,10 +284,10 @@ class WorkerProcess:
         self._on_change()
 
     def _watch_first(self) -> None:
-        """The batch in hand, if any, for as long as its requests may take one after the other."""
+        """The batch in hand, if any: several requests may take longer than each of them alone."""
         first = next(iter(self._outstanding.values()), None)
-        seconds = None if first is None else self._options.batch_timeout_seconds * first.num_jobs
-        self._watch(seconds, "hang")
+        most = 0 if first is None else min(first.num_jobs, MOST_TIMEOUTS)
+        self._watch(self._options.batch_timeout_seconds * most if most else None, "hang")
 
     def _watch(self, seconds: float | None, cause: str) -> None:
         """End the process for ``cause`` unless the next call comes within ``seconds`` (None: never)."""

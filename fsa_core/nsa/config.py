@@ -6,6 +6,7 @@ from typing import Any
 
 from fsa_core.errors import refuse_value
 from fsa_core.problem import BLOCK_SIZES, MAX_SLOTS
+from fsa_core.validation import as_float
 
 # What fits an int64, as positions of keys have it.
 MAX_SIZE = 2**63 - 1
@@ -51,7 +52,7 @@ class NSAConfig:
             refuse_value("top_k", self.top_k, f"from {forced}, the number of forced blocks, to {MAX_SLOTS}")
         for name in ("top_p", "min_share"):
             share = getattr(self, name)
-            if share is not None and not (isinstance(share, Real) and 0 < float(share) <= 1):
+            if share is not None and not (isinstance(share, Real) and 0 < as_float(share) <= 1):
                 refuse_value(name, share, "above 0 and at most 1, or None")
 
     @property

@@ -31,7 +31,7 @@ def attend_slots(
     q: [num_tokens, num_q_heads, head_dim], rotated; gates: [num_tokens, num_q_heads, 3]. Returns [num_tokens,
     num_q_heads, head_dim] in q's dtype. No gradients. Raises as ``nsa_attention`` does.
     """
-    if backend != "torch" and resolve_backend(backend, q.device) == "triton":
+    if resolve_backend(backend, q.device) == "triton":
         problem = validate_dense(
             q,
             slots.k.flatten(0, 1),

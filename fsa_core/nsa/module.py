@@ -28,7 +28,7 @@ from fsa_core.nsa.validation import Call, check_config, check_starts
 from fsa_core.packing import place_queries, single_sequence
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.problem import MAX_HEAD_DIM, MIN_HEAD_DIM
-from fsa_core.validation import check_tensor
+from fsa_core.validation import as_float, check_tensor
 
 COMPRESSIONS = ("mean", "weighted", "linear", "mlp")
 
@@ -258,7 +258,7 @@ def _turns_of(step: Step, head_dim: int, theta: float) -> tuple[Turns, Turns]:
 def _checked_theta(theta: float | None) -> float | None:
     if theta is None:
         return None
-    if not isinstance(theta, Real) or isinstance(theta, bool) or not 1 <= theta < math.inf:
+    if not isinstance(theta, Real) or isinstance(theta, bool) or not 1 <= as_float(theta) < math.inf:
         refuse_value("rope_theta", theta, "a finite number of at least 1, or None")
     return float(theta)
 

@@ -19,6 +19,7 @@ from fsa_core.nsa.stages import (
     attend_last_keys,
     interval_gradients,
     kernel_sizes,
+    versioned,
     window_sizes,
 )
 from fsa_core.nsa.validation import Call
@@ -92,13 +93,14 @@ class _Operator(torch.autograd.Function):
         out, *branches = _launched(call, backend, operands, keep=True)
         ctx.call, ctx.backend = call, backend
         # Kernels read where sequences start anew: torch refuses gradients if that was overwritten meanwhile.
-        ctx.save_for_backward(*operands, *branches, call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_cmp)
+        starts = versioned((call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_cmp))
+        ctx.save_for_backward(*operands, *branches, *starts)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        operands, branches = saved[:6], Branches(*saved[6:-3])
+        saved, last = ctx.saved_tensors, 6 + len(Branches._fields)
+        operands, branches = saved[:6], Branches(*saved[6:last])
         if torch.is_grad_enabled():
             return None, None, *_gradients_with_graph(ctx, operands, grad_out)
         return None, None, *_gradients(ctx.call, operands, branches, grad_out.contiguous())

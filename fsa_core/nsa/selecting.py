@@ -12,8 +12,7 @@ from fsa_core.api import attend
 from fsa_core.errors import refuse
 from fsa_core.nsa.compression import MeanCompression
 from fsa_core.nsa.config import NSAConfig
-from fsa_core.nsa.functional import gated_sum
-from fsa_core.nsa.stages import attend_and_choose, attend_last_keys, choose_blocks
+from fsa_core.nsa.stages import add_branches, attend_and_choose, attend_last_keys, choose_blocks
 from fsa_core.nsa.validation import Call, check_gates
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from fsa_core.plan import workspace_bytes as attention_workspace_bytes
@@ -145,7 +144,7 @@ def select_and_attend(
     if gates is None:
         return Selected(out, lse, block_indices)
     window, _ = attend_last_keys(call, q, k, v, "auto")
-    return Selected(gated_sum((compressed, out, window), gates), None, block_indices)
+    return Selected(add_branches((compressed, out, window), gates, "auto"), None, block_indices)
 
 
 def workspace_bytes(problem: SelectingProblem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES) -> int:
@@ -164,8 +163,9 @@ def workspace_bytes(problem: SelectingProblem, limit_bytes: int = DEFAULT_WORKSP
         p.num_kv_heads * (SCORE_BYTES * windows + BLOCK_BYTES * blocks),
         SCORE_BYTES * p.num_q_heads * (max(windows, span) if p.is_gated else 0),
     )
-    # All queries at once, where that is less than the limit.
-    stages = min(max(limit_bytes, *rows), p.num_q_tokens * sum(rows)) + FLOAT32_BYTES * widened
+    # All queries at once, with float32 copies of them and of their answers, where the limit is more.
+    copies = FLOAT32_BYTES * p.num_q_heads * (p.head_dim + p.value_dim)
+    stages = min(max(limit_bytes, *rows), p.num_q_tokens * (sum(rows) + copies)) + FLOAT32_BYTES * widened
     # Three branches, their float32 sum and one float32 term of it; two numbers a row between the kernels.
     branches = p.num_q_tokens * p.num_q_heads * value_dim * (3 * p.dtype.itemsize + 2 * FLOAT32_BYTES)
     shares = p.num_q_tokens * p.num_q_heads * 2 * FLOAT32_BYTES

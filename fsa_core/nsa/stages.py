@@ -142,7 +142,7 @@ def _differentiable(
     call: Call, windows: "Windows", forward: Callable[..., Answer], problem: Problem, *operands: torch.Tensor
 ) -> Answer:
     """``forward(problem, q, k, v)``; where windows start is saved, so that torch sees it change."""
-    starts = windows.starts
+    starts = versioned(windows.starts)
 
     def of_operands(problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Answer:
         return forward(problem, q, k, v)
@@ -152,6 +152,11 @@ def _differentiable(
 
     implementation = Implementation(of_operands, backward, knows_none=True)
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in operands), *starts)
+
+
+def versioned(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Those that torch counts changes of, and lets be saved: tensors of inference mode it does not."""
+    return [x for x in tensors if not x.is_inference()]
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from fsa_core.tuning_table import (
     Shape,
     Table,
     TuningError,
-    check_user_tables,
     family,
     read_table,
     table_for,
@@ -167,7 +166,6 @@ def test_a_home_that_may_not_be_entered_has_no_tables(
     homes = {"a name that is too long": tmp_path / ("n" * 256), "no folder": tmp_path / "file"}
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(homes[home]))
-    check_user_tables()
     table = table_for("NVIDIA H200")
     assert table is not None
     assert Path(table.source).parts[-3] == "fsa_core"
@@ -179,19 +177,6 @@ def test_a_user_without_a_home_has_no_tables(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    check_user_tables()
     assert table_for("NVIDIA H200") is not None
     with pytest.raises(TuningError, match="no home folder for tuning tables; set XDG_CONFIG_HOME"):
         user_table_path("NVIDIA H200")
-
-
-def test_every_table_of_the_users_is_checked() -> None:
-    folder = write(user_table_path("NVIDIA H200")).parent
-    (folder / "notes.txt").write_text("no table")
-    (folder / "folder.json").mkdir()
-    check_user_tables()
-    (folder / "nvidia-b200.json").write_text("{}")
-    with pytest.raises(
-        TuningError, match=r"tuning table .*nvidia-b200\.json cannot be used: the table has no"
-    ):
-        check_user_tables()

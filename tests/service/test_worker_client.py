@@ -325,6 +325,24 @@ def test_a_worker_that_ends_by_itself_is_not_taken_for_killed(
     asyncio.run(scenario())
 
 
+def test_a_stop_without_grace_does_not_wait_for_a_worker_that_hangs(
+    pool: ArenaPool, spec: DeviceSpec
+) -> None:
+    async def scenario() -> None:
+        client = await started(WorkerClient(spec, pool, num_threads=1))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGSTOP)
+        lost = client.submit([request.job])
+        asked_at = time.monotonic()
+        await client.stop(0)
+        assert time.monotonic() - asked_at < 1.5
+        assert isinstance(lost.exception(), WorkerLost)
+
+    request = Request.write(pool, SELECTED, 1)
+    asyncio.run(scenario())
+    request.lease.release()
+
+
 def test_a_hung_worker_is_killed_and_its_batches_are_lost(pool: ArenaPool, spec: DeviceSpec) -> None:
     request = Request.write(pool, SELECTED, 1)
 

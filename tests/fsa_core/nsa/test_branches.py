@@ -95,10 +95,11 @@ def test_no_array_of_queries_times_keys_exists(make_call, stage):
     assert scores > 20 * max(limit, largest_operand), "the array that must not exist would have been noticed"
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", BRANCHES)
-def test_queries_without_keys_disturb_nothing(make_call, name):
+def test_queries_without_keys_disturb_nothing(make_call, name, backend):
     """Whatever is made of their lse: its gradient there is most often NaN."""
-    branch = Branch(name, make_call(q_lens=(40, 20), k_lens=(30, 20)))
+    branch = Branch(name, make_call(q_lens=(40, 20), k_lens=(30, 20)), backend)
     leaves = [x.detach().requires_grad_() for x in branch.operands]
     out, lse = branch.run(*leaves)
     seen = lse > -torch.inf
@@ -107,6 +108,34 @@ def test_queries_without_keys_disturb_nothing(make_call, name):
     masked = lse.square().where(seen, 0.0).sum()
     for got, true in zip(torch.autograd.grad((out.sum(), masked), leaves), expected, strict=True):
         assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_in_torch_operations_nor_does_any_gradient_of_their_output(make_call, name):
+    branch = Branch(name, make_call(q_lens=(40, 20), k_lens=(30, 20)), "torch")
+    leaves = [x.detach().requires_grad_() for x in branch.operands]
+    out, lse = branch.run(*leaves)
+    given = torch.ones_like(out)
+    expected = torch.autograd.grad(out, leaves, given, retain_graph=True)
+    given[lse == -torch.inf] = torch.nan
+    assert given.isnan().any()
+    assert all(map(torch.equal, torch.autograd.grad(out, leaves, given), expected))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_starts_of_inference_mode_serve_to_train(make_call, name, backend):
+    with torch.inference_mode():
+        starts = cumulative((20, 20))
+    call = make_call(q_lens=(20, 20))
+    device = call.q.device
+    branch = Branch(
+        name, replace(call, cu_seqlens_q=starts.to(device), cu_seqlens_k=starts.to(device)), backend
+    )
+    q, *others = branch.operands
+    out, _ = branch.run(q.requires_grad_(), *others)
+    out.sum().backward()
+    assert q.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", BRANCHES)

@@ -259,6 +259,7 @@ def test_a_gated_sum_takes_branches_and_gates_that_fit(device, backend, branches
 
 def test_a_gated_sum_by_kernels_has_second_derivatives(device):
     """It is linear in its branches and in its gates, but not in both."""
+    torch.manual_seed(0)
     branches = tuple(torch.randn(5, 2, 16, device=device, requires_grad=True) for _ in range(3))
     gates = torch.rand(5, 2, 3, device=device, requires_grad=True)
 
@@ -268,7 +269,7 @@ def test_a_gated_sum_by_kernels_has_second_derivatives(device):
         return torch.autograd.grad(grad.square().sum(), (gates, *branches))
 
     for got, expected in zip(second("triton"), second("torch"), strict=True):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_starts_that_were_overwritten_are_noticed_by_the_operator(make_call, device):

@@ -286,8 +286,11 @@ class WorkerProcess:
     def _watch_first(self) -> None:
         """The batch in hand, if any: several requests may take longer than each of them alone."""
         first = next(iter(self._outstanding.values()), None)
-        most = 0 if first is None else min(first.num_jobs, MOST_TIMEOUTS)
-        self._watch(self._options.batch_timeout_seconds * most if most else None, "hang")
+        if first is None:
+            self._watch(None, "hang")
+        else:
+            timeouts = min(first.num_jobs, MOST_TIMEOUTS)
+            self._watch(timeouts * self._options.batch_timeout_seconds, "hang")
 
     def _watch(self, seconds: float | None, cause: str) -> None:
         """End the process for ``cause`` unless the next call comes within ``seconds`` (None: never)."""

@@ -78,8 +78,8 @@ class BackwardPlan:
     """Gradients under ``delta_heads`` KV heads at a time.
 
     Five matrix products where ``queries`` is None: the shares of grad_q come with the gradients of the keys.
-    Else seven: grad_q is made apart, as the forward pass of a plan goes about it. If all is of few bytes,
-    ``at_once``: both parts are one to the host, each with memory of its own. Other names as there.
+    Else seven: grad_q is made apart, as the forward pass of a plan goes about it. ``at_once``: both parts are
+    one to the host, each with memory of its own, where there is room for both. Other names as there.
     """
 
     delta_heads: int
@@ -121,7 +121,7 @@ def plan_backward(
     delta_bytes = delta_heads * head_delta_bytes
     room = max(limit_bytes - delta_bytes, limit_bytes // 2)
     sizes = _Sizes.of(p, delta_heads)
-    queries = None
+    queries, at_once = None, False
     # Measured on an H200: with all shares of grad_q in one chunk, five products are a third faster; in 3,
     # they take the same time; in 4 and more, seven are. Query tiles need no shares.
     keys = _in_one_chunk(sizes, room, ITEM_PAIRS, with_queries=True) if path == KV_MAJOR else None
@@ -134,9 +134,11 @@ def plan_backward(
             or _in_chunks(sizes, room)
         )
         sizes_of_queries = _query_tuning(p, tuning or default_tuning(p), query_rows)
-        queries = _query_plan(p, room, path, sizes_of_queries, buffers)
+        # What the keys take is little but in long calls.
+        at_once = keys.workspace_bytes <= room // 4
+        room_for_queries = room - keys.workspace_bytes if at_once else room
+        queries = _query_plan(p, room_for_queries, path, sizes_of_queries, buffers)
     query_bytes = 0 if queries is None else queries.workspace_bytes
-    at_once = queries is not None and keys.workspace_bytes + query_bytes <= limit_bytes // 4
     both_bytes = keys.workspace_bytes + query_bytes if at_once else max(keys.workspace_bytes, query_bytes)
     return BackwardPlan(
         delta_heads=delta_heads,

@@ -15,8 +15,10 @@ MAX_SORTED = 1024
 # share of where classes begin.
 LIST_INTS = 4
 MAX_TILE_TOKENS = 64
-# A tile that may leave something attends all its blocks if it would leave less than one choice in so many.
-FEW_LEFT = 4
+# A tile that may leave something attends all its blocks if it would leave less than one choice in so many and
+# if they are no more than so many times the slots of a token: as many as tokens choose that agree at all.
+FEW_LEFT = 2
+MOST_BLOCKS_A_SLOT = 4
 # A thread has no more; results of a product that take so many leave a lower limit no room.
 MAX_REGISTERS = 255
 MANY_REGISTERS = 128
@@ -38,7 +40,8 @@ class PartialTuning:
 class SharedTuning:
     """Sizes of query tiles. If they leave something, a block is shared if 1 in ``shared_by`` tokens chose it.
 
-    And all blocks of a tile are, if less than 1 in FEW_LEFT choices of its tokens would be left.
+    And all blocks of a tile are, if less than 1 in FEW_LEFT choices of its tokens would be left and the
+    blocks are no more than MOST_BLOCKS_A_SLOT times the slots.
     """
 
     rows: int
@@ -80,15 +83,16 @@ class QueryTile:
     """Tiles of consecutive tokens that attend what they share; shaped by heads, dims and slots alone.
 
     A tile is ``tokens`` tokens with the query heads of one tile head, in ``rows`` rows. The blocks that at
-    least ``min_tokens`` of them chose are shared, or all where few choices are left: at most ``max_shared``.
-    ``is_row``: they share a row of indices, and so all that it has. ``is_half``: a kernel may be there that
-    takes tiles two by two, and joins their lists.
+    least ``min_tokens`` of them chose are shared, or all, up to ``most_blocks``, where few choices are left:
+    at most ``max_shared``. ``is_row``: they share a row of indices, and so all that it has. ``is_half``: a
+    kernel may be there that takes tiles two by two, and joins their lists.
     """
 
     tokens: int
     rows: int
     keys: int
     min_tokens: int
+    most_blocks: int
     max_shared: int
     is_row: bool
     is_half: bool
@@ -177,12 +181,14 @@ def query_tile(problem: Problem, tuning: SharedTuning, *, leaves_nothing: bool) 
         tokens //= 2
     min_tokens = 1 if leaves_nothing else -(-tokens // tuning.shared_by)
     pairs = tokens * problem.num_slots
+    most_blocks = MOST_BLOCKS_A_SLOT * slot_class(problem.num_slots)
     return QueryTile(
         tokens=tokens,
         rows=max(tuning.rows, power_of_two(problem.heads_per_pair)),
         keys=min(problem.block_size, 32 if problem.dtype == torch.float32 else 64),
         min_tokens=min_tokens,
-        max_shared=problem.num_slots if row_tokens else min(pairs // min_tokens + pairs // FEW_LEFT, pairs),
+        most_blocks=most_blocks,
+        max_shared=problem.num_slots if row_tokens else max(pairs // min_tokens, min(most_blocks, pairs)),
         is_row=row_tokens > 0,
         # With more heads a tile of twice as many rows has no more tokens than are sorted fast.
         is_half=problem.heads_per_pair <= 2 and _fills(problem, tokens, tuning.rows) and not row_tokens,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels import hopper
+from fsa_core.kernels.index import LEFT, Inversion
 from fsa_core.kernels.launch import BoundKernel, kernel, sorting_warps
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
@@ -66,6 +67,7 @@ def _agree(
     masks_ptr,
     counts_ptr,
     leftover_ptr,
+    left_ptr,
     first_token,
     num_tokens,
     head_stride,
@@ -83,10 +85,15 @@ def _agree(
     CAUSAL: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
     FEW_LEFT: tl.constexpr,
+    MOST_BLOCKS: tl.constexpr,
     MAX_SHARED: tl.constexpr,
     WITH_LEFTOVER: tl.constexpr,
+    WITH_INDEX: tl.constexpr,
 ):
-    """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run."""
+    """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run.
+
+    WITH_INDEX says in ``left``, which are the counts of ``index.Inversion``, whether a tile left anything.
+    """
     tile = first_tile + tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
@@ -119,7 +126,8 @@ def _agree(
     is_shared = exists & (total >= MIN_TOKENS)
     # A few partials cost more than a few blocks that hardly any of the tokens chose.
     num_left = tl.sum((exists & ~is_shared).to(tl.int32), 0)
-    all_shared = num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0)
+    num_listed = tl.sum((exists & (count == total)).to(tl.int32), 0)
+    all_shared = (num_left * FEW_LEFT < tl.sum(exists.to(tl.int32), 0)) & (num_listed <= MOST_BLOCKS)
     is_shared |= exists & all_shared
     is_last = is_shared & (count == total)
     list_place = tl.cumsum(is_last.to(tl.int32), 0) - 1
@@ -141,6 +149,8 @@ def _agree(
             here = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
             left = tl.where(is_shared, -1, block)
             tl.store(leftover_ptr + token_of * num_slots + slot_of, left, mask=here)
+            if WITH_INDEX:
+                tl.store(left_ptr + LEFT, 1, mask=num_left > 0)
 
 
 @kernel
@@ -234,8 +244,12 @@ def agree(
     block_indices: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    inversion: Inversion | None,
 ) -> None:
-    """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``."""
+    """Fills ``agreement`` for a group's tokens; tensors as in ``selected_attention_forward``.
+
+    ``inversion``, of what is left, learns whether anything is.
+    """
     p, steps = problem, search_steps(problem.num_sequences)
     first_tile, num_tiles = tiles_of(p, tile.tokens, group)
     if tile.is_row:
@@ -247,11 +261,13 @@ def agree(
         return
     num_warps = sorting_warps(block_indices.device, num_tiles * group.num_index_heads)
     on_hopper = hopper.runs_on(block_indices.device)
-    agreeing = _agreeing_on_hopper(p, tile, plan.has_leftover, num_warps > 1) if on_hopper else None
-    agreeing = agreeing or _agreeing(p, tile, plan.has_leftover, num_warps)
+    left = agreement.counts if inversion is None else inversion.counts
+    leaves = (plan.has_leftover, inversion is not None)
+    agreeing = _agreeing_on_hopper(p, tile, leaves, num_warps > 1) if on_hopper else None
+    agreeing = agreeing or _agreeing(p, tile, leaves, num_warps)
     agreeing[num_tiles, group.num_index_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, agreement.blocks, agreement.masks, agreement.counts,
-        agreement.leftover, group.first_token, group.num_tokens, block_indices.stride(0),
+        agreement.leftover, left, group.first_token, group.num_tokens, block_indices.stride(0),
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
         agreement.counts.shape[1], group.first_index_head,
     )  # fmt: skip
@@ -268,7 +284,7 @@ def _listing(problem: Problem, tile: QueryTile) -> BoundKernel:
 
 @lru_cache(maxsize=1024)
 def _agreeing_on_hopper(
-    problem: Problem, tile: QueryTile, with_leftover: bool, is_alone: bool
+    problem: Problem, tile: QueryTile, leaves: tuple[bool, bool], is_alone: bool
 ) -> BoundKernel | None:
     """The kernel for Hopper alone, if it takes the tile."""
     from fsa_core.kernels import hopper_agreement
@@ -276,25 +292,27 @@ def _agreeing_on_hopper(
     num_warps = hopper_agreement.num_warps(problem, tile, is_alone)
     if not num_warps:
         return None
-    constants = _agreeing_constants(problem, tile, with_leftover)
+    constants = _agreeing_constants(problem, tile, *leaves)
     return hopper_agreement.agree.bind(
         **constants, WARPS=num_warps, num_warps=num_warps, maxnreg=MAX_SORTING_REGISTERS
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _agreeing(problem: Problem, tile: QueryTile, with_leftover: bool, num_warps: int) -> BoundKernel:
+def _agreeing(problem: Problem, tile: QueryTile, leaves: tuple[bool, bool], num_warps: int) -> BoundKernel:
     """The kernel with what is the same for all groups."""
     return _agree.bind(
-        **_agreeing_constants(problem, tile, with_leftover), num_warps=num_warps,
+        **_agreeing_constants(problem, tile, *leaves), num_warps=num_warps,
         maxnreg=MAX_SORTING_REGISTERS if num_warps == 1 else MAX_REGISTERS,
     )  # fmt: skip
 
 
-def _agreeing_constants(problem: Problem, tile: QueryTile, with_leftover: bool) -> dict[str, int]:
+def _agreeing_constants(
+    problem: Problem, tile: QueryTile, with_leftover: bool, with_index: bool
+) -> dict[str, int]:
     return {
         "BLOCK_SIZE": problem.block_size, "TOKENS": tile.tokens, "LOG_TOKENS": (tile.tokens - 1).bit_length(),
         "LOG_SLOTS": (problem.num_slots - 1).bit_length(), "CAUSAL": problem.causal,
-        "MIN_TOKENS": tile.min_tokens, "FEW_LEFT": FEW_LEFT, "MAX_SHARED": tile.max_shared,
-        "WITH_LEFTOVER": with_leftover,
+        "MIN_TOKENS": tile.min_tokens, "FEW_LEFT": FEW_LEFT, "MOST_BLOCKS": tile.most_blocks,
+        "MAX_SHARED": tile.max_shared, "WITH_LEFTOVER": with_leftover, "WITH_INDEX": with_index,
     }  # fmt: skip

@@ -22,9 +22,10 @@ from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.delta import write_delta
-from fsa_core.kernels.key_gradients import Call, Workspace, parts, walk
+from fsa_core.kernels.key_gradients import Call, Workspace, parts, sort_first, walk
+from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import MOST_KEYS
-from fsa_core.kernels.query_gradients import query_gradients
+from fsa_core.kernels.query_gradients import QueryGradients
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR
 from fsa_core.problem import Problem
@@ -102,13 +103,21 @@ def _key_gradients(
     new = memory.new_empty if plan.queries is None or plan.at_once else memory.answer
     delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
     call = Call.of(problem, plan, kv_heads, tuple(others), delta)
-    write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
     keys, workspace = plan.keys, Workspace.of(call, memory)
-    for indexed_heads in parts(kv_heads, keys.kv_heads):
+    queries = _queries(memory, call, kv_heads) if plan.at_once else None
+    first_heads, *other_heads = parts(kv_heads, keys.kv_heads)
+    with aside():
+        sort_first(call, workspace, first_heads)
+    write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
+    if queries is not None:
+        queries.list_ahead()
+    rejoin()
+    if queries is not None:
+        with aside():
+            queries.write()
+    for indexed_heads in (first_heads, *other_heads):
         for start in range(0, plan.segments, keys.range_segments):
-            walk(call, workspace, indexed_heads, start)
-    if plan.at_once:
-        _query_gradients(memory, (*others, delta), problem, plan, kv_heads)
+            walk(call, workspace, indexed_heads, start, is_sorted=start == 0 and indexed_heads is first_heads)
 
 
 def _query_gradients(
@@ -118,13 +127,16 @@ def _query_gradients(
     plan: BackwardPlan,
     kv_heads: range,
 ) -> None:
-    """The gradient of q under some KV heads, if it is made apart; the last of ``tensors`` is their delta."""
+    """The gradient of q under some KV heads, made apart; the last of ``tensors`` is their delta."""
     *others, delta = tensors
-    call = Call.of(problem, plan, kv_heads, tuple(others), delta)
-    if plan.queries is not None:
-        ranks = plan.tile_heads_per_kv_head
-        heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
-        query_gradients(problem, plan.queries, heads, call.given, call.block_indices, call.grads[0], memory)
+    _queries(memory, Call.of(problem, plan, kv_heads, tuple(others), delta), kv_heads).write()
+
+
+def _queries(memory: Memory, call: Call, kv_heads: range) -> QueryGradients:
+    plan, ranks = call.plan.queries, call.plan.tile_heads_per_kv_head
+    assert plan is not None
+    heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
+    return QueryGradients(call.problem, plan, heads, call.given, call.block_indices, call.grads[0], memory)
 
 
 _replayed_keys, _replayed_queries = Replayed(_key_gradients), Replayed(_query_gradients)

@@ -17,6 +17,8 @@ from threading import Lock
 import torch
 
 Key = tuple[Hashable, ...]
+# What launches, given a stream that is being recorded.
+Record = Callable[[torch.cuda.Stream], None]
 
 # How often addresses are met before they are recorded. Of fewer launches than that a graph saves nothing.
 SIGHTINGS = 3
@@ -56,8 +58,8 @@ class CallGraphs:
             graph.last_launch = self.num_launched
         return True
 
-    def note(self, key: Key, launch: Callable[[int], None], device: torch.device) -> None:
-        """That ``launch(stream)`` has just been called for ``key``: next time there may be a graph."""
+    def note(self, key: Key, record: Record, device: torch.device) -> None:
+        """That ``key`` has just been launched: next time there may be a graph of what ``record`` launches."""
         with self._lock:
             times = self._seen.pop(key, 0) + 1
             if times < SIGHTINGS:
@@ -68,20 +70,20 @@ class CallGraphs:
             is_worth_it = self.num_launched >= LAUNCHES_A_GRAPH * (self.num_recorded - TRUSTED_GRAPHS)
             if not is_worth_it or torch.cuda.is_current_stream_capturing():
                 return
-            self._graphs[key] = _Graph(_recorded(launch, device), self.num_launched)
+            self._graphs[key] = _Graph(_recorded(record, device), self.num_launched)
             self.num_recorded += 1
             if len(self._graphs) > MOST_GRAPHS:
                 del self._graphs[min(self._graphs, key=lambda key: self._graphs[key].last_launch)]
 
 
-def _recorded(launch: Callable[[int], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """What ``launch`` launches on the stream that it is given, without doing it."""
+def _recorded(record: Record, device: torch.device) -> torch.cuda.CUDAGraph:
+    """What ``record`` launches on the stream that it is given, without doing it."""
     graph = torch.cuda.CUDAGraph()
     # The default stream cannot be recorded. What other threads do meanwhile is neither recorded nor refused.
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            launch(torch.cuda.current_stream(device).cuda_stream)
+            record(torch.cuda.current_stream(device))
         finally:
             graph.capture_end()
     return graph

@@ -13,6 +13,7 @@ from fsa_core.kernels import hopper
 from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.index import invert
+from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.partials import MOST_KEYS, attend_group, new_partials
 from fsa_core.kernels.query_tiles import attend_shared
 from fsa_core.kernels.replay import Memory, Replayed
@@ -70,20 +71,25 @@ def _forward(
     for group in groups(p, plan):
         ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
         if tile is not None and agreement is not None:
-            agree(agreement, p, plan, tile, group, block_indices, cu_seqlens_q, cu_seqlens_k)
-            attend_shared(agreement, p, plan, tile, group, *tensors)
+            inversion = None if workspace is None else workspace[0]
+            agree(agreement, p, plan, tile, group, block_indices, cu_seqlens_q, cu_seqlens_k, inversion)
             ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
+        if workspace is not None:
+            with aside():
+                invert(
+                    workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
+                    num_tokens=group.num_tokens, first_head=first_index_head,
+                    num_heads=group.num_index_heads, chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
+                    pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
+                    mark_unused=tile is None and not plan.is_buffered, of_leftover=tile is not None,
+                )  # fmt: skip
+        if tile is not None and agreement is not None:
+            attend_shared(agreement, p, plan, tile, group, *tensors)
             if plan.has_leftover and workspace is None:
                 attend_tokens(agreement, p, plan, group, *tensors)
         if workspace is not None:
             used = workspace[0].ranks if agreement is None else agreement.leftover
-            invert(
-                workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
-                num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
-                chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-                pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
-                mark_unused=tile is None and not plan.is_buffered,
-            )  # fmt: skip
+            rejoin()
             attend_group(p, plan, group, workspace, used, *tensors)
 
 

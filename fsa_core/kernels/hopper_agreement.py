@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fsa_core.kernels.hopper_sort import sort, to_neighbours
+from fsa_core.kernels.index import LEFT
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens
 from fsa_core.problem import Problem
@@ -45,6 +46,7 @@ def agree(
     masks_ptr,
     counts_ptr,
     leftover_ptr,
+    left_ptr,
     first_token,
     num_tokens,
     head_stride,
@@ -62,8 +64,10 @@ def agree(
     CAUSAL: gl.constexpr,
     MIN_TOKENS: gl.constexpr,
     FEW_LEFT: gl.constexpr,
+    MOST_BLOCKS: gl.constexpr,
     MAX_SHARED: gl.constexpr,
     WITH_LEFTOVER: gl.constexpr,
+    WITH_INDEX: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Arguments as of ``_agree``, and how many warps a tile has."""
@@ -104,7 +108,8 @@ def agree(
     is_shared = exists & (total >= MIN_TOKENS)
     # A few partials cost more than a few blocks that hardly any of the tokens chose.
     num_left = gl.sum((exists & (total < MIN_TOKENS)).to(gl.int32), 0)
-    all_shared = num_left * FEW_LEFT < gl.sum(exists.to(gl.int32), 0)
+    num_listed = gl.sum((exists & (count == total)).to(gl.int32), 0)
+    all_shared = (num_left * FEW_LEFT < gl.sum(exists.to(gl.int32), 0)) & (num_listed <= MOST_BLOCKS)
     is_shared = is_shared | (exists & all_shared)
     is_last = is_shared & (count == total)
     list_place = gl.associative_scan(is_last.to(gl.int32), 0, _add) - 1
@@ -126,6 +131,8 @@ def agree(
             mine = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
             left = gl.where(is_shared, -1, block)
             gl.store(leftover_ptr + (token_of * num_slots + slot_of), left, mask=mine)
+            if WITH_INDEX:
+                gl.store(left_ptr + LEFT, 1, mask=num_left > 0)
 
 
 def num_warps(problem: Problem, tile: QueryTile, is_alone: bool) -> int:

@@ -33,6 +33,9 @@ SLOT_BITS = tl.constexpr(plan.SLOT_BITS)
 SLOT_MASK = tl.constexpr((1 << plan.SLOT_BITS) - 1)
 RECORD_INTS = tl.constexpr(plan.RECORD_INTS)
 RECORD_PAIRS_BIT = tl.constexpr(16)
+# Of what the first counter has to itself, the number that says whether query tiles left anything. Where they
+# did not, nothing is counted, and whoever takes work items finds none.
+LEFT = tl.constexpr(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ class Inversion:
     A row of the lists below is one chunk under one index head: row = head * chunks + chunk.
 
     counts [heads * chunks, segments, plan.counter_ints]: of each segment the first counts; zero between uses.
+    Of the first segment, one more (LEFT) is not zero if query tiles of this group, or one before, left
+    anything; else nothing below is written but that there are no items.
     ranks [heads, tokens, slots]: the pair's place in its segment, -1 for a slot that selects nothing.
     used [heads, tokens, words]: a bit for each slot, set if it selects something; or no words.
     pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
@@ -130,7 +135,11 @@ def _count(
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
     MARK_UNUSED: tl.constexpr,
+    OF_LEFTOVER: tl.constexpr,
 ):
+    if OF_LEFTOVER:  # noqa: SIM102 - the first condition is known when the kernel is compiled
+        if tl.load(counts_ptr + LEFT) == 0:
+            return
     rows, segments, inside, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
         chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
@@ -167,11 +176,16 @@ def _scan(
     counter_ints,
     PAIRS_PER_ITEM: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    OF_LEFTOVER: tl.constexpr,
 ):
     row = tl.program_id(0)
-    counts_ptr += row * num_segments * counter_ints
     offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
+    if OF_LEFTOVER:  # noqa: SIM102 - as above
+        if tl.load(counts_ptr + LEFT) == 0:
+            tl.store(item_offsets_ptr + num_segments, 0)
+            return
+    counts_ptr += row * num_segments * counter_ints
     offset = 0
     item_offset = 0
     segments = tl.arange(0, SEGMENTS)
@@ -243,6 +257,7 @@ def _scatter(
     indices_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    counts_ptr,
     ranks_ptr,
     offsets_ptr,
     item_offsets_ptr,
@@ -271,7 +286,11 @@ def _scatter(
     WITH_WORDS: tl.constexpr,
     WITH_RECORDS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OF_LEFTOVER: tl.constexpr,
 ):
+    if OF_LEFTOVER:  # noqa: SIM102 - as above
+        if tl.load(counts_ptr + LEFT) == 0:
+            return
     rows, segments, _, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
         chunk_tokens, head_stride, num_slots, num_sequences, search_steps, num_segments, num_chunks,
@@ -328,13 +347,15 @@ def invert(
     causal: bool,
     first_row_token: int = 0,
     mark_unused: bool = True,
+    of_leftover: bool = False,
 ) -> None:
     """Fills ``inversion`` for ``num_tokens`` tokens from ``first_token``, in chunks of ``chunk_tokens``.
 
     ``block_indices`` is int32 [index_heads, rows, slots], contiguous, a row for each packed token from
     ``first_row_token`` on; ``num_heads`` index heads from ``first_head`` on are inverted. ``mark_unused``:
     slots that select nothing have rank -1; without it, they have none, and where nothing is selected nothing
-    is done but to say so in ``used``.
+    is done but to say so in ``used``. ``of_leftover``: if query tiles left anything (LEFT), else only that
+    there are no items is written.
     """
     num_slots = block_indices.shape[2]
     num_chunks = inversion.counts.shape[0] // inversion.ranks.shape[0]
@@ -351,7 +372,7 @@ def invert(
     )  # fmt: skip
     words, numbers = inversion.used.shape[2], inversion.items.shape[2]
     count, scan, scatter = _kernels(
-        block_size, pairs_per_item, tokens, slots, mark_unused, words > 0, numbers > 1, causal
+        block_size, pairs_per_item, tokens, slots, mark_unused, words > 0, numbers > 1, causal, of_leftover
     )
     count[grid](
         block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, counter_ints
@@ -360,8 +381,9 @@ def invert(
         inversion.counts, inversion.offsets, inversion.item_offsets, num_segments, counter_ints
     )  # fmt: skip
     scatter[grid](
-        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.ranks, inversion.offsets, inversion.item_offsets,
-        inversion.pairs, inversion.items, inversion.used, *sizes, inversion.items.shape[1], words,
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, inversion.offsets,
+        inversion.item_offsets, inversion.pairs, inversion.items, inversion.used, *sizes,
+        inversion.items.shape[1], words,
     )  # fmt: skip
 
 
@@ -375,12 +397,16 @@ def _kernels(
     with_words: bool,
     with_records: bool,
     causal: bool,
+    of_leftover: bool,
 ) -> tuple[BoundKernel, ...]:
     """The three kernels with their constants."""
-    tile = {"BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots, "MARK_UNUSED": mark_unused}
+    tile = {
+        "BLOCK_SIZE": block_size, "TOKENS": tokens, "SLOTS": slots, "MARK_UNUSED": mark_unused,
+        "OF_LEFTOVER": of_leftover,
+    }  # fmt: skip
     item = {"PAIRS_PER_ITEM": pairs_per_item, "WITH_RECORDS": with_records}
     return (
         _count.bind(**tile),
-        _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE),
+        _scan.bind(PAIRS_PER_ITEM=pairs_per_item, SEGMENTS=SEGMENTS_IN_TILE, OF_LEFTOVER=of_leftover),
         _scatter.bind(**tile, **item, WITH_WORDS=with_words, CAUSAL=causal and with_records),
     )

@@ -343,23 +343,27 @@ def parts(heads: range, most: int) -> Iterator[range]:
         yield range(start, min(start + most, heads.stop))
 
 
-def walk(call: Call, workspace: Workspace, kv_heads: range, first_range_segment: int) -> None:
-    """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks."""
+def sort_first(call: Call, workspace: Workspace, kv_heads: range) -> None:
+    """What ``walk`` sorts before anything else, for those who have something to do meanwhile."""
+    _sort(call, workspace, kv_heads, 0, 0)
+
+
+def walk(
+    call: Call, workspace: Workspace, kv_heads: range, first_range_segment: int, *, is_sorted: bool = False
+) -> None:
+    """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks.
+
+    ``is_sorted``: ``sort_first`` has been called for these heads, and nothing sorted since.
+    """
     p, plan, keys = call.problem, call.plan, call.plan.keys
-    ranks = plan.tile_heads_per_kv_head
     if keys.has_sums:
         clear(workspace.sums)
     # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
-    for rank in range(ranks):
-        first_index_head = kv_heads.start * ranks + rank if plan.index_per_head else 0
+    for rank in range(plan.tile_heads_per_kv_head):
         for first_token in range(0, p.num_q_tokens, keys.group_tokens):
             num_tokens = min(keys.group_tokens, p.num_q_tokens - first_token)
-            sort_pairs(
-                workspace.index, call.block_indices, call.given.cu_seqlens_q, call.given.cu_seqlens_k,
-                first_token=first_token, num_tokens=num_tokens, chunk_tokens=keys.chunk_tokens,
-                first_head=first_index_head, head_step=ranks, block_size=p.block_size,
-                pairs_per_item=keys.pairs_per_item, slot_bits=keys.slot_bits,
-            )  # fmt: skip
+            if not (is_sorted and rank == 0 and first_token == 0):
+                _sort(call, workspace, kv_heads, rank, first_token)
             for launched in parts(kv_heads, keys.launch_heads):
                 index_head = launched.start - kv_heads.start
                 for chunk in range(-(-num_tokens // keys.chunk_tokens)):
@@ -367,6 +371,18 @@ def walk(call: Call, workspace: Workspace, kv_heads: range, first_range_segment:
                     chunk_tokens = min(keys.chunk_tokens, first_token + num_tokens - start)
                     at = Chunk(chunk, start, chunk_tokens, launched.start, len(launched), index_head)
                     _launch(call, workspace, at, rank, first_range_segment)
+
+
+def _sort(call: Call, workspace: Workspace, kv_heads: range, rank: int, first_token: int) -> None:
+    """Indexes a group of tokens under tile head ``rank`` of each of some KV heads."""
+    p, plan, keys, ranks = call.problem, call.plan, call.plan.keys, call.plan.tile_heads_per_kv_head
+    sort_pairs(
+        workspace.index, call.block_indices, call.given.cu_seqlens_q, call.given.cu_seqlens_k,
+        first_token=first_token, num_tokens=min(keys.group_tokens, p.num_q_tokens - first_token),
+        chunk_tokens=keys.chunk_tokens,
+        first_head=kv_heads.start * ranks + rank if plan.index_per_head else 0, head_step=ranks,
+        block_size=p.block_size, pairs_per_item=keys.pairs_per_item, slot_bits=keys.slot_bits,
+    )  # fmt: skip
 
 
 def _key_kernel(problem: Problem, keys: KeyPlan, device: torch.device) -> tuple[Kernel, dict[str, Any]]:

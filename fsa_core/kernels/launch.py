@@ -134,21 +134,28 @@ class _OfTypes:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A launch of a remembered kernel; ``hooks`` is the kernel's own list of those, empty then."""
+    """A launch of a remembered kernel; ``hooks`` is the kernel's own list of those, empty then.
+
+    ``is_aside`` and ``rejoins``: as functions of these names say.
+    """
 
     compiled: Compiled
     grid: tuple[int, int, int]
     addresses: list[int]
     scalars: tuple[float, ...]
     hooks: list[Any]
+    is_aside: bool
+    rejoins: bool
 
 
 @dataclass(slots=True)
 class Notes:
-    """Launches in their order; complete if none went through Triton."""
+    """Launches in their order; complete if none went through Triton. What comes next is aside, or rejoins."""
 
     noted: list[Launched] = field(default_factory=list)
     are_complete: bool = True
+    is_aside: bool = False
+    rejoins: bool = False
 
 
 class _ThisThread(threading.local):
@@ -166,6 +173,32 @@ def noted_launches() -> Iterator[Notes]:
         yield _this_thread.notes
     finally:
         _this_thread.notes = before
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is launched inside may run beside all that is launched after it, until ``rejoin`` is called.
+
+    It may need what was launched before. Whoever launches one after the other takes no notice; a graph of
+    what was noted has two branches.
+    """
+    notes = _this_thread.notes
+    if notes is None:
+        yield
+        return
+    before, notes.is_aside = notes.is_aside, True
+    try:
+        yield
+    finally:
+        notes.is_aside = before
+
+
+def rejoin() -> None:
+    """What is launched from now on may need what was launched aside."""
+    notes = _this_thread.notes
+    # Within what is aside one launch follows the other anyway.
+    if notes is not None and not notes.is_aside:
+        notes.rejoins = True
 
 
 class BoundKernel:
@@ -200,8 +233,11 @@ class BoundKernel:
             x, y, z, active.get_current_stream(device), compiled.function, compiled.metadata, None, None,
             None, *addresses, *scalars, *compiled.constants,
         )  # fmt: skip
-        if _this_thread.notes is not None:
-            _this_thread.notes.noted.append(Launched(compiled, (x, y, z), addresses, scalars, hooks))
+        notes = _this_thread.notes
+        if notes is not None:
+            launched = Launched(compiled, (x, y, z), addresses, scalars, hooks, notes.is_aside, notes.rejoins)
+            notes.noted.append(launched)
+            notes.rejoins = False
 
     def _launch_through_triton(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """Launches as ``triton.jit`` does, and remembers what was compiled if it may be launched again."""

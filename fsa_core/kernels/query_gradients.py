@@ -24,48 +24,80 @@ import torch
 from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.block_share import Operands
 from fsa_core.kernels.index import invert, new_inversion
+from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
 from fsa_core.kernels.replay import Memory
-from fsa_core.kernels.tile_query_gradients import gradients_of_tiles
+from fsa_core.kernels.tile_order import Tiles
+from fsa_core.kernels.tile_query_gradients import gradients_of_tiles, tiles_of_group
 from fsa_core.plan import ForwardPlan, Group, groups
 from fsa_core.problem import Problem
 
 
-def query_gradients(
-    problem: Problem,
-    plan: ForwardPlan,
-    heads: range,
-    given: Operands,
-    block_indices: torch.Tensor,
-    grad_q: torch.Tensor,
-    memory: Memory,
-) -> None:
-    """Writes grad_q [total_q, q heads, head_dim] of some tile heads, whose delta is in ``given``.
+class QueryGradients:
+    """Makes grad_q [total_q, q heads, head_dim] of some tile heads, whose delta is in ``given``.
 
     block_indices int32 [index_heads, total_q, slots]. The plan is that of a forward pass whose values are at
     least as wide as keys: its partials are the shares. Buffers come from ``memory``.
     """
-    p, tile = problem, plan.query_tile
-    agreement = None if tile is None else new_agreement(p, plan, tile, memory)
-    inversion = new_inversion(plan, p.num_slots, memory) if plan.has_partials else None
-    num_shares = plan.buffers * plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
-    shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
-    for group in _groups_of(p, plan, heads):
-        ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
-        if tile is not None and agreement is not None:
-            agree(agreement, p, plan, tile, group, block_indices, given.cu_seqlens_q, given.cu_seqlens_k)
-            gradients_of_tiles(p, plan, tile, group, agreement, given, grad_q)
-            ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
-        if inversion is not None:
-            used = inversion.ranks if agreement is None else agreement.leftover
-            invert(
-                inversion, ids, given.cu_seqlens_q, given.cu_seqlens_k, first_token=group.first_token,
-                num_tokens=group.num_tokens, first_head=first_index_head, num_heads=group.num_index_heads,
-                chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-                pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
-                mark_unused=agreement is None and not plan.is_buffered,
-            )  # fmt: skip
-            gradients_of_pairs(p, plan, group, inversion, used, shares, given, grad_q)
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: ForwardPlan,
+        heads: range,
+        given: Operands,
+        block_indices: torch.Tensor,
+        grad_q: torch.Tensor,
+        memory: Memory,
+    ) -> None:
+        p, tile = problem, plan.query_tile
+        self._problem, self._plan, self._given = problem, plan, given
+        self._block_indices, self._grad_q = block_indices, grad_q
+        self._groups = list(_groups_of(p, plan, heads))
+        self._agreement = None if tile is None else new_agreement(p, plan, tile, memory)
+        self._inversion = new_inversion(plan, p.num_slots, memory) if plan.has_partials else None
+        num_shares = plan.buffers * plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
+        self._shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
+        # What was listed ahead, until it is walked.
+        self._listed: Tiles | None = None
+
+    def list_ahead(self) -> None:
+        """Finds what the tiles of the first group share, which takes no delta, before ``write`` asks."""
+        self._listed = self._list(self._groups[0])
+
+    def write(self) -> None:
+        p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
+        agreement, inversion = self._agreement, self._inversion
+        for group in self._groups:
+            ids, first_index_head, first_row_token = self._block_indices, group.first_index_head, 0
+            tiles, self._listed = self._listed or self._list(group), None
+            if agreement is not None:
+                ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
+            if inversion is not None:
+                with aside():
+                    invert(
+                        inversion, ids, given.cu_seqlens_q, given.cu_seqlens_k, first_token=group.first_token,
+                        num_tokens=group.num_tokens, first_head=first_index_head,
+                        num_heads=group.num_index_heads, chunk_tokens=plan.chunk_tokens,
+                        block_size=p.block_size, pairs_per_item=plan.tile.pairs_per_item, causal=p.causal,
+                        first_row_token=first_row_token,
+                        mark_unused=agreement is None and not plan.is_buffered,
+                        of_leftover=agreement is not None,
+                    )  # fmt: skip
+            if tile is not None and tiles is not None:
+                gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q)
+            if inversion is not None:
+                used = inversion.ranks if agreement is None else agreement.leftover
+                rejoin()
+                gradients_of_pairs(p, plan, group, inversion, used, self._shares, given, self._grad_q)
+
+    def _list(self, group: Group) -> Tiles | None:
+        p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
+        if tile is None or self._agreement is None:
+            return None
+        cu_seqlens = (given.cu_seqlens_q, given.cu_seqlens_k)
+        agree(self._agreement, p, plan, tile, group, self._block_indices, *cu_seqlens, self._inversion)
+        return tiles_of_group(p, plan, tile, group, self._agreement, given)
 
 
 def _groups_of(problem: Problem, plan: ForwardPlan, heads: range) -> Iterator[Group]:

@@ -159,7 +159,7 @@ def _key(tensors: Tensors, addresses: list[int], options: tuple[Hashable, ...]) 
 class _Step:
     """A launch: what comes before the stream, between it and the pointers, and after them.
 
-    ``pick`` takes the pointers from the program's addresses.
+    ``pick`` takes the pointers from the program's addresses. ``is_aside`` and ``rejoins`` as in ``Launched``.
     """
 
     run: Callable[..., None]
@@ -167,6 +167,8 @@ class _Step:
     compiled: tuple[Any, ...]
     pick: Callable[[Sequence[int]], tuple[int, ...]]
     rest: tuple[Any, ...]
+    is_aside: bool
+    rejoins: bool
 
 
 # Programs are told apart by what they are, not by what is in them.
@@ -210,13 +212,28 @@ class _Program:
             addresses += [base + begin for begin in self.begins]
             self.launch(addresses, driver.active.get_current_stream(device.index))
             if key is not None:
-                call_graphs.note(key, partial(self.launch, addresses), device)
+                call_graphs.note(key, partial(self.record, addresses), device)
         del buffers
         return answers
 
     def launch(self, addresses: list[int], stream: int) -> None:
         for step in self.steps:
             step.run(*step.grid, stream, *step.compiled, *step.pick(addresses), *step.rest)
+
+    def record(self, addresses: list[int], stream: torch.cuda.Stream) -> None:
+        """``launch`` on a stream that is being recorded: what is aside becomes a branch of the graph."""
+        beside: torch.cuda.Stream | None = None
+        for step in self.steps:
+            if step.rejoins and beside is not None:
+                stream.wait_stream(beside)
+                beside = None
+            if step.is_aside and beside is None:
+                beside = torch.cuda.Stream(self.device)
+                beside.wait_stream(stream)
+            on = beside if step.is_aside and beside is not None else stream
+            step.run(*step.grid, on.cuda_stream, *step.compiled, *step.pick(addresses), *step.rest)
+        if beside is not None:
+            stream.wait_stream(beside)
 
 
 def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
@@ -235,7 +252,12 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
         compiled = launched.compiled
         what = (compiled.function, compiled.metadata, None, None, None)
         rest = (*launched.scalars, *compiled.constants)
-        steps.append(_Step(compiled.run, launched.grid, what, _picking(numbers), rest))
+        steps.append(
+            _Step(
+                compiled.run, launched.grid, what, _picking(numbers), rest, launched.is_aside,
+                launched.rejoins,
+            )
+        )  # fmt: skip
     *begins, num_bytes = _begins(memory.buffers)
     return _Program(
         steps=tuple(steps),

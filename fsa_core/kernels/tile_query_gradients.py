@@ -11,7 +11,7 @@ from fsa_core.kernels.block_share import Operands, add_share, row_shift
 from fsa_core.kernels.constants import attention_constants
 from fsa_core.kernels.launch import BoundKernel, kernel, multiprocessors
 from fsa_core.kernels.query_tiles import load_block, load_shared
-from fsa_core.kernels.tile_order import tiles_to_walk
+from fsa_core.kernels.tile_order import Tiles, tiles_to_walk
 from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.plan import ForwardPlan, Group
 from fsa_core.problem import Problem
@@ -133,20 +133,33 @@ def _of_tiles(
     tl.store(grad_q_ptr + q_places, grad_q.to(grad_q_ptr.dtype.element_ty), mask=row_mask[:, None] & dim_mask)
 
 
-def gradients_of_tiles(
+def tiles_of_group(
     problem: Problem,
     plan: ForwardPlan,
     tile: QueryTile,
     group: Group,
     agreement: Agreement,
     given: Operands,
+) -> Tiles:
+    """What ``gradients_of_tiles`` walks: the blocks that a group's tokens share, in ``agreement``."""
+    is_on_hopper = hopper.runs_on(given.q.device) and _on_hopper(problem, plan, tile) is not None
+    starts = given.cu_seqlens_q, given.cu_seqlens_k
+    return tiles_to_walk(agreement, problem, tile, group, *starts, are_resident=is_on_hopper)
+
+
+def gradients_of_tiles(
+    problem: Problem,
+    plan: ForwardPlan,
+    tile: QueryTile,
+    group: Group,
+    tiles: Tiles,
+    given: Operands,
     grad_q: torch.Tensor,
 ) -> None:
-    """Writes grad_q of a group's tokens over the blocks they share, as ``agreement`` has them."""
+    """Writes grad_q of a group's tokens over the blocks they share."""
     p = problem
     of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
     starts = given.cu_seqlens_q, given.cu_seqlens_k
-    tiles = tiles_to_walk(agreement, p, tile, group, *starts, are_resident=of_tiles is not None)
     arguments = (
         *given.tensors, grad_q, *tiles.lists, *starts, p.softmax_scale, group.first_token, group.num_tokens,
         p.num_sequences, search_steps(p.num_sequences), tiles.first, tiles.of_head, group.first_head,

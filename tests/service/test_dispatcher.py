@@ -349,7 +349,9 @@ def test_a_segment_that_the_worker_has_no_room_for_costs_the_batch_that_needs_it
         )
         await dispatcher.start()
         await asyncio.wait_for(worker.wait_ready(), 60)
-        await asyncio.sleep(0)
+        # What the dispatcher does when a worker is ready, it does a moment later.
+        while not dispatcher.is_serving:
+            await asyncio.sleep(0.01)
         small = Request.write(arena, SELECTED, 1)
         await dispatcher.submit(small.job)
         pid = worker.pid

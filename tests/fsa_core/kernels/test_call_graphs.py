@@ -1,12 +1,13 @@
 """Graphs of launches whose addresses come back: when they are recorded, and that they do as launches did."""
 
-from collections.abc import Callable
 from threading import Thread
+from typing import cast
 
 import pytest
 import torch
 
 from fsa_core.api import selected_attention
+from fsa_core.drawn_indices import causal_block_indices
 from fsa_core.kernels import call_graphs, replay
 from fsa_core.kernels.call_graphs import (
     LAUNCHES_A_GRAPH,
@@ -14,22 +15,24 @@ from fsa_core.kernels.call_graphs import (
     SIGHTINGS,
     TRUSTED_GRAPHS,
     CallGraphs,
+    Record,
 )
+from fsa_core.plan import KV_MAJOR, MIXED, QUERY_TILE
 
 
 class Graph:
     """Launches what it was made of, and counts."""
 
-    def __init__(self, launch: Callable[[int], None]) -> None:
+    def __init__(self, launch: Record) -> None:
         self.launch = launch
         self.times = 0
 
     def replay(self) -> None:
         self.times += 1
-        self.launch(0)
+        self.launch(cast("torch.cuda.Stream", None))
 
 
-def nothing(_stream: int) -> None:
+def nothing(_stream: object) -> None:
     pass
 
 
@@ -38,7 +41,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """The graphs that were recorded, where there is no GPU to record them."""
     graphs: list[Graph] = []
 
-    def record(launch: Callable[[int], None], _device: torch.device) -> Graph:
+    def record(launch: Record, _device: torch.device) -> Graph:
         graphs.append(Graph(launch))
         return graphs[-1]
 
@@ -98,7 +101,7 @@ def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> CallGraphs:
     return own
 
 
-def problem(device: torch.device, tokens: int) -> tuple[torch.Tensor, ...]:
+def problem(device: torch.device, tokens: int, *, is_random: bool = False) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator(device).manual_seed(tokens)
     shapes = (tokens, 8, 64), (tokens, 2, 64), (tokens, 2, 64)
     q, k, v = (
@@ -107,11 +110,15 @@ def problem(device: torch.device, tokens: int) -> tuple[torch.Tensor, ...]:
     )
     own = (torch.arange(tokens, device=device, dtype=torch.int32) // 64)[None, :, None]
     ids = torch.cat((torch.zeros_like(own), own.where(own > 0, -1)), 2).expand(2, -1, -1).contiguous()
+    if is_random:
+        ids = causal_block_indices(tokens, 2, 4, 64, "random", generator)
     return q, k, v, ids
 
 
-def answers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
-    out, lse = selected_attention(q, k, v, ids, block_size=64, validate=False)
+def answers(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, path: str
+) -> list[torch.Tensor]:
+    out, lse = selected_attention(q, k, v, ids, block_size=64, validate=False, path=path)
     grads = torch.autograd.grad((out.float().square().sum(), lse.sum()), (q, k, v))
     return [out.detach(), lse.detach(), *grads]
 
@@ -120,22 +127,24 @@ def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.clone() for x in tensors]
 
 
+@pytest.mark.parametrize("path", [KV_MAJOR, MIXED, QUERY_TILE])
+@pytest.mark.parametrize("is_random", [False, True])
 def test_graphs_give_the_bits_of_launches_and_follow_what_tensors_hold(
-    device: torch.device, graphs: CallGraphs, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, graphs: CallGraphs, monkeypatch: pytest.MonkeyPatch, path: str, is_random: bool
 ) -> None:
-    q, k, v, ids = problem(device, 700)
+    q, k, v, ids = problem(device, 4000 if is_random else 700, is_random=is_random)
     kept: list[list[torch.Tensor]] = []
     for seed in (0, 0, 0, 0, 0, 0, 0, 1, 2):
         with torch.no_grad():
             q.copy_(torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)))
         # Copied to the host, so that no answer's memory is kept.
-        kept.append([x.cpu() for x in answers(q, k, v, ids)])
+        kept.append([x.cpu() for x in answers(q, k, v, ids, path)])
     assert graphs.num_launched >= 4
     monkeypatch.setattr(replay, "call_graphs", CallGraphs())
     for seed, known in ((0, kept[6]), (1, kept[7]), (2, kept[8])):
         with torch.no_grad():
             q.copy_(torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)))
-        launched = [x.cpu() for x in answers(q, k, v, ids)]
+        launched = [x.cpu() for x in answers(q, k, v, ids, path)]
         assert all(torch.equal(a, b) for a, b in zip(known, launched, strict=True))
     assert not torch.equal(kept[6][0], kept[7][0])
 

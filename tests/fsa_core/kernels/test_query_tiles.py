@@ -9,6 +9,8 @@ import torch
 
 from fsa_core.kernels.agreement import agree, new_agreement
 from fsa_core.kernels.forward import selected_attention_forward
+from fsa_core.kernels.index import invert, new_inversion
+from fsa_core.kernels.replay import Memory
 from fsa_core.plan import MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
 from fsa_core.tiles import FEW_LEFT
@@ -81,20 +83,24 @@ def test_float32(check: Callable) -> None:
 
 
 @pytest.mark.usefixtures("language")
-def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(make_case: Callable) -> None:
+@pytest.mark.parametrize("most_blocks", [3, 64])
+def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(
+    make_case: Callable, most_blocks: int
+) -> None:
     case = make_case(
         q_lens=(64, 37), num_kv_heads=1, group_size=8, num_slots=4, dtype=torch.float16, head_dim=32
     )
     p, plan = case.problem, plan_forward(case.problem, path=MIXED)
     tile, (group,) = plan.query_tile, groups(p, plan)
     assert tile is not None
+    tile = replace(tile, most_blocks=most_blocks)
     # All but one token of the first tile want the same four blocks, and that one another.
     ids = case.block_indices.clone()
     ids[0, : tile.tokens] = torch.tensor([0, 1, 2, 3])
     ids[0, 3, 1] = 2**31 - 1
     ids[0, 5, 2] = -1
     agreement = new_agreement(p, plan, tile, case.q)
-    agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k)
+    agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k, None)
     left_in_tiles = []
     for sequence, (start, end) in enumerate(case.cu_seqlens_q.unfold(0, 2, 1).tolist()):
         num_blocks = -(-(end - start) // p.block_size)
@@ -102,7 +108,7 @@ def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(make_c
             rows = ids[0, first : min(first + tile.tokens, end)]
             chosen = Counter(block for block in rows.flatten().tolist() if 0 <= block < num_blocks)
             few = {block: count for block, count in chosen.items() if count < tile.min_tokens}
-            if sum(few.values()) * FEW_LEFT < chosen.total():
+            if sum(few.values()) * FEW_LEFT < chosen.total() and len(chosen) <= most_blocks:
                 few = {}
             left = torch.tensor([[x if x in few else -1 for x in row] for row in rows.tolist()])
             got = agreement.leftover[0, first : first + len(rows)].cpu()
@@ -113,6 +119,44 @@ def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(make_c
             left_in_tiles.append(sum(few.values()))
     assert 0 in left_in_tiles
     assert max(left_in_tiles) > 0
+
+
+@pytest.mark.usefixtures("language")
+@pytest.mark.parametrize("is_one_apart", [False, True])
+def test_where_tiles_leave_nothing_nothing_is_indexed(make_case: Callable, is_one_apart: bool) -> None:
+    case = make_case(
+        q_lens=(600,), num_kv_heads=1, group_size=8, num_slots=2, dtype=torch.float16, head_dim=32
+    )
+    p, plan = case.problem, plan_forward(case.problem, path=MIXED)
+    tile, (group,) = plan.query_tile, groups(p, plan)
+    assert tile is not None
+    assert tile.tokens == 16
+    # Two blocks for all, but for the tokens of one tile, which agree on nothing.
+    ids = torch.zeros_like(case.block_indices)
+    ids[..., 1] = 1
+    if is_one_apart:
+        number = torch.arange(16, dtype=torch.int32, device=ids.device)
+        ids[0, 496:512] = 1 + torch.stack((number % 7, (number + 3) % 7), 1)
+    memory = Memory(case.q)
+    agreement, inversion = new_agreement(p, plan, tile, memory), new_inversion(plan, p.num_slots, memory)
+    # What a buffer holds that nobody has written.
+    for x in (inversion.offsets, inversion.item_offsets, inversion.pairs, inversion.items):
+        x.fill_(2**31 - 1)
+    agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k, inversion)
+    num_left = int((agreement.leftover[0, : p.num_q_tokens] >= 0).sum())
+    assert num_left == 32 * is_one_apart
+    invert(
+        inversion, agreement.leftover, case.cu_seqlens_q, case.cu_seqlens_k, first_token=0,
+        num_tokens=p.num_q_tokens, first_head=0, num_heads=1, chunk_tokens=plan.chunk_tokens,
+        block_size=p.block_size, pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, mark_unused=False,
+        of_leftover=True,
+    )  # fmt: skip
+    num_items = inversion.item_offsets[:, -1]
+    if is_one_apart:
+        assert inversion.offsets[:, -1].sum() == num_left
+        assert num_items.max() > 0
+    else:
+        assert num_items.tolist() == [0] * len(num_items)
 
 
 def test_groups_that_cut_tiles_change_no_bit(make_case: Callable, device: torch.device, path: str) -> None:

@@ -15,7 +15,7 @@ from fsa_core.kernels import backward, decode, forward, interval_gradients, repl
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.interval_gradients import interval_attention_backward
-from fsa_core.kernels.launch import Kernel, noted_launches
+from fsa_core.kernels.launch import Kernel, aside, noted_launches, rejoin
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.nsa import operator
 from fsa_core.nsa.compression import MeanCompression
@@ -92,6 +92,76 @@ def test_a_call_of_known_sizes_launches_the_same_on_its_own_tensors(ours: Kernel
     for (out,) in answers:
         assert (out.shape, out.dtype) == ((40, 4), torch.float16)
     assert len({out.data_ptr() for (out,) in answers}) == len(answers)
+
+
+class Stream:
+    """Tells what is launched on it, and which stream it waits for."""
+
+    numbers = iter(range(100))
+
+    def __init__(self, events: list[tuple[Any, ...]]) -> None:
+        self.cuda_stream = next(self.numbers)
+        self.events = events
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.events.append((self.cuda_stream, "waits", other.cuda_stream))
+
+
+@compiles
+def test_what_is_aside_is_a_branch_of_a_graph_until_it_is_needed(
+    ours: Kernel, written: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(memory: Memory, tensors: tuple[torch.Tensor, ...], size: int) -> None:
+        out = memory.answer(size, 4)
+
+        def launch(number: int) -> None:
+            ours[GRID](tensors[0], out, 0.5, size, number, WIDTH=2)
+
+        launch(0)
+        with aside():
+            launch(1)
+            with aside():
+                launch(2)
+            rejoin()
+            launch(3)
+        launch(4)
+        rejoin()
+        with aside():
+            launch(5)
+        launch(6)
+
+    replayed = Replayed(work)
+    first, second = operands()
+    for _ in range(2):
+        replayed((first, second), 40)
+    (program,) = replayed._programs.values()
+    written.launches.clear()
+    streams = [Stream(written.launches)]
+
+    def new_stream(_device: torch.device) -> Stream:
+        streams.append(Stream(written.launches))
+        return streams[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", new_stream)
+    program.record([0, *[x.data_ptr() for x in (first, second, torch.zeros(40, 4))]], streams[0])
+    number = {x.cuda_stream: n for n, x in enumerate(streams)}
+    happened = [
+        (number[x[0]], x[1], number[x[2]]) if len(x) == 3 else (number[x[4]], "launches", x[-1][4])
+        for x in written.launches
+    ]
+    assert happened == [
+        (0, "launches", 0),
+        (1, "waits", 0),
+        (1, "launches", 1),
+        (1, "launches", 2),
+        (1, "launches", 3),
+        (0, "launches", 4),
+        (0, "waits", 1),
+        (2, "waits", 0),
+        (2, "launches", 5),
+        (0, "launches", 6),
+        (0, "waits", 2),
+    ]
 
 
 @compiles

@@ -344,14 +344,16 @@ def test_a_segment_that_the_worker_has_no_room_for_costs_the_batch_that_needs_it
 
     async def scenario() -> None:
         worker = WorkerClient(discover(device.type)[0], arena, num_threads=1)
+        serving = asyncio.Event()
         dispatcher = Dispatcher(
-            [DeviceWorker(worker, no_warm_up)], Batcher(LIMITS), Metrics(), worker_wait_seconds=60.0
+            [DeviceWorker(worker, no_warm_up)],
+            Batcher(LIMITS),
+            Metrics(),
+            worker_wait_seconds=60.0,
+            on_serving_change=lambda is_serving: serving.set() if is_serving else serving.clear(),
         )
         await dispatcher.start()
-        await asyncio.wait_for(worker.wait_ready(), 60)
-        # What the dispatcher does when a worker is ready, it does a moment later.
-        while not dispatcher.is_serving:
-            await asyncio.sleep(0.01)
+        await asyncio.wait_for(serving.wait(), 60)
         small = Request.write(arena, SELECTED, 1)
         await dispatcher.submit(small.job)
         pid = worker.pid

@@ -57,6 +57,10 @@ class _Layout:
     parent: Any = None
 
 
+# 32 bits without a sign, which torch has no shifts of: 64 bits have room for them.
+_UINT32 = object()
+
+
 class _Tensor(torch.Tensor):
     """Numbers in registers; ``type.layout`` is that of the first operand of as many dimensions."""
 
@@ -74,7 +78,9 @@ class _Tensor(torch.Tensor):
             made.given_layout = next((x.given_layout for x in alike if x.given_layout is not None), None)
         return made
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> "_Tensor":  # type: ignore[override]
+    def to(self, dtype: Any, bitcast: bool = False) -> "_Tensor":  # type: ignore[override]
+        if dtype is _UINT32:
+            return super().to(torch.int64) & 0xFFFFFFFF
         return self.view(dtype) if bitcast else super().to(dtype)
 
 
@@ -399,8 +405,7 @@ _LANGUAGE = SimpleNamespace(
     int16=torch.int16,
     int32=torch.int32,
     int64=torch.int64,
-    # That of the interpreter has no shifts of others.
-    uint32=torch.int64,
+    uint32=_UINT32,
     uint64=torch.int64,
     float32=torch.float32,
     bfloat16=torch.bfloat16,
@@ -408,7 +413,7 @@ _LANGUAGE = SimpleNamespace(
     num_programs=lambda axis: _tensor(_partition.program.grid[axis]),
     arange=lambda start, end, layout=None: _tensor(torch.arange(start, end, dtype=torch.int32), layout),
     zeros=lambda shape, dtype, layout=None: _tensor(torch.zeros(shape, dtype=dtype), layout),
-    full=lambda shape, x, dtype, layout=None: _tensor(torch.full(shape, x, dtype=dtype), layout),
+    full=lambda shape, x, dtype, layout=None: _tensor(torch.full(shape, x), layout).to(dtype),
     load=_load,
     store=_store,
     atomic_add=_atomic_add,
@@ -419,6 +424,7 @@ _LANGUAGE = SimpleNamespace(
     cast=lambda x, dtype: _tensor(x).to(dtype),
     fma=lambda a, b, c: a * b + c,
     max=lambda x, axis: _tensor(x.amax(axis), _Layout(x.given_layout)),
+    min=lambda x, axis: _tensor(x.amin(axis), _Layout(x.given_layout)),
     sum=lambda x, axis: _tensor(x.sum(axis, dtype=x.dtype), _Layout(x.given_layout)),
     reshape=lambda x, shape: x.reshape(tuple(shape)),
     trans=lambda x, order: x.permute(*order),

@@ -294,7 +294,8 @@ def _agreeing_on_hopper(
         return None
     constants = _agreeing_constants(problem, tile, *leaves)
     return hopper_agreement.agree.bind(
-        **constants, WARPS=num_warps, num_warps=num_warps, maxnreg=MAX_SORTING_REGISTERS
+        **constants, SEARCHES=hopper_agreement.searches(problem, tile, is_alone), WARPS=num_warps,
+        num_warps=num_warps, maxnreg=MAX_SORTING_REGISTERS,
     )  # fmt: skip
 
 

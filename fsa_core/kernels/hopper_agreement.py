@@ -1,4 +1,9 @@
-"""What a query tile's tokens share: ``agreement._agree`` in Gluon, for its layouts."""
+"""What a query tile's tokens share: ``agreement._agree`` in Gluon, for its layouts.
+
+A tile whose tokens agree chose few blocks. They are found one after the other, the least first, in less than
+half of the instructions that it takes to sort all choices; the list is the same. Whether a tile is of that
+kind shows after the first few; if not, all is sorted.
+"""
 
 from functools import partial
 
@@ -15,6 +20,9 @@ from fsa_core.tiles import QueryTile
 
 # Two warps sort a tile of more in four fifths of the time of one, if they are alone; in company in as much.
 MANY = 512
+# Choices of a tile from which on blocks are looked for one by one. So many are found first; then the search
+# goes on while a block has been chosen by one in so many tokens, on the mean.
+FEWEST_SEARCHED, FIRST_FOUND, SEARCH_WHILE = 512, gl.constexpr(8), gl.constexpr(6)
 # What selects nothing comes last.
 NOTHING = gl.constexpr(2147483647)
 
@@ -35,6 +43,91 @@ def _spread(block_a, count_a, block_b, count_b):
 @gluon.jit
 def _add(a, b):
     return a + b
+
+
+@gluon.jit
+def _list_few(
+    indices_ptr,
+    blocks_ptr,
+    masks_ptr,
+    num_tokens,
+    num_slots,
+    num_blocks,
+    num_seen,
+    BLOCK_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
+    LOG_TOKENS: gl.constexpr,
+    LOG_SLOTS: gl.constexpr,
+    MIN_TOKENS: gl.constexpr,
+    FEW_LEFT: gl.constexpr,
+    MOST_BLOCKS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Lists all blocks of a tile, if it attends them all and they are found before the search ends.
+
+    Returns whether it did, how many of them are seen whole, and how many there are.
+    """
+    # A thread has rows of ids, of one token each.
+    layout: gl.constexpr = gl.BlockedLayout([1, 1 << LOG_SLOTS], [32, 1], [WARPS, 1], [1, 0])
+    token = gl.arange(0, 1 << LOG_TOKENS, gl.SliceLayout(1, layout))
+    slot = gl.arange(0, 1 << LOG_SLOTS, gl.SliceLayout(0, layout))
+    inside = ((token < TOKENS) & (token < num_tokens))[:, None] & (slot < num_slots)[None, :]
+    ids = gl.load(indices_ptr + (token * num_slots)[:, None] + slot[None, :], mask=inside, other=-1)
+    valid = (ids >= 0) & (ids < num_blocks)
+    num_left = gl.sum(gl.sum(valid.to(gl.int32), 1), 0)
+    most_few = num_left
+    ids = gl.where(valid, ids, -1)
+    bit = gl.full([1 << LOG_TOKENS], 1, gl.uint32, token.type.layout) << (token & 31).to(gl.uint32)
+    block = num_left * 0 - 1
+    found = num_left * 0
+    num_whole = num_left * 0
+    num_few = num_left * 0
+    num_chosen = num_left * 0
+    # Ids that a row has twice would be missing in the end.
+    is_on = num_left > 0
+    while is_on:
+        # The least above the last one; ids that have been, and those that select nothing, are larger here.
+        ahead = gl.min((ids - (block + 1)).to(gl.uint32), 1)
+        least = gl.min(ahead, 0)
+        chose = ahead == least
+        block += 1 + least.to(gl.int32)
+        count = gl.sum(chose.to(gl.int32), 0)
+        mask = gl.sum(gl.where(chose & (token < 32), bit, 0), 0).to(gl.uint64)
+        if TOKENS > 32:
+            mask |= gl.sum(gl.where(chose & (token >= 32), bit, 0), 0).to(gl.uint64) << 32
+        gl.store(blocks_ptr + found, block)
+        gl.store(masks_ptr + found, mask.to(gl.int64))
+        found += 1
+        num_whole += ((block + 1) * BLOCK_SIZE <= num_seen).to(gl.int32)
+        num_few += gl.where(count < MIN_TOKENS, count, 0)
+        num_chosen += count
+        num_left -= count
+        agrees = (found < FIRST_FOUND) | (num_chosen * SEARCH_WHILE >= found * TOKENS)
+        is_on = (num_left > 0) & (found < MOST_BLOCKS) & agrees
+    return (num_left == 0) & (num_few * FEW_LEFT < most_few), num_whole, found
+
+
+@gluon.jit
+def _leave_nothing(
+    leftover_ptr,
+    first,
+    first_token,
+    num_tokens,
+    q_end,
+    num_slots,
+    TOKENS: gl.constexpr,
+    LOG_TOKENS: gl.constexpr,
+    LOG_SLOTS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Writes -1 for all that a tile's tokens chose, those of the group."""
+    place = gl.arange(0, 1 << (LOG_TOKENS + LOG_SLOTS), gl.BlockedLayout([1], [32], [WARPS], [0]))
+    token, slot = place >> LOG_SLOTS, place & ((1 << LOG_SLOTS) - 1)
+    here = (token < TOKENS) & (first + token < q_end) & (slot < num_slots)
+    first -= first_token
+    here &= (first + token >= 0) & (first + token < num_tokens)
+    ptrs = leftover_ptr + first.to(gl.int64) * num_slots + (token * num_slots + slot)
+    gl.store(ptrs, gl.full([1 << (LOG_TOKENS + LOG_SLOTS)], -1, gl.int32, place.type.layout), mask=here)
 
 
 @partial(kernel, jit=gluon.jit)
@@ -68,9 +161,10 @@ def agree(
     MAX_SHARED: gl.constexpr,
     WITH_LEFTOVER: gl.constexpr,
     WITH_INDEX: gl.constexpr,
+    SEARCHES: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Arguments as of ``_agree``, and how many warps a tile has."""
+    """Arguments as of ``_agree``; whether blocks are searched first, and how many warps a tile has."""
     tile = first_tile + gl.program_id(0)
     head = gl.program_id(1).to(gl.int64)
     sequence, first, q_end = tile_tokens(tile, cu_seqlens_q_ptr, num_sequences, search_steps, TOKENS)
@@ -80,6 +174,24 @@ def agree(
         gl.store(counts_ptr + tile_place * 2 + 1, 0)
         return
     num_blocks, num_seen = tile_keys(cu_seqlens_k_ptr, sequence, first, q_end, BLOCK_SIZE, CAUSAL)
+    if SEARCHES:
+        # A group's border may cut the tile; what it lists is of all its tokens.
+        first_id = first.to(gl.int64) * num_slots
+        row_ptr = indices_ptr + (first_index_head + head) * head_stride + first_id
+        list_place = tile_place * MAX_SHARED
+        all_listed, num_whole, num_listed = _list_few(
+            row_ptr, blocks_ptr + list_place, masks_ptr + list_place, q_end - first, num_slots, num_blocks,
+            num_seen, BLOCK_SIZE, TOKENS, LOG_TOKENS, LOG_SLOTS, MIN_TOKENS, FEW_LEFT, MOST_BLOCKS, WARPS,
+        )  # fmt: skip
+        if all_listed:
+            gl.store(counts_ptr + tile_place * 2, num_whole)
+            gl.store(counts_ptr + tile_place * 2 + 1, num_listed)
+            if WITH_LEFTOVER:
+                _leave_nothing(
+                    leftover_ptr + head * leftover_stride, first, first_token, num_tokens, q_end, num_slots,
+                    TOKENS, LOG_TOKENS, LOG_SLOTS, WARPS,
+                )  # fmt: skip
+            return
     LOG_SIZE: gl.constexpr = LOG_TOKENS + LOG_SLOTS
     SIZE: gl.constexpr = 1 << LOG_SIZE
     # Loads and stores of the tile's rows are of neighbours by neighbouring threads; all else is not.
@@ -137,7 +249,20 @@ def agree(
 
 def num_warps(problem: Problem, tile: QueryTile, is_alone: bool) -> int:
     """Of a program; 0 if a thread would have no number. ``is_alone``: few tiles are on a multiprocessor."""
-    size = power_of_two(tile.tokens) * power_of_two(problem.num_slots)
+    size = _size(problem, tile)
     if size < 32:
         return 0
     return 2 if is_alone and size > MANY else 1
+
+
+def searches(problem: Problem, tile: QueryTile, is_alone: bool) -> bool:
+    """Whether a tile's blocks are looked for one by one before all is sorted.
+
+    Not where few tiles are on a multiprocessor: all wait for the one that is searched and then sorted.
+    """
+    is_many = _size(problem, tile) >= FEWEST_SEARCHED and tile.tokens >= 32
+    return is_many and not is_alone and tile.min_tokens > 1
+
+
+def _size(problem: Problem, tile: QueryTile) -> int:
+    return power_of_two(tile.tokens) * power_of_two(problem.num_slots)

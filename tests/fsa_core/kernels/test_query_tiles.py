@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsa_core.kernels.agreement import agree, new_agreement
+from fsa_core.drawn_indices import causal_block_indices
+from fsa_core.kernels import launch
+from fsa_core.kernels.agreement import Agreement, agree, new_agreement
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.kernels.index import invert, new_inversion
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import MIXED, QUERY_TILE, TOKEN_MAJOR, groups, plan_forward
 from fsa_core.problem import BLOCK_SIZES
-from fsa_core.tiles import FEW_LEFT
+from fsa_core.tiles import FEW_LEFT, QueryTile
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 
 
@@ -82,6 +84,36 @@ def test_float32(check: Callable) -> None:
     check(q_lens=(33,), dtype=torch.float32, head_dim=32)
 
 
+def assert_tiles_list(
+    agreement: Agreement, tile: QueryTile, ids: torch.Tensor, case: Case
+) -> list[tuple[int, int]]:
+    """That each tile lists what it should; how many blocks each lists and how many choices it leaves."""
+    p, found = case.problem, []
+    for start, end in case.cu_seqlens_q.unfold(0, 2, 1).tolist():
+        num_blocks = -(-(end - start) // p.block_size)
+        # A sequence's tiles begin behind as many as all before could fill.
+        tile_number = start // tile.tokens + case.cu_seqlens_q.tolist().index(start)
+        for number, first in enumerate(range(start, end, tile.tokens), tile_number):
+            last = min(first + tile.tokens, end)
+            rows = ids[0, first:last]
+            chosen = Counter(block for block in rows.flatten().tolist() if 0 <= block < num_blocks)
+            few = {block: count for block, count in chosen.items() if count < tile.min_tokens}
+            if sum(few.values()) * FEW_LEFT < chosen.total() and len(chosen) <= tile.most_blocks:
+                few = {}
+            left = torch.tensor([[x if x in few else -1 for x in row] for row in rows.tolist()])
+            got = agreement.leftover[0, first:last].cpu()
+            assert torch.equal(got, left.int()), f"tokens from {first} on"
+            shared = sorted(chosen.keys() - few.keys())
+            num_whole = sum((block + 1) * p.block_size <= first - start + 1 for block in shared)
+            assert agreement.counts[0, number].tolist() == [num_whole, len(shared)]
+            assert agreement.blocks[0, number, : len(shared)].tolist() == shared
+            masks = [sum(1 << t for t, row in enumerate(rows.tolist()) if x in row) for x in shared]
+            listed = agreement.masks[0, number, : len(shared)].tolist()
+            assert [mask % 2**64 for mask in listed] == masks
+            found.append((len(shared), sum(few.values())))
+    return found
+
+
 @pytest.mark.usefixtures("language")
 @pytest.mark.parametrize("most_blocks", [3, 64])
 def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(
@@ -101,24 +133,40 @@ def test_a_tile_leaves_what_few_of_its_tokens_chose_unless_that_is_little(
     ids[0, 5, 2] = -1
     agreement = new_agreement(p, plan, tile, case.q)
     agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k, None)
-    left_in_tiles = []
-    for sequence, (start, end) in enumerate(case.cu_seqlens_q.unfold(0, 2, 1).tolist()):
-        num_blocks = -(-(end - start) // p.block_size)
-        for number, first in enumerate(range(start, end, tile.tokens), start // tile.tokens + sequence):
-            rows = ids[0, first : min(first + tile.tokens, end)]
-            chosen = Counter(block for block in rows.flatten().tolist() if 0 <= block < num_blocks)
-            few = {block: count for block, count in chosen.items() if count < tile.min_tokens}
-            if sum(few.values()) * FEW_LEFT < chosen.total() and len(chosen) <= most_blocks:
-                few = {}
-            left = torch.tensor([[x if x in few else -1 for x in row] for row in rows.tolist()])
-            got = agreement.leftover[0, first : first + len(rows)].cpu()
-            assert torch.equal(got, left.int()), f"tokens from {first} on"
-            shared = sorted(chosen.keys() - few.keys())
-            assert agreement.counts[0, number, 1] == len(shared)
-            assert agreement.blocks[0, number, : len(shared)].tolist() == shared
-            left_in_tiles.append(sum(few.values()))
+    left_in_tiles = [left for _, left in assert_tiles_list(agreement, tile, ids, case)]
     assert 0 in left_in_tiles
     assert max(left_in_tiles) > 0
+
+
+# Tiles of 64, 32 and 32 tokens.
+@pytest.mark.usefixtures("language")
+@pytest.mark.parametrize(("group_size", "num_slots"), [(1, 16), (2, 16), (2, 13)])
+def test_tiles_whose_tokens_agree_and_those_whose_do_not(
+    make_case: Callable, monkeypatch: pytest.MonkeyPatch, group_size: int, num_slots: int
+) -> None:
+    # As if there were many tiles, which the kernel for Hopper searches first.
+    monkeypatch.setattr(launch, "_BUSY", 0)
+    case = make_case(
+        q_lens=(1500, 90), num_kv_heads=1, group_size=group_size, num_slots=num_slots, block_size=16,
+        dtype=torch.float16, head_dim=32,
+    )  # fmt: skip
+    p, plan = case.problem, plan_forward(case.problem, path=MIXED)
+    tile, (group,) = plan.query_tile, groups(p, plan)
+    assert tile is not None
+    generator = torch.Generator().manual_seed(group_size)
+    agreed, random = (
+        causal_block_indices(1500, 1, num_slots, 16, kind, generator) for kind in ("real", "random")
+    )
+    ids = torch.cat((agreed[:, :800], random[:, 800:], agreed[:, :90]), 1)
+    # One that a row has twice, and some that are none.
+    ids[0, 300, 1:3] = 4
+    ids[0, 500, 2], ids[0, 501, 3], ids[0, 502] = 2**31 - 1, -(2**31), -1
+    ids = ids.to(case.q.device)
+    agreement = new_agreement(p, plan, tile, case.q)
+    agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k, None)
+    found = assert_tiles_list(agreement, tile, ids, case)
+    assert any(left == 0 and listed > 8 for listed, left in found)
+    assert any(left > 0 for _, left in found)
 
 
 @pytest.mark.usefixtures("language")

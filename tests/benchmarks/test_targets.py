@@ -46,7 +46,7 @@ def test_the_fastest_peer_counts_and_ratios_are_averaged_geometrically() -> None
 def test_a_goal_that_some_cases_are_missing_of_is_not_passed() -> None:
     cases = [case for case in suite("targets") if case.num_tokens == 8192]
     verdict = verdict_of(
-        results_of(cases, ours=1e-3, nsa=1.0), "backward, real indices, h4-d128-64x16", "5.0"
+        results_of(cases, ours=1e-3, nsa=1.0), "backward, g to 16, real indices, h4-d128-64x16", "5.0"
     )
     assert (verdict.measured, verdict.status) == (5, "PARTLY")
 

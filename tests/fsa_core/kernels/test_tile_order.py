@@ -20,7 +20,7 @@ def _order(
     num_tokens = TOKENS * (tiles - 2)
     end = first_token + num_tokens
     problem = Problem(end, end, 1, heads, heads, 16, 16, torch.float16, heads, 4, 16, True, 1.0)
-    tile = QueryTile(TOKENS, 16, 16, 1, MAX_SHARED, False, False, 1, 128, 1)
+    tile = QueryTile(TOKENS, 16, 16, 1, 64, MAX_SHARED, False, False, 1, 128, 1)
     group = Group(first_token, num_tokens, 0, heads, 0, heads)
     lists = heads, tiles, MAX_SHARED
 

@@ -35,7 +35,7 @@ def test_a_joint_list_has_each_block_once_with_the_masks_of_both(
     problem = Problem(
         tokens, num_keys, 1, HEADS, HEADS, 16, 16, torch.float16, HEADS, 4, BLOCK_SIZE, True, 1.0
     )  # fmt: skip
-    tile = QueryTile(TOKENS, 16, 16, 1, MAX_SHARED, False, True, 1, 128, 1)
+    tile = QueryTile(TOKENS, 16, 16, 1, 64, MAX_SHARED, False, True, 1, 128, 1)
     group = Group(first_token, tokens - first_token, 0, HEADS, 0, HEADS)
     first_tile = max(first_token // TOKENS - 1, 0)
     num_tiles = -(-tokens // TOKENS) - first_tile

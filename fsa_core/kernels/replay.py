@@ -223,14 +223,16 @@ class _Program:
     def record(self, addresses: list[int], stream: torch.cuda.Stream) -> None:
         """``launch`` on a stream that is being recorded: what is aside becomes a branch of the graph."""
         beside: torch.cuda.Stream | None = None
+        on = stream
         for step in self.steps:
             if step.rejoins and beside is not None:
                 stream.wait_stream(beside)
-                beside = None
-            if step.is_aside and beside is None:
-                beside = torch.cuda.Stream(self.device)
-                beside.wait_stream(stream)
-            on = beside if step.is_aside and beside is not None else stream
+                beside, on = None, stream
+            if not step.is_aside:
+                on = stream
+            elif on is stream:
+                beside = on = beside or torch.cuda.Stream(self.device)
+                on.wait_stream(stream)
             step.run(*step.grid, on.cuda_stream, *step.compiled, *step.pick(addresses), *step.rest)
         if beside is not None:
             stream.wait_stream(beside)

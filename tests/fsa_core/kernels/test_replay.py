@@ -125,10 +125,12 @@ def test_what_is_aside_is_a_branch_of_a_graph_until_it_is_needed(
             rejoin()
             launch(3)
         launch(4)
-        rejoin()
         with aside():
             launch(5)
-        launch(6)
+        rejoin()
+        with aside():
+            launch(6)
+        launch(7)
 
     replayed = Replayed(work)
     first, second = operands()
@@ -156,10 +158,12 @@ def test_what_is_aside_is_a_branch_of_a_graph_until_it_is_needed(
         (1, "launches", 2),
         (1, "launches", 3),
         (0, "launches", 4),
+        (1, "waits", 0),
+        (1, "launches", 5),
         (0, "waits", 1),
         (2, "waits", 0),
-        (2, "launches", 5),
-        (0, "launches", 6),
+        (2, "launches", 6),
+        (0, "launches", 7),
         (0, "waits", 2),
     ]
 

@@ -101,7 +101,7 @@ class AttentionClient:
         query_block_size: int = 1,
         **options: Unpack[AttendOptions],
     ) -> AttendResult[ArrayT]:
-        """``attend`` over selected KV blocks, with the arguments of ``fsa_core.api.selected_attention``."""
+        """``attend`` over selected KV blocks; arguments as ``fsa_core.api.selected_attention`` names them."""
         return self.attend(q, k, v, BlockIndices(block_indices, block_size, query_block_size), **options)
 
     def select(

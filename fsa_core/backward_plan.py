@@ -134,10 +134,13 @@ def plan_backward(
             or _in_chunks(sizes, room)
         )
         sizes_of_queries = _query_tuning(p, tuning or default_tuning(p), query_rows)
-        # What the keys take is little but in long calls.
+        # What the keys take is little but in long calls. Of many sequences there is more to list.
         at_once = keys.workspace_bytes <= room // 4
-        room_for_queries = room - keys.workspace_bytes if at_once else room
-        queries = _query_plan(p, room_for_queries, path, sizes_of_queries, buffers)
+        if at_once:
+            queries = _query_plan(p, room - keys.workspace_bytes, path, sizes_of_queries, buffers)
+            at_once = keys.workspace_bytes + queries.workspace_bytes <= room
+        if not at_once:
+            queries = _query_plan(p, room, path, sizes_of_queries, buffers)
     query_bytes = 0 if queries is None else queries.workspace_bytes
     both_bytes = keys.workspace_bytes + query_bytes if at_once else max(keys.workspace_bytes, query_bytes)
     return BackwardPlan(

@@ -177,9 +177,12 @@ def plan_forward(
     if _has_partials(path):
         item_ints = max_items * (RECORD_INTS if is_buffered else 1)
         index_ints += (counter_ints(num_segments(p)) + 2) * num_segments(p) + 2 + item_ints
-    # Sequences start tiles of their own, and a group's borders cut two more.
+    # Sequences start tiles of their own, and a group's borders cut two more; they may have no neighbour.
     extra_tiles = p.num_sequences + 2
-    extra_bytes = 0 if walked is None else extra_tiles * list_bytes + STEP_BINS * INT32_BYTES
+    extra_bytes = 0
+    if walked is not None:
+        extra_bytes = extra_tiles * list_bytes + (extra_tiles + 1) * walked.joined_bytes
+        extra_bytes += STEP_BINS * INT32_BYTES
     index_limit = limit_bytes - partial_bytes - extra_bytes * p.index_heads
     index_per_head = p.index_heads > 1
     chunk_index_bytes = index_ints * INT32_BYTES + -(-chunk_tokens // tile_tokens) * list_bytes
@@ -272,15 +275,14 @@ def workspace_bytes(problem: Problem, limit_bytes: int = DEFAULT_WORKSPACE_BYTES
     index_heads = tile_heads if p.index_heads > 1 else 1
     pair_bytes = p.heads_per_pair * (p.value_dim * p.dtype.itemsize + FLOAT32_BYTES)
     # Of a token: the mixed path's, if its tiles share whatever any of their tokens chose, in the least items.
-    entry_bytes = INT32_BYTES + MASK_BYTES
-    if p.heads_per_pair <= 2:
-        # Lists of two tiles are joined.
-        entry_bytes += INT32_BYTES + 2 * MASK_BYTES
+    # Lists of two tiles are joined.
+    joined_bytes = (INT32_BYTES + 2 * MASK_BYTES) * (p.heads_per_pair <= 2)
+    entry_bytes = INT32_BYTES + MASK_BYTES + joined_bytes
     listed_bytes = entry_bytes * p.num_slots + (LIST_INTS + 1) * INT32_BYTES
     items = -(-p.num_slots // max(MIN_ROWS // p.heads_per_pair, 1))
     held_ints = 3 * p.num_slots + RECORD_INTS * items + -(-p.num_slots // USED_BITS)
     held_bytes = INT32_BYTES * held_ints + listed_bytes
-    list_bytes = entry_bytes * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 1) * INT32_BYTES
+    list_bytes = (entry_bytes + joined_bytes) * max(MAX_SORTED, p.num_slots) + (LIST_INTS + 2) * INT32_BYTES
     fixed_ints = (counter_ints(num_segments(p)) + 2 + RECORD_INTS) * num_segments(p) + 2 + STEP_BINS
     fixed_bytes = INT32_BYTES * fixed_ints
     fixed_bytes = index_heads * (fixed_bytes + (p.num_sequences + 3) * list_bytes)

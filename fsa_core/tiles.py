@@ -104,8 +104,12 @@ class QueryTile:
     def list_bytes(self) -> int:
         """Blocks, the masks of their tokens and what is beside; and half of two lists' joint one."""
         listed = self.max_shared * (INT32_BYTES + MASK_BYTES) + LIST_INTS * INT32_BYTES
-        joined = self.max_shared * (INT32_BYTES + 2 * MASK_BYTES) + INT32_BYTES
-        return listed + joined * self.is_half
+        return listed + self.joined_bytes
+
+    @property
+    def joined_bytes(self) -> int:
+        """Half of two lists' joint one, where there are any. A list that is alone in one takes all of it."""
+        return (self.max_shared * (INT32_BYTES + 2 * MASK_BYTES) + INT32_BYTES) * self.is_half
 
 
 def default_tuning(problem: Problem) -> Tuning:

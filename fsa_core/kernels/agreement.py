@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fsa_core.kernels import hopper
-from fsa_core.kernels.index import LEFT, Inversion
+from fsa_core.kernels.index import LEFT, Inversion, invert
 from fsa_core.kernels.launch import BoundKernel, kernel, sorting_warps
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
@@ -271,6 +271,37 @@ def agree(
         agreement.leftover.stride(0), p.num_slots, p.num_sequences, steps, first_tile,
         agreement.counts.shape[1], group.first_index_head,
     )  # fmt: skip
+
+
+def index_pairs(
+    inversion: Inversion,
+    agreement: Agreement | None,
+    problem: Problem,
+    plan: ForwardPlan,
+    group: Group,
+    block_indices: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> None:
+    """Fills ``inversion`` with a group's pairs: those that its tiles left, or all if there are no tiles."""
+    left = agreement is not None
+    invert(
+        inversion,
+        block_indices if agreement is None else agreement.leftover,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        first_token=group.first_token,
+        num_tokens=group.num_tokens,
+        first_head=0 if left else group.first_index_head,
+        num_heads=group.num_index_heads,
+        chunk_tokens=plan.chunk_tokens,
+        block_size=problem.block_size,
+        pairs_per_item=plan.tile.pairs_per_item,
+        causal=problem.causal,
+        first_row_token=group.first_token if left else 0,
+        mark_unused=not left and not plan.is_buffered,
+        of_leftover=left,
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,7 @@ from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.delta import write_delta
-from fsa_core.kernels.key_gradients import Call, Workspace, parts, sort_first, walk
+from fsa_core.kernels.key_gradients import Call, Workspace, parts, sort, walk
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import MOST_KEYS
 from fsa_core.kernels.query_gradients import QueryGradients
@@ -105,9 +105,8 @@ def _key_gradients(
     call = Call.of(problem, plan, kv_heads, tuple(others), delta)
     keys, workspace = plan.keys, Workspace.of(call, memory)
     queries = _queries(memory, call, kv_heads) if plan.at_once else None
-    first_heads, *other_heads = parts(kv_heads, keys.kv_heads)
     with aside():
-        sort_first(call, workspace, first_heads)
+        sort(call, workspace, next(parts(kv_heads, keys.kv_heads)))
     write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
     if queries is not None:
         queries.list_ahead()
@@ -115,9 +114,9 @@ def _key_gradients(
     if queries is not None:
         with aside():
             queries.write()
-    for indexed_heads in (first_heads, *other_heads):
+    for indexed_heads in parts(kv_heads, keys.kv_heads):
         for start in range(0, plan.segments, keys.range_segments):
-            walk(call, workspace, indexed_heads, start, is_sorted=start == 0 and indexed_heads is first_heads)
+            walk(call, workspace, indexed_heads, start)
 
 
 def _query_gradients(

@@ -10,9 +10,8 @@ KV block the (token, slot) pairs that chose it, cut into work items; and partial
 import torch
 
 from fsa_core.kernels import hopper
-from fsa_core.kernels.agreement import agree, new_agreement
+from fsa_core.kernels.agreement import agree, index_pairs, new_agreement
 from fsa_core.kernels.chunk_buffers import chunk_buffers
-from fsa_core.kernels.index import invert
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.partials import MOST_KEYS, attend_group, new_partials
 from fsa_core.kernels.query_tiles import attend_shared
@@ -68,21 +67,14 @@ def _forward(
     tile = plan.query_tile
     agreement = None if tile is None else new_agreement(p, plan, tile, memory)
     workspace = new_partials(p, plan, memory) if plan.has_partials else None
+    inversion = None if workspace is None else workspace[0]
+    starts = (cu_seqlens_q, cu_seqlens_k)
     for group in groups(p, plan):
-        ids, first_index_head, first_row_token = block_indices, group.first_index_head, 0
         if tile is not None and agreement is not None:
-            inversion = None if workspace is None else workspace[0]
-            agree(agreement, p, plan, tile, group, block_indices, cu_seqlens_q, cu_seqlens_k, inversion)
-            ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
-        if workspace is not None:
+            agree(agreement, p, plan, tile, group, block_indices, *starts, inversion)
+        if inversion is not None:
             with aside():
-                invert(
-                    workspace[0], ids, cu_seqlens_q, cu_seqlens_k, first_token=group.first_token,
-                    num_tokens=group.num_tokens, first_head=first_index_head,
-                    num_heads=group.num_index_heads, chunk_tokens=plan.chunk_tokens, block_size=p.block_size,
-                    pairs_per_item=plan.tile.pairs_per_item, causal=p.causal, first_row_token=first_row_token,
-                    mark_unused=tile is None and not plan.is_buffered, of_leftover=tile is not None,
-                )  # fmt: skip
+                index_pairs(inversion, agreement, p, plan, group, block_indices, *starts)
         if tile is not None and agreement is not None:
             attend_shared(agreement, p, plan, tile, group, *tensors)
             if plan.has_leftover and workspace is None:

@@ -74,23 +74,25 @@ def _list_few(
     inside = ((token < TOKENS) & (token < num_tokens))[:, None] & (slot < num_slots)[None, :]
     ids = gl.load(indices_ptr + (token * num_slots)[:, None] + slot[None, :], mask=inside, other=-1)
     valid = (ids >= 0) & (ids < num_blocks)
-    num_left = gl.sum(gl.sum(valid.to(gl.int32), 1), 0)
-    most_few = num_left
+    num_choices = gl.sum(gl.sum(valid.to(gl.int32), 1), 0)
+    num_missing = num_choices
     ids = gl.where(valid, ids, -1)
     bit = gl.full([1 << LOG_TOKENS], 1, gl.uint32, token.type.layout) << (token & 31).to(gl.uint32)
-    block = num_left * 0 - 1
-    found = num_left * 0
-    num_whole = num_left * 0
-    num_few = num_left * 0
-    num_chosen = num_left * 0
-    # Ids that a row has twice would be missing in the end.
-    is_on = num_left > 0
+    block = num_choices * 0 - 1
+    step = num_choices * 0
+    found = num_choices * 0
+    num_whole = num_choices * 0
+    num_few = num_choices * 0
+    num_chosen = num_choices * 0
+    is_on = num_choices > 0
     while is_on:
-        # The least above the last one; ids that have been, and those that select nothing, are larger here.
+        # To the least above the last one: ids that have been, and those that select nothing, are larger here.
+        # With a sign they are negative: where none is above and some are missing, those that a row has twice.
         ahead = gl.min((ids - (block + 1)).to(gl.uint32), 1)
         least = gl.min(ahead, 0)
         chose = ahead == least
-        block += 1 + least.to(gl.int32)
+        step = least.to(gl.int32)
+        block += 1 + step
         count = gl.sum(chose.to(gl.int32), 0)
         mask = gl.sum(gl.where(chose & (token < 32), bit, 0), 0).to(gl.uint64)
         if TOKENS > 32:
@@ -101,10 +103,11 @@ def _list_few(
         num_whole += ((block + 1) * BLOCK_SIZE <= num_seen).to(gl.int32)
         num_few += gl.where(count < MIN_TOKENS, count, 0)
         num_chosen += count
-        num_left -= count
+        num_missing -= count
         agrees = (found < FIRST_FOUND) | (num_chosen * SEARCH_WHILE >= found * TOKENS)
-        is_on = (num_left > 0) & (found < MOST_BLOCKS) & agrees
-    return (num_left == 0) & (num_few * FEW_LEFT < most_few), num_whole, found
+        is_on = (num_missing > 0) & (step >= 0) & (found < MOST_BLOCKS) & agrees
+    is_all = (num_missing == 0) & (step >= 0)
+    return is_all & (num_few * FEW_LEFT < num_choices), num_whole, found
 
 
 @gluon.jit
@@ -231,15 +234,18 @@ def agree(
     gl.store(counts_ptr + tile_place * 2, gl.sum(is_whole.to(gl.int32), 0))
     gl.store(counts_ptr + tile_place * 2 + 1, gl.sum(is_last.to(gl.int32), 0))
     if WITH_LEFTOVER:
-        # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
-        first -= first_token
-        leftover_ptr += head * leftover_stride + first.to(gl.int64) * num_slots
-        here = inside & (first + token >= 0) & (first + token < num_tokens)
-        nothing = gl.full([SIZE], -1, gl.int32, rows_layout)
+        leftover_ptr += head * leftover_stride
         if all_shared:
-            gl.store(leftover_ptr + id_place, nothing, mask=here)
+            _leave_nothing(
+                leftover_ptr, first, first_token, num_tokens, q_end, num_slots, TOKENS, LOG_TOKENS, LOG_SLOTS,
+                WARPS,
+            )  # fmt: skip
         else:
-            gl.store(leftover_ptr + id_place, nothing, mask=here & ~valid)
+            # A tile at the border of a group of tokens is seen by both groups; each keeps its own tokens.
+            first -= first_token
+            leftover_ptr += first.to(gl.int64) * num_slots
+            here = inside & ~valid & (first + token >= 0) & (first + token < num_tokens)
+            gl.store(leftover_ptr + id_place, gl.full([SIZE], -1, gl.int32, rows_layout), mask=here)
             mine = exists & (first + token_of >= 0) & (first + token_of < num_tokens)
             left = gl.where(is_shared, -1, block)
             gl.store(leftover_ptr + (token_of * num_slots + slot_of), left, mask=mine)

@@ -311,14 +311,18 @@ class Call:
         return cls(problem, plan, given, (grads[0], grads[1], grads[2]), block_indices)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Workspace:
-    """``shares`` of grad_q, and ``sums`` and ``splits`` of grad_k and grad_v, as ``_gradients`` has them."""
+    """``shares`` of grad_q, and ``sums`` and ``splits`` of grad_k and grad_v, as ``_gradients`` has them.
+
+    ``indexed``: what the index holds, as ``sort`` has it; the KV heads by their first.
+    """
 
     index: SortedIndex
     shares: torch.Tensor
     sums: torch.Tensor
     splits: torch.Tensor
+    indexed: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, call: Call, memory: Memory) -> "Workspace":
@@ -343,39 +347,16 @@ def parts(heads: range, most: int) -> Iterator[range]:
         yield range(start, min(start + most, heads.stop))
 
 
-def sort_first(call: Call, workspace: Workspace, kv_heads: range) -> None:
-    """What ``walk`` sorts before anything else, for those who have something to do meanwhile."""
-    _sort(call, workspace, kv_heads, 0, 0)
+def sort(call: Call, workspace: Workspace, kv_heads: range, rank: int = 0, first_token: int = 0) -> None:
+    """Indexes a group of tokens under tile head ``rank`` of each of some KV heads, unless they are indexed.
 
-
-def walk(
-    call: Call, workspace: Workspace, kv_heads: range, first_range_segment: int, *, is_sorted: bool = False
-) -> None:
-    """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks.
-
-    ``is_sorted``: ``sort_first`` has been called for these heads, and nothing sorted since.
+    The first that ``walk`` needs can be asked for before, by those who have something to do meanwhile.
     """
-    p, plan, keys = call.problem, call.plan, call.plan.keys
-    if keys.has_sums:
-        clear(workspace.sums)
-    # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
-    for rank in range(plan.tile_heads_per_kv_head):
-        for first_token in range(0, p.num_q_tokens, keys.group_tokens):
-            num_tokens = min(keys.group_tokens, p.num_q_tokens - first_token)
-            if not (is_sorted and rank == 0 and first_token == 0):
-                _sort(call, workspace, kv_heads, rank, first_token)
-            for launched in parts(kv_heads, keys.launch_heads):
-                index_head = launched.start - kv_heads.start
-                for chunk in range(-(-num_tokens // keys.chunk_tokens)):
-                    start = first_token + chunk * keys.chunk_tokens
-                    chunk_tokens = min(keys.chunk_tokens, first_token + num_tokens - start)
-                    at = Chunk(chunk, start, chunk_tokens, launched.start, len(launched), index_head)
-                    _launch(call, workspace, at, rank, first_range_segment)
-
-
-def _sort(call: Call, workspace: Workspace, kv_heads: range, rank: int, first_token: int) -> None:
-    """Indexes a group of tokens under tile head ``rank`` of each of some KV heads."""
     p, plan, keys, ranks = call.problem, call.plan, call.plan.keys, call.plan.tile_heads_per_kv_head
+    asked = (kv_heads.start, rank, first_token)
+    if workspace.indexed == asked:
+        return
+    workspace.indexed = asked
     sort_pairs(
         workspace.index, call.block_indices, call.given.cu_seqlens_q, call.given.cu_seqlens_k,
         first_token=first_token, num_tokens=min(keys.group_tokens, p.num_q_tokens - first_token),
@@ -383,6 +364,25 @@ def _sort(call: Call, workspace: Workspace, kv_heads: range, rank: int, first_to
         first_head=kv_heads.start * ranks + rank if plan.index_per_head else 0, head_step=ranks,
         block_size=p.block_size, pairs_per_item=keys.pairs_per_item, slot_bits=keys.slot_bits,
     )  # fmt: skip
+
+
+def walk(call: Call, workspace: Workspace, kv_heads: range, first_range_segment: int) -> None:
+    """All pairs of some KV heads, for the gradients of the keys in a range of KV blocks."""
+    p, plan, keys = call.problem, call.plan, call.plan.keys
+    if keys.has_sums:
+        clear(workspace.sums)
+    # Tile heads of one KV head come one after the other: they add to the same gradients of keys.
+    for rank in range(plan.tile_heads_per_kv_head):
+        for first_token in range(0, p.num_q_tokens, keys.group_tokens):
+            num_tokens = min(keys.group_tokens, p.num_q_tokens - first_token)
+            sort(call, workspace, kv_heads, rank, first_token)
+            for launched in parts(kv_heads, keys.launch_heads):
+                index_head = launched.start - kv_heads.start
+                for chunk in range(-(-num_tokens // keys.chunk_tokens)):
+                    start = first_token + chunk * keys.chunk_tokens
+                    chunk_tokens = min(keys.chunk_tokens, first_token + num_tokens - start)
+                    at = Chunk(chunk, start, chunk_tokens, launched.start, len(launched), index_head)
+                    _launch(call, workspace, at, rank, first_range_segment)
 
 
 def _key_kernel(problem: Problem, keys: KeyPlan, device: torch.device) -> tuple[Kernel, dict[str, Any]]:

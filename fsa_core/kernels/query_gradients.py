@@ -21,9 +21,9 @@ from dataclasses import replace
 
 import torch
 
-from fsa_core.kernels.agreement import agree, new_agreement
+from fsa_core.kernels.agreement import agree, index_pairs, new_agreement
 from fsa_core.kernels.block_share import Operands
-from fsa_core.kernels.index import invert, new_inversion
+from fsa_core.kernels.index import new_inversion
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
 from fsa_core.kernels.replay import Memory
@@ -68,22 +68,12 @@ class QueryGradients:
     def write(self) -> None:
         p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
         agreement, inversion = self._agreement, self._inversion
+        starts = (given.cu_seqlens_q, given.cu_seqlens_k)
         for group in self._groups:
-            ids, first_index_head, first_row_token = self._block_indices, group.first_index_head, 0
             tiles, self._listed = self._listed or self._list(group), None
-            if agreement is not None:
-                ids, first_index_head, first_row_token = agreement.leftover, 0, group.first_token
             if inversion is not None:
                 with aside():
-                    invert(
-                        inversion, ids, given.cu_seqlens_q, given.cu_seqlens_k, first_token=group.first_token,
-                        num_tokens=group.num_tokens, first_head=first_index_head,
-                        num_heads=group.num_index_heads, chunk_tokens=plan.chunk_tokens,
-                        block_size=p.block_size, pairs_per_item=plan.tile.pairs_per_item, causal=p.causal,
-                        first_row_token=first_row_token,
-                        mark_unused=agreement is None and not plan.is_buffered,
-                        of_leftover=agreement is not None,
-                    )  # fmt: skip
+                    index_pairs(inversion, agreement, p, plan, group, self._block_indices, *starts)
             if tile is not None and tiles is not None:
                 gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q)
             if inversion is not None:

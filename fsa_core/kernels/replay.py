@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 from fsa_core.kernels.call_graphs import FEWEST_LAUNCHES, call_graphs
-from fsa_core.kernels.launch import Launched, are_aligned, is_watched, kernel, noted_launches
+from fsa_core.kernels.launch import Launched, are_aligned, is_watched, kernel, noted_launches, rejoin
 
 Tensors = tuple[torch.Tensor, ...]
 CLEARED_IN_TILE = 4096
@@ -127,6 +127,8 @@ class Replayed:
         """Calls the function, whose answers are buffers of the whole call."""
         part = Memory(tensors[0])
         self._function(part, tensors, *options)
+        # Of what is launched next nothing was said here.
+        rejoin()
         whole.buffers += part.buffers + part.answers
         return tuple(part.answers)
 
@@ -222,19 +224,20 @@ class _Program:
 
     def record(self, addresses: list[int], stream: torch.cuda.Stream) -> None:
         """``launch`` on a stream that is being recorded: what is aside becomes a branch of the graph."""
-        beside: torch.cuda.Stream | None = None
-        on = stream
+        # One, whatever is aside: they are a pool that others take from as well.
+        beside = torch.cuda.Stream(self.device) if any(step.is_aside for step in self.steps) else stream
+        on, is_ahead = stream, False
         for step in self.steps:
-            if step.rejoins and beside is not None:
+            if step.rejoins and is_ahead:
                 stream.wait_stream(beside)
-                beside, on = None, stream
+                on, is_ahead = stream, False
             if not step.is_aside:
                 on = stream
             elif on is stream:
-                beside = on = beside or torch.cuda.Stream(self.device)
-                on.wait_stream(stream)
+                beside.wait_stream(stream)
+                on, is_ahead = beside, True
             step.run(*step.grid, on.cuda_stream, *step.compiled, *step.pick(addresses), *step.rest)
-        if beside is not None:
+        if is_ahead:
             stream.wait_stream(beside)
 
 

@@ -161,6 +161,9 @@ def test_tiles_whose_tokens_agree_and_those_whose_do_not(
     # One that a row has twice, and some that are none.
     ids[0, 300, 1:3] = 4
     ids[0, 500, 2], ids[0, 501, 3], ids[0, 502] = 2**31 - 1, -(2**31), -1
+    # What is missing in the end, as many as have nothing in a slot; or as have the least block.
+    ids[0, 64, 1], ids[0, 65, 2] = ids[0, 64, 2], -1
+    ids[0, 128:192, :2] = 0
     ids = ids.to(case.q.device)
     agreement = new_agreement(p, plan, tile, case.q)
     agree(agreement, p, plan, tile, group, ids, case.cu_seqlens_q, case.cu_seqlens_k, None)

@@ -161,10 +161,10 @@ def test_what_is_aside_is_a_branch_of_a_graph_until_it_is_needed(
         (1, "waits", 0),
         (1, "launches", 5),
         (0, "waits", 1),
-        (2, "waits", 0),
-        (2, "launches", 6),
+        (1, "waits", 0),
+        (1, "launches", 6),
         (0, "launches", 7),
-        (0, "waits", 2),
+        (0, "waits", 1),
     ]
 
 

@@ -58,7 +58,12 @@ class NSAConfig:
     @property
     def has_budget(self) -> bool:
         """Whether something else than ``top_k`` may end a row."""
-        return self.top_p is not None or self.min_share is not None
+        return self.ending_share is not None or self.min_share is not None
+
+    @property
+    def ending_share(self) -> float | None:
+        """``top_p``, but for 1, which ends no row: only rounding would say which of the least blocks."""
+        return self.top_p if self.top_p is not None and self.top_p < 1 else None
 
 
 def checked_size(name: str, value: Any, least: int = 1, most: int = MAX_SIZE) -> int:

@@ -268,7 +268,7 @@ def _choose(importance: list[float], position: int, config: NSAConfig) -> list[i
     held = 0.0
     for block in ranked[: config.top_k]:
         if not is_forced(block):
-            if config.top_p is not None and held >= config.top_p * total:
+            if config.ending_share is not None and held >= config.ending_share * total:
                 break
             if config.min_share is not None and importance[block] < config.min_share * total:
                 break

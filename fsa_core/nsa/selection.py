@@ -200,9 +200,9 @@ def _within_budget(
     ranked, order = rank.sort(dim=-1, descending=True, stable=True)
     ids, held = ids.gather(-1, order), held.gather(-1, order)
     keep = torch.ones_like(ids, dtype=torch.bool)
-    if config.top_p is not None:
+    if config.ending_share is not None:
         held_before = F.pad(held.cumsum(-1)[..., :-1], (1, 0))
-        keep &= held_before < config.top_p * total
+        keep &= held_before < config.ending_share * total
     if config.min_share is not None:
         keep &= held >= config.min_share * total
     keep |= ranked == torch.inf

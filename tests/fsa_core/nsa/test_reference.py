@@ -106,6 +106,13 @@ def test_budgets_stop_before_top_k(budget, expected):
     assert row[row >= 0].tolist() == expected
 
 
+def test_a_share_of_one_ends_no_row():
+    config = NSAConfig(kernel_size=16, stride=16, block_size=16, num_local_blocks=1, top_p=1.0)
+    # Added to what the second block holds, the others change nothing.
+    q, k_cmp, cu = scored([-200.0, 0.0, -200.0, -200.0, -200.0], 80)
+    assert select_blocks_reference(q, k_cmp, cu, cu, config, LN2)[0, -1, :5].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_selected_branch_is_the_librarys_oracle(make_call):
     call = make_call(q_lens=(40, 5), k_lens=(70, 90))
     block_indices = select_blocks_reference(

@@ -96,7 +96,7 @@ def configs(draw):
         top_k=max(sum(forced), draw(st.integers(1, 8))),
         num_first_blocks=forced[0],
         num_local_blocks=forced[1],
-        top_p=draw(st.sampled_from([None, 0.618034])),
+        top_p=draw(st.sampled_from([None, 0.618034, 1.0])),
         min_share=draw(st.sampled_from([None, 0.118034])),
     )
 

@@ -224,6 +224,34 @@ def test_groups_that_cut_tiles_change_no_bit(make_case: Callable, device: torch.
         torch.testing.assert_close(a, b, rtol=0, atol=0 if device.type == "cuda" else 2e-3)
 
 
+@pytest.mark.parametrize("agreed_tokens", [range(480), range(560, 640)])
+def test_groups_of_which_some_leave_nothing(
+    make_case: Callable, assert_close_to_oracle: Callable, device: torch.device, agreed_tokens: range
+) -> None:
+    case = make_case(
+        q_lens=(640,), num_kv_heads=1, group_size=8, num_slots=8, block_size=16, dtype=torch.float16,
+        head_dim=16,
+    )  # fmt: skip
+    # These choose the first block and their own, the others five more at random: tiles leave most of them from
+    # token 432 on.
+    own = torch.arange(640) // 16
+    agreed = torch.full((640, 8), -1)
+    agreed[:, 0], agreed[:, 1] = 0, torch.where(own > 0, own, -1)
+    ids = causal_block_indices(640, 1, 8, 16, "random", torch.Generator().manual_seed(1))[0]
+    ids[agreed_tokens.start : agreed_tokens.stop] = agreed[agreed_tokens.start : agreed_tokens.stop].int()
+    case = replace(case, block_indices=ids[None].to(device))
+    limit_bytes = 2**17
+    assert plan_forward(case.problem, limit_bytes, MIXED).group_tokens == 160
+    whole = selected_attention_forward(case.problem, *case.tensors, path=MIXED)
+    cut = selected_attention_forward(
+        case.problem, *case.tensors, path=MIXED, workspace_limit_bytes=limit_bytes
+    )  # fmt: skip
+    assert_close_to_oracle(*cut, case)
+    for a, b in zip(whole, cut, strict=True):
+        # Partials of other tokens share an item, which numpy's products notice.
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if device.type == "cuda" else 2e-3)
+
+
 def test_ids_that_no_validation_has_seen_read_no_foreign_memory(
     make_case: Callable, assert_close_to_oracle: Callable, path: str
 ) -> None:

@@ -232,8 +232,8 @@ def test_groups_of_which_some_leave_nothing(
         q_lens=(640,), num_kv_heads=1, group_size=8, num_slots=8, block_size=16, dtype=torch.float16,
         head_dim=16,
     )  # fmt: skip
-    # These choose the first block and their own, the others five more at random: tiles leave most of them from
-    # token 432 on.
+    # These choose the first block and their own, the others five more at random: tiles leave most of them,
+    # from token 432 on.
     own = torch.arange(640) // 16
     agreed = torch.full((640, 8), -1)
     agreed[:, 0], agreed[:, 1] = 0, torch.where(own > 0, own, -1)

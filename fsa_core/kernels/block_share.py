@@ -29,6 +29,10 @@ class Operands:
     first_delta_head: int
 
     @property
+    def starts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cu_seqlens_q, self.cu_seqlens_k
+
+    @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.q, self.k, self.v, self.grad_out, self.lse, self.delta
 

@@ -68,12 +68,11 @@ class QueryGradients:
     def write(self) -> None:
         p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
         agreement, inversion = self._agreement, self._inversion
-        starts = (given.cu_seqlens_q, given.cu_seqlens_k)
         for group in self._groups:
             tiles, self._listed = self._listed or self._list(group), None
             if inversion is not None:
                 with aside():
-                    index_pairs(inversion, agreement, p, plan, group, self._block_indices, *starts)
+                    index_pairs(inversion, agreement, p, plan, group, self._block_indices, *given.starts)
             if tile is not None and tiles is not None:
                 gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q)
             if inversion is not None:
@@ -85,8 +84,7 @@ class QueryGradients:
         p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
         if tile is None or self._agreement is None:
             return None
-        cu_seqlens = (given.cu_seqlens_q, given.cu_seqlens_k)
-        agree(self._agreement, p, plan, tile, group, self._block_indices, *cu_seqlens, self._inversion)
+        agree(self._agreement, p, plan, tile, group, self._block_indices, *given.starts, self._inversion)
         return tiles_of_group(p, plan, tile, group, self._agreement, given)
 
 

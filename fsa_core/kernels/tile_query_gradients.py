@@ -143,8 +143,7 @@ def tiles_of_group(
 ) -> Tiles:
     """What ``gradients_of_tiles`` walks: the blocks that a group's tokens share, in ``agreement``."""
     is_on_hopper = hopper.runs_on(given.q.device) and _on_hopper(problem, plan, tile) is not None
-    starts = given.cu_seqlens_q, given.cu_seqlens_k
-    return tiles_to_walk(agreement, problem, tile, group, *starts, are_resident=is_on_hopper)
+    return tiles_to_walk(agreement, problem, tile, group, *given.starts, are_resident=is_on_hopper)
 
 
 def gradients_of_tiles(
@@ -159,11 +158,10 @@ def gradients_of_tiles(
     """Writes grad_q of a group's tokens over the blocks they share."""
     p = problem
     of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
-    starts = given.cu_seqlens_q, given.cu_seqlens_k
     arguments = (
-        *given.tensors, grad_q, *tiles.lists, *starts, p.softmax_scale, group.first_token, group.num_tokens,
-        p.num_sequences, search_steps(p.num_sequences), tiles.first, tiles.of_head, group.first_head,
-        given.first_delta_head, given.delta.shape[1],
+        *given.tensors, grad_q, *tiles.lists, *given.starts, p.softmax_scale, group.first_token,
+        group.num_tokens, p.num_sequences, search_steps(p.num_sequences), tiles.first, tiles.of_head,
+        group.first_head, given.first_delta_head, given.delta.shape[1],
     )  # fmt: skip
     if of_tiles is not None:
         programs = min(multiprocessors(grad_q.device), tiles.number * group.num_heads)

@@ -152,20 +152,10 @@ def test_what_is_aside_is_a_branch_of_a_graph_until_it_is_needed(
         for x in written.launches
     ]
     assert happened == [
-        (0, "launches", 0),
-        (1, "waits", 0),
-        (1, "launches", 1),
-        (1, "launches", 2),
-        (1, "launches", 3),
-        (0, "launches", 4),
-        (1, "waits", 0),
-        (1, "launches", 5),
-        (0, "waits", 1),
-        (1, "waits", 0),
-        (1, "launches", 6),
-        (0, "launches", 7),
-        (0, "waits", 1),
-    ]
+        (0, "launches", 0), (1, "waits", 0), (1, "launches", 1), (1, "launches", 2), (1, "launches", 3),
+        (0, "launches", 4), (1, "waits", 0), (1, "launches", 5), (0, "waits", 1), (1, "waits", 0),
+        (1, "launches", 6), (0, "launches", 7), (0, "waits", 1),
+    ]  # fmt: skip
 
 
 @compiles

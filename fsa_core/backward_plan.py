@@ -26,9 +26,9 @@ from fsa_core.tiles import MAX_REGISTERS, Tuning, default_tuning, partial_tile, 
 
 INT32_BYTES = 4
 FLOAT32_BYTES = 4
-# A pair in the index: its rank, its token and slot, and its share of a counter of its strip. Strips end where
-# chunks do, and so may have counters of a tile and of all segments more.
-PAIR_BYTES = 9
+# A strip of the index has so many pairs, or more, for each of its counters. Strips end where chunks do: there
+# may be counters of a tile and of all segments more.
+PAIRS_A_COUNTER = 3
 TILE_PAIRS = 1024
 # Pairs of a work item: twice what a block of 64 keys has on average, with 16 slots. Each item of a block that
 # has several takes room for float32 gradients of the block: the longer a call, the longer its items.
@@ -275,6 +275,11 @@ def _bits(num_slots: int) -> int:
     return (num_slots - 1).bit_length()
 
 
+def _pair_bytes(pairs: int) -> int:
+    """Of pairs in the index: of each its rank, its token and slot; and counters of their strips."""
+    return INT32_BYTES * (2 * pairs + -(-pairs // PAIRS_A_COUNTER))
+
+
 def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queries: bool) -> KeyPlan | None:
     """All tokens at once, so that most blocks' gradients are written as they are made; None: too many."""
     p, ranks = sizes.problem, sizes.tile_heads_per_kv_head
@@ -288,7 +293,7 @@ def _in_one_chunk(sizes: _Sizes, room_bytes: int, item_pairs: int, *, with_queri
         return None
     head_bytes = (max_splits + (ranks > 1) * sizes.segments) * sizes.block_bytes
     head_bytes = max(head_bytes + with_queries * partial_bytes, 1)
-    index_bytes = sizes.list_bytes(max_items) + PAIR_BYTES * pairs
+    index_bytes = sizes.list_bytes(max_items) + _pair_bytes(pairs)
     if index_bytes + head_bytes > room_bytes or p.num_q_tokens > sizes.most_tokens:
         return None
     kv_heads = sizes.delta_heads
@@ -324,7 +329,7 @@ def _in_chunks(sizes: _Sizes, room_bytes: int) -> KeyPlan:
     range_segments = min(max(room_bytes * 3 // 8 // sizes.block_bytes, 1), sizes.segments)
     pairs_per_item = sizes.pairs_per_item(LONG_ITEM_PAIRS)
     split_bytes = -(-2 * p.num_slots * sizes.block_bytes // pairs_per_item)
-    index_tokens = room_bytes // 4 // (PAIR_BYTES * p.num_slots)
+    index_tokens = room_bytes // 4 // _pair_bytes(p.num_slots)
     chunk_tokens = min(room_bytes * 5 // 16 // split_bytes, index_tokens, sizes.most_tokens)
     chunk_tokens = min(max(chunk_tokens, MIN_CHUNK_TOKENS), sizes.most_tokens, p.num_q_tokens)
     # Equal chunks: a short last one would leave its tiles empty.
@@ -332,7 +337,7 @@ def _in_chunks(sizes: _Sizes, room_bytes: int) -> KeyPlan:
     pairs = chunk_tokens * p.num_slots
     max_items = pairs // pairs_per_item + min(sizes.segments, pairs)
     max_splits = sizes.max_splits(pairs, pairs_per_item)
-    index_bytes = PAIR_BYTES * pairs + sizes.list_bytes(max_items)
+    index_bytes = _pair_bytes(pairs) + sizes.list_bytes(max_items)
     group_chunks = min(max(room_bytes // 4 // index_bytes, 1), -(-p.num_q_tokens // chunk_tokens))
     held_blocks = max_splits + range_segments
     return sizes.plan(

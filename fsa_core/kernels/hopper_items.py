@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fsa_core.kernels.hopper_chunks import BUFFERS, buffer_rows, chunk_of, chunks_of
-from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows
+from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, gather_rows
 from fsa_core.kernels.index import RECORD_INTS, RECORD_PAIRS_BIT, SLOT_BITS, SLOT_MASK
 
 # How often a program takes its share of a head's tiles; in 4 or 8 parts is slower.
@@ -336,12 +336,12 @@ def _copy_items(
                         flat_pairs = next_flat_pairs
                         next_flat_pairs = _tile_pairs(pairs_ptr, second, flat_rows, HEADS_PER_PAIR)
                     mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
-                    copy_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, mask, HEAD_DIM, ROWS_LAYOUT)
+                    gather_rows(q_ptr, q_tiles.index(stage), q_rows * HEAD_DIM, mask, HEAD_DIM, ROWS_LAYOUT)
                     async_copy.async_copy_global_to_shared(pair_tiles.index(stage), pair_ptrs, flat_mask)
                     if WITH_GRADIENTS:
                         out_tiles, lse_tiles, delta_tiles = beside
                         out_tile, out_rows = out_tiles.index(stage), q_rows * VALUE_DIM
-                        copy_rows(grad_out_ptr, out_tile, out_rows, mask, VALUE_DIM, ROWS_LAYOUT)
+                        gather_rows(grad_out_ptr, out_tile, out_rows, mask, VALUE_DIM, ROWS_LAYOUT)
                         head_in_chunk = head_row + flat_rows % HEADS_PER_PAIR
                         lse_ptrs = lse_ptr + (flat_tokens * NUM_Q_HEADS + head_in_chunk)
                         delta_ptrs = delta_ptr + (flat_tokens * num_delta_heads + head_in_chunk)

@@ -33,7 +33,7 @@ from fsa_core.kernels.hopper_row_shares import (
     weigh,
     zero_gradients,
 )
-from fsa_core.kernels.hopper_tiles import copy_rows, multiplies
+from fsa_core.kernels.hopper_tiles import copy_rows, gather_rows, multiplies
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.primitives import find_block
 from fsa_core.problem import Problem
@@ -87,8 +87,8 @@ def _gather(
         mbarrier.wait(free.index(stage), ((tile // STAGES) & 1) ^ 1)
         q_rows = tokens * (NUM_Q_HEADS * HEAD_DIM) + heads * HEAD_DIM
         out_rows = tokens * (NUM_Q_HEADS * VALUE_DIM) + heads * VALUE_DIM
-        copy_rows(q_ptr, q_tiles.index(stage), q_rows, row_mask, HEAD_DIM, layout)
-        copy_rows(grad_out_ptr, out_tiles.index(stage), out_rows, row_mask, VALUE_DIM, layout)
+        gather_rows(q_ptr, q_tiles.index(stage), q_rows, row_mask, HEAD_DIM, layout)
+        gather_rows(grad_out_ptr, out_tiles.index(stage), out_rows, row_mask, VALUE_DIM, layout)
         lse_ptrs = lse_ptr + flat_tokens * NUM_Q_HEADS + flat_heads
         delta_ptrs = delta_ptr + flat_tokens * num_delta_heads + flat_heads
         async_copy.async_copy_global_to_shared(lse_tiles.index(stage), lse_ptrs, flat_row_mask)

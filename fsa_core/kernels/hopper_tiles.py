@@ -88,10 +88,21 @@ def num_turns(num_work):
 
 @gluon.jit
 def copy_rows(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
-    """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros."""
+    """Begins to copy the rows that lie at ``row_offsets``; rows that are not are zeros.
+
+    For offsets that are the same again and again: then only ``x_ptr`` is added to them. See ``gather_rows``.
+    """
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     offsets = row_offsets[:, None] + dims[None, :]
     async_copy.async_copy_global_to_shared(tile, x_ptr + offsets, row_mask[:, None])
+
+
+@gluon.jit
+def gather_rows(x_ptr, tile, row_offsets, row_mask, DIM: gl.constexpr, layout: gl.constexpr):
+    """``copy_rows`` of rows that lie elsewhere each time: each has one address, and all of it lies behind."""
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    row_ptrs = x_ptr + row_offsets[:, None]
+    async_copy.async_copy_global_to_shared(tile, row_ptrs + dims[None, :], row_mask[:, None])
 
 
 @gluon.jit

@@ -227,6 +227,7 @@ def _sum_items(
     num_chunks,
     max_splits,
     first_kv_head,
+    num_kv_heads,
     first_index_head,
     chunk,
     first_range_segment,
@@ -245,9 +246,11 @@ def _sum_items(
 
     Writes grad_k and grad_v, unless the segment's only item has, or the sum if this is not the last chunk.
     """
-    range_segment = tl.program_id(0)
-    group_head = tl.program_id(1)
-    part_keys = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
+    # Blocks that everybody chose are the first, as in ``_gradients``, and have the most to add.
+    parts: tl.constexpr = BLOCK_SIZE // KEYS
+    part_keys = tl.program_id(0) % parts * KEYS + tl.arange(0, KEYS)
+    group_head = tl.program_id(0) // parts % num_kv_heads
+    range_segment = tl.program_id(0) // parts // num_kv_heads
     segment = first_range_segment + range_segment
     row = (first_index_head + group_head if INDEX_PER_HEAD else 0) * num_chunks + chunk
     item_offsets_ptr += row * (num_segments + 1) + segment
@@ -423,12 +426,12 @@ def _launch(call: Call, workspace: Workspace, at: Chunk, rank: int, first_range_
     )  # fmt: skip
     is_last = rank == plan.tile_heads_per_kv_head - 1 and at.first_token + at.num_tokens == p.num_q_tokens
     sum_keys = min(SUM_KEYS, p.block_size)
-    _sum_items[range_segments, at.num_heads, p.block_size // sum_keys](
+    _sum_items[(range_segments * at.num_heads * (p.block_size // sum_keys),)](
         workspace.sums, workspace.splits, call.grads[1], call.grads[2], index.item_offsets,
         index.split_offsets, given.cu_seqlens_k, p.softmax_scale, p.num_sequences, steps, plan.segments,
-        num_chunks, keys.max_splits, at.first_head, at.first_index_head, at.number, first_range_segment,
-        range_segments, int(is_last), **shapes, WIDTH_PADDED=padded_dim(p.head_dim + p.value_dim),
-        KEYS=sum_keys,
+        num_chunks, keys.max_splits, at.first_head, at.num_heads, at.first_index_head, at.number,
+        first_range_segment, range_segments, int(is_last), **shapes,
+        WIDTH_PADDED=padded_dim(p.head_dim + p.value_dim), KEYS=sum_keys,
     )  # fmt: skip
     if keys.with_queries:
         sum_shares(

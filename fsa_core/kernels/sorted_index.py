@@ -10,7 +10,7 @@ launches, without host synchronisation or atomics:
 3. items: where each segment's pairs, and the work items cut from them, begin;
 4. pairs: each goes to its segment's begin + those of strips before + its rank.
 
-A strip is longer the more segments there are, so that counters are a fourth of the pairs.
+A strip is longer the more segments there are, so that counters are a third of the pairs.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fsa_core.backward_plan import PAIRS_A_COUNTER
 from fsa_core.kernels import hopper
 from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
 from fsa_core.kernels.launch import Kernel, kernel, sorting_warps
@@ -29,8 +30,6 @@ from fsa_core.plan import SLOT_BITS
 from fsa_core.sizes import search_steps
 
 PAIRS_IN_TILE = 1024
-# A strip has at least as many pairs for each of its counters: these are memory too.
-PAIRS_A_COUNTER = 4
 # Of the counters, a program's: enough loads under way at once, enough programs.
 STRIPS_IN_TILE = 64
 SEGMENTS_IN_COLUMN = 32
@@ -298,12 +297,14 @@ def _pairs(
     tl.store(item_segment_ptr + row * max_items + items, segments, mask=starts_item)
 
 
-def _ranking(device: torch.device, is_wide: bool, tiles: int) -> tuple[Kernel, dict[str, Any]]:
+def _ranking(
+    device: torch.device, num_slots: int, log_pairs: int, is_wide: bool, tiles: int
+) -> tuple[Kernel, dict[str, Any]]:
     """The kernel that ranks on this device, and the constants that it alone has."""
     if hopper.runs_on(device) and not is_wide:
         from fsa_core.kernels import hopper_ranks
 
-        return hopper_ranks.rank, {"num_warps": 1}
+        return hopper_ranks.rank, {"LOG_ROW": hopper_ranks.log_row(num_slots, log_pairs), "num_warps": 1}
     key_dtype = tl.int64 if is_wide else tl.int32
     return _rank, {
         "SEGMENTS": SEGMENTS_IN_TILE, "KEY_DTYPE": key_dtype, "num_warps": sorting_warps(device, tiles),
@@ -342,7 +343,8 @@ def sort_pairs(
     )  # fmt: skip
     log_pairs = PAIRS_IN_TILE.bit_length() - 1
     is_wide = (num_segments + 1) << log_pairs > 2**31
-    rank, own = _ranking(block_indices.device, is_wide, num_strips * strip_tiles * num_rows)
+    tiles = num_strips * strip_tiles * num_rows
+    rank, own = _ranking(block_indices.device, num_slots, log_pairs, is_wide, tiles)
     rank[num_strips, num_chunks, num_heads](
         block_indices, cu_seqlens_q, cu_seqlens_k, index.ranks, index.counts, *sizes, BLOCK_SIZE=block_size,
         LOG_PAIRS=log_pairs, **own,

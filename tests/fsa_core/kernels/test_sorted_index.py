@@ -86,7 +86,7 @@ def test_chunks_of_a_group_of_tokens_are_sorted_apart(make_case: Callable) -> No
 
 
 def test_strips_of_several_tiles(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 tiles of 32 pairs, 9 a strip, for 71 segments."""
+    """12 tiles of 32 pairs, 7 a strip, for 71 segments."""
     monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 32)
     case = make_case(q_lens=(60,), k_lens=(16 * 70,), num_slots=6, block_size=16, index_heads=2)
     index = indexed(case, first_token=0, num_tokens=60, chunk_tokens=60)

@@ -54,6 +54,19 @@ def check_gradients(make_case: Callable, assert_gradients_close_to_oracle: Calla
     return run
 
 
+@pytest.fixture
+def replace_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Callable], None]]:
+    """Puts something else in the place of what kernels for Hopper, interpreted, call by a name."""
+    from tests import gluon_interpreter
+
+    def put(name: str, other: Callable) -> None:
+        monkeypatch.setitem(gluon_interpreter._REPLACED, name, other)
+        gluon_interpreter._in_python.cache_clear()
+
+    yield put
+    gluon_interpreter._in_python.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def tiles_for_the_interpreter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays for each program and each element of a tile, not for what the GPU pays for."""

@@ -10,7 +10,7 @@ launches, without host synchronisation or atomics:
 3. items: where each segment's pairs, and the work items cut from them, begin;
 4. pairs: each goes to its segment's begin + those of strips before + its rank.
 
-A strip is longer the more segments there are, so that counters are a third of the pairs.
+A strip is longer the more segments there are, so that counters are a third of the pairs at most.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,15 @@ import triton.language as tl
 from fsa_core.backward_plan import PAIRS_A_COUNTER
 from fsa_core.kernels import hopper
 from fsa_core.kernels.index import SEGMENTS_IN_TILE, larger, store_offsets
-from fsa_core.kernels.launch import Kernel, kernel, sorting_warps
+from fsa_core.kernels.launch import Kernel, kernel, multiprocessors, sorting_warps
 from fsa_core.kernels.primitives import blocks_of_tokens
 from fsa_core.kernels.replay import Memory
 from fsa_core.plan import SLOT_BITS
 from fsa_core.sizes import search_steps
 
 PAIRS_IN_TILE = 1024
+# Of a multiprocessor: as many warps as there are registers for.
+STRIPS_AT_ONCE = 8
 # Of the counters, a program's: enough loads under way at once, enough programs.
 STRIPS_IN_TILE = 64
 SEGMENTS_IN_COLUMN = 32
@@ -77,7 +79,7 @@ def new_sorted_index(
         return memory.new_empty(*shape, dtype=torch.int32)
 
     num_rows = num_heads * -(-num_tokens // chunk_tokens)
-    strips, _ = _strips_of(chunk_tokens * num_slots, num_segments)
+    strips, _ = _strips_of(chunk_tokens * num_slots, num_segments, num_rows, memory.device)
     return SortedIndex(
         ranks=int32(num_heads, num_tokens, num_slots),
         pairs=int32(num_heads, num_tokens * num_slots),
@@ -89,10 +91,19 @@ def new_sorted_index(
     )
 
 
-def _strips_of(pairs: int, num_segments: int) -> tuple[int, int]:
-    """How many strips a chunk of ``pairs`` is, and their tiles."""
+def _strips_of(pairs: int, num_segments: int, num_rows: int, device: torch.device) -> tuple[int, int]:
+    """How many strips each of ``num_rows`` chunks of ``pairs`` is, and their tiles.
+
+    As short as counters allow, or up to twice as long if that saves a round that few strips would have.
+    """
     tiles = -(-pairs // PAIRS_IN_TILE)
-    strip_tiles = min(-(-num_segments * PAIRS_A_COUNTER // PAIRS_IN_TILE), tiles)
+    shortest = min(-(-num_segments * PAIRS_A_COUNTER // PAIRS_IN_TILE), tiles)
+    at_once = STRIPS_AT_ONCE * multiprocessors(device)
+
+    def tiles_in_turn(strip_tiles: int) -> int:
+        return -(-(-(-tiles // strip_tiles) * num_rows) // at_once) * strip_tiles
+
+    strip_tiles = min(range(shortest, min(2 * shortest, tiles) + 1), key=tiles_in_turn)
     return -(-tiles // strip_tiles), strip_tiles
 
 
@@ -334,7 +345,7 @@ def sort_pairs(
     num_heads, group_tokens, num_slots = index.ranks.shape
     num_rows, _, num_segments = index.counts.shape
     num_chunks, chunk_pairs = num_rows // num_heads, chunk_tokens * num_slots
-    num_strips, strip_tiles = _strips_of(chunk_pairs, num_segments)
+    num_strips, strip_tiles = _strips_of(chunk_pairs, num_segments, num_rows, block_indices.device)
     num_sequences = cu_seqlens_q.numel() - 1
     sizes = (
         first_token, num_tokens, chunk_tokens, first_head, head_step, block_indices.stride(0), num_slots,

@@ -7,6 +7,7 @@ import torch
 
 from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
+from fsa_core.kernels import key_gradients
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import KV_MAJOR, MIXED
@@ -22,9 +23,15 @@ def fresh_plans() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_plans")
-def test_a_popular_block_is_many_items(check_gradients: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sum_keys", [8, 256])
+def test_a_popular_block_is_many_items(
+    check_gradients: Callable, monkeypatch: pytest.MonkeyPatch, sum_keys: int
+) -> None:
     monkeypatch.setattr(backward_plan, "ITEM_PAIRS", 1)
-    check_gradients(q_lens=(60, 40), distribution="same", dtype=torch.float16, head_dim=32, group_size=4)
+    # Parts of a block that are added by programs of their own, or all of it by one.
+    monkeypatch.setattr(key_gradients, "SUM_KEYS", sum_keys)
+    sizes = {"q_lens": (60, 40), "num_kv_heads": 2, "group_size": 4, "head_dim": 32}
+    check_gradients(**sizes, distribution="same", dtype=torch.float16)
 
 
 @pytest.mark.usefixtures("fresh_plans")

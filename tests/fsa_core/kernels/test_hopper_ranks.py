@@ -81,7 +81,7 @@ def check_ranks(ids: torch.Tensor, q_lens: tuple[int, ...], chunk_tokens: int, d
         first_token=0, num_tokens=num_tokens, chunk_tokens=chunk_tokens, first_head=0, head_step=1,
         block_size=16, pairs_per_item=5,
     )  # fmt: skip
-    rows = iter(index.counts.tolist())
+    rows, offsets = iter(index.counts.tolist()), iter(index.offsets)
     for head, first in product(range(num_heads), range(0, num_tokens, chunk_tokens)):
         counts, ranks, before = [0] * NUM_SEGMENTS, [], []
         chunk = ids[head, first : first + chunk_tokens]
@@ -95,6 +95,7 @@ def check_ranks(ids: torch.Tensor, q_lens: tuple[int, ...], chunk_tokens: int, d
             if exists:
                 counts[segment] += 1
         assert index.ranks[head, first : first + chunk_tokens].flatten().tolist() == ranks
+        assert next(offsets).diff().tolist() == counts
         # A last chunk may have fewer strips than there is room for.
         assert next(rows)[: len(before)] == before
 
@@ -105,6 +106,8 @@ def tiles_sorted(
 ) -> Iterator[list[object] | None]:
     """Of tiles of 1,024 pairs, those whose blocks are not found one by one; None if the GPU alone knows."""
     monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", TILE_PAIRS)
+    # So that strips are as short as they can be.
+    monkeypatch.setattr(sorted_index, "STRIPS_AT_ONCE", 1000)
     if device.type == "cuda":
         if not hopper.runs_on(device):
             pytest.skip("Gluon's kernels for Hopper run on nothing else")

@@ -85,6 +85,20 @@ def test_chunks_of_a_group_of_tokens_are_sorted_apart(make_case: Callable) -> No
     check(case, first_token=40, num_tokens=100, chunk_tokens=31)
 
 
+@pytest.mark.parametrize("tokens", [1024 * n for n in (1, 8, 20, 40, 60, 63, 64, 80, 128, 1024)])
+def test_no_round_of_few_strips(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Of 16 slots, blocks of 64 and 4 heads, on 132 multiprocessors."""
+    monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 1024)
+    monkeypatch.setattr(sorted_index, "multiprocessors", lambda _device: 132)
+    at_once, tiles, segments = 132 * sorted_index.STRIPS_AT_ONCE, tokens // 64, tokens // 64 + 1
+    strips, strip_tiles = sorted_index._strips_of(tokens * 16, segments, 4, torch.device("cuda"))
+    assert strips * strip_tiles >= tiles > (strips - 1) * strip_tiles
+    assert strips == tiles or strips * segments * 3 <= tokens * 16 + segments * 3
+    rounds = -(-4 * strips // at_once)
+    # All tiles, in rounds that are full but for one tile a strip.
+    assert rounds * strip_tiles <= -(-4 * tiles // at_once) + 1
+
+
 def test_strips_of_several_tiles(make_case: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 tiles of 32 pairs, 7 a strip, for 71 segments."""
     monkeypatch.setattr(sorted_index, "PAIRS_IN_TILE", 32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention
+from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention, in_torch
 from fsa_core.cpu import selected_attention_cpu
 from fsa_core.cpu_backward import selected_attention_cpu_backward
 from fsa_core.dense import dense_attention_forward
@@ -185,16 +185,18 @@ def selected_implementation(backend: str, path: str, workspace_limit_bytes: int)
     if backend == "triton":
         forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
         backward = partial(_triton_backward, path=path, workspace_limit_bytes=workspace_limit_bytes)
-        return Implementation(forward, backward, knows_none=True)
-    if backend == "cpu":
-        return Implementation(selected_attention_cpu, selected_attention_cpu_backward)
-    return Implementation(selected_attention_reference, selected_attention_reference_backward)
+        return Implementation(forward, backward)
+    return _SELECTED_CPU if backend == "cpu" else _SELECTED_REFERENCE
+
+
+_SELECTED_CPU = in_torch(selected_attention_cpu, selected_attention_cpu_backward)
+_SELECTED_REFERENCE = in_torch(selected_attention_reference, selected_attention_reference_backward)
+_DENSE = in_torch(dense_attention_forward, dense_attention_backward)
+_DENSE_REFERENCE = in_torch(dense_attention_reference, dense_attention_reference_backward)
 
 
 def _dense(backend: str) -> Implementation:
-    if backend == "reference":
-        return Implementation(dense_attention_reference, dense_attention_reference_backward)
-    return Implementation(dense_attention_forward, dense_attention_backward)
+    return _DENSE_REFERENCE if backend == "reference" else _DENSE
 
 
 @cache

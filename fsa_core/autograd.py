@@ -17,18 +17,38 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Implementation:
     """Attention and its gradients, over contiguous tensors of a validated problem with at least one query.
 
-    ``forward(problem, q, k, v, *rest)`` returns out and lse. ``backward(problem, q, k, v, *rest, out, lse,
-    grad_out, grad_lse)`` returns the gradients of q, k and v. ``rest`` is what has no gradient:
-    block_indices, unless attention is dense, cu_seqlens_q and cu_seqlens_k. ``knows_none``: grad_lse is None
-    where nothing depends on lse, which saves a tensor of zeros.
+    ``forward(problem, q, k, v, *rest)`` returns out, in q's dtype, and lse, float32. ``backward(problem, q,
+    k, v, *rest, out, lse, grad_out, grad_lse)`` returns the gradients of q, k and v, in their dtypes;
+    grad_lse is None where nothing depends on lse. ``rest`` is what has no gradient: block_indices, unless
+    attention is dense, cu_seqlens_q and cu_seqlens_k. Neither is moved by autocast.
     """
 
     forward: Callable[..., Answer]
     backward: Callable[..., Gradients]
-    knows_none: bool = False
 
 
-@in_own_precision
+def in_torch(forward: Callable[..., Answer], backward: Callable[..., Gradients]) -> Implementation:
+    """One of torch operations, which autocast would move; they answer in any dtype, and always get grad_lse.
+
+    Kernels need none of this: their host would ask longer for it than it takes to look up what they launch.
+    """
+
+    @in_own_precision
+    def forward_in_dtypes(problem: Problem, q: torch.Tensor, *others: torch.Tensor) -> Answer:
+        out, lse = forward(problem, q, *others)
+        return out.to(q.dtype), lse.to(torch.float32)
+
+    @in_own_precision
+    def backward_in_dtypes(problem: Problem, *tensors: Any) -> Gradients:
+        *others, lse, grad_out, grad_lse = tensors
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        grad_q, grad_k, grad_v = backward(problem, *others, lse, grad_out, grad_lse)
+        q, k, v = tensors[:3]
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+    return Implementation(forward_in_dtypes, backward_in_dtypes)
+
+
 def differentiable_attention(
     implementation: Implementation,
     problem: Problem,
@@ -50,13 +70,7 @@ def _answer(
     if problem.num_q_tokens == 0:
         size = (0, problem.num_q_heads)
         return q.new_empty(*size, problem.value_dim), torch.empty(size, dtype=torch.float32, device=q.device)
-    out, lse = implementation.forward(problem, q, *others)
-    return _as(out, q.dtype), _as(lse, torch.float32)
-
-
-def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # What is of the dtype already is asked in a tenth of the time that torch takes to give it back.
-    return x if x.dtype == dtype else x.to(dtype)
+    return implementation.forward(problem, q, *others)
 
 
 class _Attention(torch.autograd.Function):
@@ -75,27 +89,20 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
         out, lse = tensors[-2:]
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        # Autograd expands the gradient of a sum instead of writing it out.
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         if grad_lse is not None:
             grad_lse = without_keyless(grad_lse, lse).contiguous()
-        elif not ctx.implementation.knows_none:
-            grad_lse = torch.zeros_like(lse)
-        # Autograd expands the gradient of a sum instead of writing it out.
-        given = (*tensors, grad_out.contiguous(), grad_lse)
-        grads = differentiated_once(_gradients, ctx.implementation, ctx.problem, *given)
-        needed = ctx.needs_input_grad[2:5]
-        asked = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        # None for the implementation, for the problem and for what came after v, before out and lse.
-        return None, None, *asked, *[None] * (len(tensors) - 5)
+        problem = ctx.problem
+        function = ctx.implementation.backward if problem.num_q_tokens > 0 else _zeros
+        grads = differentiated_once(function, problem, *tensors, grad_out, grad_lse)
+        # None for the implementation, for the problem and for what came after v, before out and lse. Autograd
+        # drops the gradients of those that ask for none.
+        return None, None, *grads, *[None] * (len(tensors) - 5)
 
 
-@in_own_precision
-def _gradients(implementation: Implementation, problem: Problem, *tensors: Any) -> Gradients:
-    q, k, v = tensors[:3]
-    if problem.num_q_tokens == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_q, grad_k, grad_v = implementation.backward(problem, *tensors)
-    return _as(grad_q, q.dtype), _as(grad_k, k.dtype), _as(grad_v, v.dtype)
+def _zeros(_problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Gradients:
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
 
 
 def without_keyless(grad_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def _differentiable(
     def backward(problem: Problem, *tensors: Any) -> Gradients:
         return interval_gradients(call, (problem, windows), *tensors[:3], *tensors[3 + len(starts) :])
 
-    implementation = Implementation(of_operands, backward, knows_none=True)
+    implementation = Implementation(of_operands, backward)
     return differentiable_attention(implementation, problem, *(x.contiguous() for x in operands), *starts)
 
 

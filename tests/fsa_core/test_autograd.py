@@ -194,6 +194,7 @@ def answer_and_gradients(case, **options):
     return out, lse, *torch.autograd.grad(out.float().square().sum(), (q, k, v))
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
 @pytest.mark.parametrize("dense", [False, True], ids=["selected", "dense"])
 def test_autocast_changes_nothing_of_an_operator(make_case, backend, dense):
     case = make_case(dtype=torch.float32, dense=dense)

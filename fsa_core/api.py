@@ -1,13 +1,12 @@
 """The public functions: validate, choose an implementation, run it."""
 
 import os
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from fsa_core.autograd import Answer, Gradients, Implementation, differentiable_attention, in_torch
+from fsa_core.autograd import Answer, Implementation, differentiable_attention, in_torch
 from fsa_core.cpu import selected_attention_cpu
 from fsa_core.cpu_backward import selected_attention_cpu_backward
 from fsa_core.dense import dense_attention_forward
@@ -173,19 +172,18 @@ def attend(
     if block_indices is None:
         implementation = _dense(backend)
     else:
-        implementation = selected_implementation(backend, path, workspace_limit_bytes)
+        implementation = selected_implementation(backend, problem, q.device, path, workspace_limit_bytes)
     rest = (block_indices, cu_seqlens_q, cu_seqlens_k)
-    tensors = (x.contiguous() for x in (q, k, v, *rest) if x is not None)
+    tensors = [x.contiguous() for x in (q, k, v, *rest) if x is not None]
     return differentiable_attention(implementation, problem, *tensors)
 
 
-@lru_cache(maxsize=64)
-def selected_implementation(backend: str, path: str, workspace_limit_bytes: int) -> Implementation:
-    """Selected attention on a backend that is resolved."""
+def selected_implementation(
+    backend: str, problem: Problem, device: torch.device, path: str, workspace_limit_bytes: int
+) -> Implementation:
+    """Selected attention of a problem, on a backend that is resolved."""
     if backend == "triton":
-        forward = partial(_triton_forward, path=path, workspace_limit_bytes=workspace_limit_bytes)
-        backward = partial(_triton_backward, path=path, workspace_limit_bytes=workspace_limit_bytes)
-        return Implementation(forward, backward)
+        return _kernels(problem, device, path, workspace_limit_bytes)
     return _SELECTED_CPU if backend == "cpu" else _SELECTED_REFERENCE
 
 
@@ -199,40 +197,19 @@ def _dense(backend: str) -> Implementation:
     return _DENSE_REFERENCE if backend == "reference" else _DENSE
 
 
-@cache
-def _kernels() -> tuple[Callable[..., Answer], Callable[..., Gradients]]:
-    """Forward and backward; Triton is imported when a kernel is first needed."""
+# Found once a call, for its gradients too: autograd keeps it.
+@lru_cache(maxsize=1024)
+def _kernels(problem: Problem, device: torch.device, path: str, workspace_limit_bytes: int) -> Implementation:
+    """The kernels on the path and with the sizes of the problem."""
+    # Triton is imported when a kernel is first needed.
     from fsa_core.kernels.backward import selected_attention_backward
     from fsa_core.kernels.forward import selected_attention_forward
 
-    return selected_attention_forward, selected_attention_backward
-
-
-def _triton_forward(
-    problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
-) -> Answer:
-    choice = choose(problem, device_name(q.device), path)
-    return _kernels()[0](
-        problem,
-        q,
-        *others,
-        path=choice.path,
-        tuning=choice.tuning,
-        workspace_limit_bytes=workspace_limit_bytes,
-    )
-
-
-def _triton_backward(
-    problem: Problem, q: torch.Tensor, *others: Any, path: str, workspace_limit_bytes: int
-) -> Gradients:
-    choice = choose(problem, device_name(q.device), path)
-    return _kernels()[1](
-        problem,
-        q,
-        *others,
-        path=choice.backward_path,
-        tuning=choice.tuning,
-        workspace_limit_bytes=workspace_limit_bytes,
+    choice = choose(problem, device_name(device), path)
+    options: dict[str, Any] = {"tuning": choice.tuning, "workspace_limit_bytes": workspace_limit_bytes}
+    return Implementation(
+        partial(selected_attention_forward, path=choice.path, **options),
+        partial(selected_attention_backward, path=choice.backward_path, **options),
     )
 
 

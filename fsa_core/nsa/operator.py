@@ -167,9 +167,8 @@ def _gradients(
         causal=True, query_block_size=1, check_values=False, **starts,
     )  # fmt: skip
     selected = (b.block_indices, *starts.values(), b.selected, b.selected_lse)
-    grad_q, grad_k, grad_v = selected_implementation("triton", AUTO, limit).backward(
-        problem, q, k, v, *selected, given.pop(1), None
-    )
+    implementation = selected_implementation("triton", problem, q.device, AUTO, limit)
+    grad_q, grad_k, grad_v = implementation.backward(problem, q, k, v, *selected, given.pop(1), None)
     share, *grads_cmp = interval_gradients(
         call, kernel_sizes(call, q, k_cmp, v_cmp), q, k_cmp, v_cmp, b.compressed, b.compressed_lse,
         given.pop(0), None,

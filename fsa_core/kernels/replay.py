@@ -109,7 +109,8 @@ class Replayed:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
-        self._programs: dict[tuple[Hashable, ...], _Program] = {}
+        # Of most options there is one: see ``_Program.twins``.
+        self._programs: dict[tuple[Hashable, ...], tuple[_Program, ...]] = {}
         self._num_launches = 0
 
     def __call__(self, tensors: Tensors, *options: Hashable) -> Tensors:
@@ -118,10 +119,10 @@ class Replayed:
         if not self._programs:
             return self._noted(tensors, options)
         addresses = [0, *[x.data_ptr() for x in tensors]]
-        program = self._programs.get(_key(tensors, addresses, options))
-        if program is None or not program.fits(addresses):
-            return self._noted(tensors, options)
-        return program.run(addresses)
+        for program in self._programs.get((tensors[0].device, *options), ()):
+            if program.fits(addresses):
+                return program.run(addresses)
+        return self._noted(tensors, options)
 
     def _as_part(self, whole: Memory, tensors: Tensors, options: tuple[Hashable, ...]) -> Tensors:
         """Calls the function, whose answers are buffers of the whole call."""
@@ -146,15 +147,9 @@ class Replayed:
                     self._programs.clear()
                     self._num_launches = 0
                 self._num_launches += len(program.steps)
-                self._programs[_key(tensors, addresses, options)] = program
+                key = (tensors[0].device, *options)
+                self._programs[key] = (*self._programs.get(key, ()), program)
         return tuple(memory.answers)
-
-
-def _key(tensors: Tensors, addresses: list[int], options: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
-    # How many addresses and which are the same: one that stands for two tensors here must do so there.
-    count = len(addresses)
-    same = count if len(set(addresses)) == count else tuple(map(addresses.index, addresses))
-    return tensors[0].device, same, *options
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +173,14 @@ class _Step:
 class _Program:
     """Launches on addresses: none, the tensors, the answers and the buffers.
 
-    ``begins``: where in one piece of memory the buffers begin, and how large it is. ``is_graph``: they are
-    launched as one if the addresses come back.
+    ``twins``: which tensors were at one address, as pairs of an earlier and a later one; what the launches
+    know of the earlier alone has to be at one address again. ``begins``: where in one piece of memory the
+    buffers begin, and how large it is. ``is_graph``: they are launched as one if the addresses come back.
     """
 
     steps: tuple[_Step, ...]
     device: torch.device
+    twins: tuple[tuple[int, int], ...]
     answers: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     begins: tuple[int, ...]
     num_bytes: int
@@ -192,6 +189,9 @@ class _Program:
     hooks: tuple[list[Any], ...]
 
     def fits(self, addresses: list[int]) -> bool:
+        for earlier, later in self.twins:
+            if addresses[earlier] != addresses[later]:
+                return False
         return are_aligned(addresses) and not is_watched(self.hooks)
 
     def run(self, addresses: list[int]) -> Tensors:
@@ -267,11 +267,12 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,
+        twins=tuple((x, n) for n, x in enumerate(map(addresses.index, addresses)) if x < n),
         answers=tuple((x.shape, x.stride(), x.dtype) for x in memory.answers),
         begins=tuple(begins),
         num_bytes=num_bytes,
         is_graph=memory.like.device.type == "cuda" and len(steps) >= FEWEST_LAUNCHES,
-        hooks=tuple(launched.hooks for launched in launches),
+        hooks=tuple({id(launched.hooks): launched.hooks for launched in launches}.values()),
     )
 
 

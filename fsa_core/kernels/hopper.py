@@ -21,12 +21,11 @@ CAPABILITY = (9, 0)
 MIN_FORWARD_BYTES, MIN_GRADIENT_BYTES = 512 * 2**20, 256 * 2**20
 
 
-def runs_on(device: torch.device) -> bool:
-    return device.type == "cuda" and _has_units(device) and not knobs.runtime.interpret
-
-
+# Once a device: every call asks, and whether kernels are interpreted was settled when they were made.
 @lru_cache
-def _has_units(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
+    if device.type != "cuda" or knobs.runtime.interpret:
+        return False
     version = ".".join(triton.__version__.split(".")[:2])
     is_nvidia = torch.version.hip is None
     return version in KNOWN_VERSIONS and is_nvidia and torch.cuda.get_device_capability(device) == CAPABILITY

@@ -1,7 +1,6 @@
 """How the gradients of one call are cut into chunks, work items and tiles, and the workspace they take."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,8 +91,6 @@ class BackwardPlan:
     workspace_bytes: int
 
 
-# Of more problems than have programs (kernels/replay.py): one that is planned anew finds none of its own.
-@lru_cache(maxsize=1 << 15)
 def plan_backward(
     problem: Problem,
     limit_bytes: int = DEFAULT_WORKSPACE_BYTES,

@@ -58,19 +58,39 @@ def selected_attention_backward(
     ValueError; on what path the forward pass went does not matter. Returns the gradients of q, k and v, in
     their shapes and dtypes.
     """
-    p, query_rows = problem, query_tile_rows(problem, q.device)
-    buffers = chunk_buffers(p, q.device, MOST_KEYS, hopper.MIN_GRADIENT_BYTES)
-    plan = plan_backward(p, workspace_limit_bytes, path, tuning, query_rows, buffers)
+    p, device = problem, q.device
+    plan, parts_of_heads = _planned(p, device, hopper.runs_on(device), workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
     of_delta = (*tensors, out) if grad_lse is None else (*tensors, out, grad_lse)
-    for kv_heads in parts(range(p.num_kv_heads), plan.delta_heads):
+    for kv_heads in parts_of_heads:
         # Two calls, if not of few bytes: what the first took is free again before the second takes as much.
         deltas = _replayed_keys(of_delta, p, plan, kv_heads, grad_lse is not None)
         if deltas:
             _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
         del deltas
     return grads
+
+
+# One look-up for all that a call has to know before it is launched. Of more problems than have programs
+# (replay.py): one that is planned anew finds none of its own.
+@lru_cache(maxsize=1 << 15)
+def _planned(
+    problem: Problem,
+    device: torch.device,
+    _on_hopper: bool,
+    workspace_limit_bytes: int,
+    path: str,
+    tuning: Tuning | None,
+) -> tuple[BackwardPlan, tuple[range, ...]]:
+    """The plan of a call, and the KV heads that have their gradients at a time.
+
+    ``_on_hopper``: what ``hopper.runs_on`` says, so that whoever stands in for it gets a plan to go with it.
+    """
+    query_rows = query_tile_rows(problem, device)
+    buffers = chunk_buffers(problem, device, MOST_KEYS, hopper.MIN_GRADIENT_BYTES)
+    plan = plan_backward(problem, workspace_limit_bytes, path, tuning, query_rows, buffers)
+    return plan, tuple(parts(range(problem.num_kv_heads), plan.delta_heads))
 
 
 def query_tile_rows(problem: Problem, device: torch.device) -> int:

@@ -4,6 +4,7 @@ The interpreter's tl.dot is wrong for bfloat16, and it is slow: there float16 an
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,7 @@ def _forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_replayed", Replayed(module._forward))
     monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
     monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
+    monkeypatch.setattr(backward, "_planned", lru_cache(backward._planned.__wrapped__))
 
 
 @pytest.fixture(params=("tl", "gluon"))

@@ -7,7 +7,7 @@ import torch
 
 from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
-from fsa_core.kernels import key_gradients
+from fsa_core.kernels import backward, key_gradients
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import KV_MAJOR, MIXED
@@ -17,9 +17,9 @@ from tests.fsa_core.kernels.conftest import gradients
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """Plans are remembered; those made with other constants must not be."""
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
     yield
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_plans")

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fsa_core import backward_plan
 from fsa_core.kernels import (
+    backward,
     forward,
     hopper_partials,
     pair_query_gradients,
@@ -189,11 +190,11 @@ def test_a_popular_block_is_many_items(
     make_case: Callable, assert_gradients_close_to_oracle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backward_plan, "ITEM_PAIRS", 40)
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
     case = make_case(**SIZES, group_size=4, distribution="same")
     grads, given = gradients(case, path=QUERY_TILE)
     assert_gradients_close_to_oracle(grads, case, *given)
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
-from fsa_core.kernels import hopper
+from fsa_core.kernels import backward, hopper
 from fsa_core.plan import KV_MAJOR, MIXED, PATHS
 from tests.fsa_core.conftest import DISTRIBUTIONS, Case
 from tests.fsa_core.kernels.conftest import gradients
@@ -48,9 +48,9 @@ def check(
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """Plans are remembered; those made with other constants must not be."""
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
     yield
-    backward_plan.plan_backward.cache_clear()
+    backward._planned.cache_clear()
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 33, 64])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fsa_core import backward_plan
 from fsa_core.backward_plan import plan_backward
+from fsa_core.kernels import backward
 from fsa_core.kernels.backward import selected_attention_backward
 from fsa_core.kernels.forward import selected_attention_forward
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, PATHS, ForwardPlan, chunks, groups, plan_forward
@@ -95,13 +96,13 @@ def draws(draw: st.DrawFn) -> Draw:
 
 def num_programs(problem: Problem, path: str, limit_bytes: int) -> int:
     """How many programs of the kernels with matrix products run, forward and backward."""
-    backward = plan_backward(problem, limit_bytes, path)
+    plan = plan_backward(problem, limit_bytes, path)
     count = _num_forward_programs(problem, plan_forward(problem, limit_bytes, path))
-    if backward.queries is not None:
-        count += _num_forward_programs(problem, backward.queries)
-    keys = backward.keys
-    ranges = -(-backward.segments // keys.range_segments)
-    launches = ranges * -(-problem.num_q_tokens // keys.chunk_tokens) * backward.tile_heads_per_kv_head
+    if plan.queries is not None:
+        count += _num_forward_programs(problem, plan.queries)
+    keys = plan.keys
+    ranges = -(-plan.segments // keys.range_segments)
+    launches = ranges * -(-problem.num_q_tokens // keys.chunk_tokens) * plan.tile_heads_per_kv_head
     parts = problem.block_size // keys.tile_keys
     return count + launches * problem.num_kv_heads * parts * (keys.max_items + 2)
 
@@ -156,7 +157,7 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         patch.setattr(backward_plan, "ITEM_PAIRS", drawn.item_pairs)
         patch.setattr(backward_plan, "LONG_ITEM_PAIRS", 2 * drawn.item_pairs)
         # Plans are remembered; those made with other constants must not be.
-        plan_backward.cache_clear()
+        backward._planned.cache_clear()
         limit_bytes = drawn.workspace_limit_bytes
         while limit_bytes < DEFAULT_WORKSPACE_BYTES:
             if num_programs(case.problem, drawn.path, limit_bytes) <= MAX_PROGRAMS:
@@ -168,5 +169,5 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         assert_close_to_oracle(*answer, case, factor=FACTOR)
         given = (*answer, *given_gradients)
         grads = selected_attention_backward(case.problem, *case.tensors, *given, path=drawn.path, **limit)
-    plan_backward.cache_clear()
+    backward._planned.cache_clear()
     assert_gradients_close_to_oracle(grads, case, *given_gradients, factor=FACTOR)

@@ -202,7 +202,7 @@ def _dense(backend: str) -> Implementation:
 def _kernels(problem: Problem, device: torch.device, path: str, workspace_limit_bytes: int) -> Implementation:
     """The kernels on the path and with the sizes of the problem."""
     # Triton is imported when a kernel is first needed.
-    from fsa_core.kernels.backward import selected_attention_backward
+    from fsa_core.kernels.backward import selected_attention_backward, selected_attention_keeping
     from fsa_core.kernels.forward import selected_attention_forward
 
     choice = choose(problem, device_name(device), path)
@@ -210,6 +210,7 @@ def _kernels(problem: Problem, device: torch.device, path: str, workspace_limit_
     return Implementation(
         partial(selected_attention_forward, path=choice.path, **options),
         partial(selected_attention_backward, path=choice.backward_path, **options),
+        partial(selected_attention_keeping, path=choice.path, backward_path=choice.backward_path, **options),
     )
 
 

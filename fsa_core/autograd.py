@@ -20,11 +20,14 @@ class Implementation:
     ``forward(problem, q, k, v, *rest)`` returns out, in q's dtype, and lse, float32. ``backward(problem, q,
     k, v, *rest, out, lse, grad_out, grad_lse)`` returns the gradients of q, k and v, in their dtypes;
     grad_lse is None where nothing depends on lse. ``rest`` is what has no gradient: block_indices, unless
-    attention is dense, cu_seqlens_q and cu_seqlens_k. Neither is moved by autocast.
+    attention is dense, cu_seqlens_q and cu_seqlens_k. Neither is moved by autocast. ``keeping``, if there is
+    one, is ``forward`` where gradients may be asked for: behind lse it may return one more tensor, which
+    ``backward`` then takes behind grad_lse.
     """
 
     forward: Callable[..., Answer]
     backward: Callable[..., Gradients]
+    keeping: Callable[..., tuple[torch.Tensor, ...]] | None = None
 
 
 def in_torch(forward: Callable[..., Answer], backward: Callable[..., Gradients]) -> Implementation:
@@ -61,16 +64,20 @@ def differentiable_attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         answer: Answer = _Attention.apply(implementation, problem, q, k, v, *rest)  # type: ignore[no-untyped-call]
         return answer
-    return _answer(implementation, problem, q, k, v, *rest)
+    out, lse = _answer(implementation.forward, problem, q, k, v, *rest)
+    return out, lse
 
 
 def _answer(
-    implementation: Implementation, problem: Problem, q: torch.Tensor, *others: torch.Tensor
-) -> Answer:
+    forward: Callable[..., tuple[torch.Tensor, ...]],
+    problem: Problem,
+    q: torch.Tensor,
+    *others: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     if problem.num_q_tokens == 0:
         size = (0, problem.num_q_heads)
         return q.new_empty(*size, problem.value_dim), torch.empty(size, dtype=torch.float32, device=q.device)
-    return implementation.forward(problem, q, *others)
+    return forward(problem, q, *others)
 
 
 class _Attention(torch.autograd.Function):
@@ -78,16 +85,19 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, implementation: Implementation, problem: Problem, *tensors: torch.Tensor) -> Answer:
         # None for what nothing depends on; lse, most often.
         ctx.set_materialize_grads(False)
-        out, lse = _answer(implementation, problem, *tensors)
-        ctx.implementation, ctx.problem = implementation, problem
-        ctx.save_for_backward(*tensors, out, lse)
+        forward = implementation.keeping or implementation.forward
+        out, lse, *kept = _answer(forward, problem, *tensors)
+        ctx.implementation, ctx.problem, ctx.keeps = implementation, problem, bool(kept)
+        ctx.save_for_backward(*tensors, out, lse, *kept)
         return out, lse
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        tensors, kept = ctx.saved_tensors, ()
+        if ctx.keeps:
+            tensors, kept = tensors[:-1], tensors[-1:]
         out, lse = tensors[-2:]
         # Autograd expands the gradient of a sum instead of writing it out.
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
@@ -95,7 +105,7 @@ class _Attention(torch.autograd.Function):
             grad_lse = without_keyless(grad_lse, lse).contiguous()
         problem = ctx.problem
         function = ctx.implementation.backward if problem.num_q_tokens > 0 else _zeros
-        grads = differentiated_once(function, problem, *tensors, grad_out, grad_lse)
+        grads = differentiated_once(function, problem, *tensors, grad_out, grad_lse, *kept)
         # None for the implementation, for the problem and for what came after v, before out and lse. Autograd
         # drops the gradients of those that ask for none.
         return None, None, *grads, *[None] * (len(tensors) - 5)

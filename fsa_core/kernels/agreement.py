@@ -6,6 +6,7 @@ lists depends on nothing but its own tokens.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 import triton
@@ -14,7 +15,6 @@ import triton.language as tl
 from fsa_core.kernels import hopper
 from fsa_core.kernels.index import LEFT, Inversion, invert
 from fsa_core.kernels.launch import BoundKernel, kernel, sorting_warps
-from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_tokens import tile_keys, tile_tokens, tiles_of
 from fsa_core.plan import ORDERED_TILES, STEP_BINS, ForwardPlan, Group
 from fsa_core.problem import Problem
@@ -35,6 +35,7 @@ class Agreement:
     leftover int32 [index heads, tokens, slots]: block_indices without the shared ones, which are -1.
     joined: for what ``tile_pairs.join_lists`` makes of them, where tiles are taken two by two.
     order: for that of ``tile_order.ordered_lists``, and where in it each class of tiles begins.
+    kept_left int32 [LEFT + 1]: of what is kept its last says whether anything is left; else the index does.
     """
 
     blocks: torch.Tensor
@@ -43,6 +44,7 @@ class Agreement:
     leftover: torch.Tensor
     joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     order: tuple[torch.Tensor, torch.Tensor] | None
+    kept_left: torch.Tensor | None = None
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _agree(
 ):
     """Sorts a tile's (block, token, slot) triples, so that the tokens that chose a block are a run.
 
-    WITH_INDEX says in ``left``, which are the counts of ``index.Inversion``, whether a tile left anything.
+    WITH_INDEX says in ``left``, as ``index.Inversion`` has it, whether a tile left anything.
     """
     tile = first_tile + tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -202,10 +204,21 @@ def _list_rows(
     tl.store(counts_ptr + tile_place * 2 + 1, tl.sum(exists.to(tl.int32), 0))
 
 
+class Maker(Protocol):
+    """What makes tensors on its device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def new_zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor: ...
+
+
 def new_agreement(
-    problem: Problem, plan: ForwardPlan, tile: QueryTile, memory: torch.Tensor | Memory
+    problem: Problem, plan: ForwardPlan, tile: QueryTile, memory: Maker, *, is_kept: bool = False
 ) -> Agreement:
-    """Buffers of one group of tokens, as ``memory`` makes them."""
+    """Buffers of one group of tokens, as ``memory`` makes them; ``is_kept``: for more than one pass."""
     heads = plan.group_heads if plan.index_per_head else 1
     lists = (heads, plan.group_tiles, tile.max_shared)
     leftover_tokens = plan.group_tokens if plan.has_leftover else 0
@@ -232,6 +245,7 @@ def new_agreement(
         leftover=memory.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
         joined=joined,
         order=order,
+        kept_left=memory.new_zeros(LEFT.value + 1, dtype=torch.int32) if is_kept else None,
     )
 
 
@@ -261,8 +275,9 @@ def agree(
         return
     num_warps = sorting_warps(block_indices.device, num_tiles * group.num_index_heads)
     on_hopper = hopper.runs_on(block_indices.device)
-    left = agreement.counts if inversion is None else inversion.counts
-    leaves = (plan.has_leftover, inversion is not None)
+    left = agreement.kept_left if inversion is None else inversion.left
+    leaves = (plan.has_leftover, left is not None)
+    left = agreement.counts if left is None else left
     agreeing = _agreeing_on_hopper(p, tile, leaves, num_warps > 1) if on_hopper else None
     agreeing = agreeing or _agreeing(p, tile, leaves, num_warps)
     agreeing[num_tiles, group.num_index_heads](

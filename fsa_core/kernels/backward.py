@@ -22,6 +22,8 @@ from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.delta import write_delta
+from fsa_core.kernels.forward import forward_keeping, plan_on
+from fsa_core.kernels.kept import kept_bytes
 from fsa_core.kernels.key_gradients import Call, Workspace, parts, sort, walk
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import MOST_KEYS
@@ -30,6 +32,9 @@ from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR
 from fsa_core.problem import Problem
 from fsa_core.tiles import Tuning
+
+# Of a call: q, k, v, block_indices, two of starts, lse, grad_out and three gradients.
+CALL_TENSORS = 11
 
 
 def selected_attention_backward(
@@ -44,6 +49,7 @@ def selected_attention_backward(
     lse: torch.Tensor,
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
     *,
     path: str = KV_MAJOR,
     tuning: Tuning | None = None,
@@ -55,21 +61,55 @@ def selected_attention_backward(
     value_dim], block_indices int32 [index_heads, total_q, slots], cu_seqlens int32 [num_sequences + 1]; out,
     grad_out [total_q, num_q_heads, value_dim] and lse, grad_lse float32 [total_q, num_q_heads], total_q > 0;
     grad_lse may be None, for zeros. path and tuning as in ``plan_backward``, which says what raises
-    ValueError; on what path the forward pass went does not matter. Returns the gradients of q, k and v, in
-    their shapes and dtypes.
+    ValueError; on what path the forward pass went does not matter. kept: what ``selected_attention_keeping``
+    kept, if anything. Returns the gradients of q, k and v, in their shapes and dtypes.
     """
     p, device = problem, q.device
     plan, parts_of_heads = _planned(p, device, hopper.runs_on(device), workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
-    of_delta = (*tensors, out) if grad_lse is None else (*tensors, out, grad_lse)
+    of_delta = (out,) if grad_lse is None else (out, grad_lse)
+    lists = () if kept is None else (kept,)
+    options = (p, plan, grad_lse is not None, kept is not None)
     for kv_heads in parts_of_heads:
         # Two calls, if not of few bytes: what the first took is free again before the second takes as much.
-        deltas = _replayed_keys(of_delta, p, plan, kv_heads, grad_lse is not None)
+        deltas = _replayed_keys((*tensors, *of_delta, *lists), *options, kv_heads)
         if deltas:
-            _replayed_queries((*tensors, *deltas), p, plan, kv_heads)
+            _replayed_queries((*tensors, *deltas, *lists), *options, kv_heads)
         del deltas
     return grads
+
+
+def selected_attention_keeping(
+    problem: Problem,
+    *tensors: torch.Tensor,
+    path: str,
+    backward_path: str,
+    tuning: Tuning | None,
+    workspace_limit_bytes: int,
+) -> tuple[torch.Tensor, ...]:
+    """``selected_attention_forward`` and, behind its answer, what it kept for gradients on ``backward_path``.
+
+    Nothing is kept where these would find other lists, or where it is too much: see ``kept_bytes``.
+    """
+    device = tensors[0].device
+    paths = (path, backward_path)
+    num_bytes = _kept_bytes(problem, device, hopper.runs_on(device), workspace_limit_bytes, paths, tuning)
+    return forward_keeping(tensors, problem, path, tuning, workspace_limit_bytes, num_bytes)
+
+
+@lru_cache(maxsize=1024)
+def _kept_bytes(
+    problem: Problem,
+    device: torch.device,
+    on_hopper: bool,
+    workspace_limit_bytes: int,
+    paths: tuple[str, str],
+    tuning: Tuning | None,
+) -> int:
+    forward = plan_on(device, problem, workspace_limit_bytes, paths[0], tuning)
+    backward, _ = _planned(problem, device, on_hopper, workspace_limit_bytes, paths[1], tuning)
+    return kept_bytes(problem, device, forward, backward, workspace_limit_bytes)
 
 
 # One look-up for all that a call has to know before it is launched. Of more problems than have programs
@@ -111,20 +151,23 @@ def _key_gradients(
     tensors: tuple[torch.Tensor, ...],
     problem: Problem,
     plan: BackwardPlan,
-    kv_heads: range,
     with_grad_lse: bool,
+    with_kept: bool,
+    kv_heads: range,
 ) -> None:
     """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta.
 
-    That delta is the one answer. After the tensors of the call come out and, ``with_grad_lse``, that.
+    That delta is the one answer. After the tensors of the call come out and, if they are there, grad_lse and
+    what was kept.
     """
-    *others, out = tensors[:-1] if with_grad_lse else tensors
-    grad_lse = tensors[-1] if with_grad_lse else None
+    out, *others = tensors[CALL_TENSORS:]
+    kept = others.pop() if with_kept else None
+    grad_lse = others.pop() if with_grad_lse else None
     new = memory.new_empty if plan.queries is None or plan.at_once else memory.answer
     delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
-    call = Call.of(problem, plan, kv_heads, tuple(others), delta)
+    call = Call.of(problem, plan, kv_heads, tensors[:CALL_TENSORS], delta)
     keys, workspace = plan.keys, Workspace.of(call, memory)
-    queries = _queries(memory, call, kv_heads) if plan.at_once else None
+    queries = _queries(memory, call, kv_heads, kept) if plan.at_once else None
     with aside():
         sort(call, workspace, next(parts(kv_heads, keys.kv_heads)))
     write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
@@ -144,18 +187,26 @@ def _query_gradients(
     tensors: tuple[torch.Tensor, ...],
     problem: Problem,
     plan: BackwardPlan,
+    _with_grad_lse: bool,
+    with_kept: bool,
     kv_heads: range,
 ) -> None:
-    """The gradient of q under some KV heads, made apart; the last of ``tensors`` is their delta."""
-    *others, delta = tensors
-    _queries(memory, Call.of(problem, plan, kv_heads, tuple(others), delta), kv_heads).write()
+    """The gradient of q under some KV heads, made apart.
+
+    After the tensors of the call come delta and, if it is there, what was kept.
+    """
+    delta, *others = tensors[CALL_TENSORS:]
+    call = Call.of(problem, plan, kv_heads, tensors[:CALL_TENSORS], delta)
+    _queries(memory, call, kv_heads, others.pop() if with_kept else None).write()
 
 
-def _queries(memory: Memory, call: Call, kv_heads: range) -> QueryGradients:
+def _queries(memory: Memory, call: Call, kv_heads: range, kept: torch.Tensor | None) -> QueryGradients:
     plan, ranks = call.plan.queries, call.plan.tile_heads_per_kv_head
     assert plan is not None
     heads = range(kv_heads.start * ranks, kv_heads.stop * ranks)
-    return QueryGradients(call.problem, plan, heads, call.given, call.block_indices, call.grads[0], memory)
+    return QueryGradients(
+        call.problem, plan, heads, call.given, call.block_indices, call.grads[0], memory, kept
+    )
 
 
 _replayed_keys, _replayed_queries = Replayed(_key_gradients), Replayed(_query_gradients)

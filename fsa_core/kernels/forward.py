@@ -12,12 +12,13 @@ import torch
 from fsa_core.kernels import hopper
 from fsa_core.kernels.agreement import agree, index_pairs, new_agreement
 from fsa_core.kernels.chunk_buffers import chunk_buffers
+from fsa_core.kernels.kept import kept_agreement
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.partials import MOST_KEYS, attend_group, new_partials
 from fsa_core.kernels.query_tiles import attend_shared
 from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.token_major import attend_tokens
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, groups, plan_forward
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, ForwardPlan, groups, plan_forward
 from fsa_core.problem import Problem
 from fsa_core.tiles import Tuning
 
@@ -43,8 +44,31 @@ def selected_attention_forward(
     Returns out [total_q, num_q_heads, value_dim] in the dtype of q and lse float32 [total_q, num_q_heads].
     """
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _replayed(tensors, problem, path, tuning, workspace_limit_bytes)
+    out, lse = forward_keeping(tensors, problem, path, tuning, workspace_limit_bytes, 0)
     return out, lse
+
+
+def forward_keeping(
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    path: str,
+    tuning: Tuning | None,
+    workspace_limit_bytes: int,
+    kept_bytes: int,
+) -> tuple[torch.Tensor, ...]:
+    """The answers of ``selected_attention_forward`` and what is kept for the gradients, if that has bytes.
+
+    ``kept_bytes``: none, or as ``kept.kept_bytes`` says.
+    """
+    return _replayed(tensors, problem, path, tuning, workspace_limit_bytes, kept_bytes)
+
+
+def plan_on(
+    device: torch.device, problem: Problem, workspace_limit_bytes: int, path: str, tuning: Tuning | None
+) -> ForwardPlan:
+    """The plan of a call on a device."""
+    buffers = chunk_buffers(problem, device, MOST_KEYS, hopper.MIN_FORWARD_BYTES)
+    return plan_forward(problem, workspace_limit_bytes, path, tuning, buffers)
 
 
 def _forward(
@@ -54,19 +78,24 @@ def _forward(
     path: str,
     tuning: Tuning | None,
     workspace_limit_bytes: int,
+    kept_bytes: int,
 ) -> None:
-    """Arguments and answers of ``selected_attention_forward``, tensors as ``operands``."""
+    """Arguments and answers of ``forward_keeping``, tensors as ``operands``."""
     p, (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k) = problem, operands
     out = memory.answer(p.num_q_tokens, p.num_q_heads, p.value_dim)
     lse = memory.answer(p.num_q_tokens, p.num_q_heads, dtype=torch.float32)
     if p.num_q_tokens == 0:
         return
-    buffers = chunk_buffers(p, q.device, MOST_KEYS, hopper.MIN_FORWARD_BYTES)
-    plan = plan_forward(p, workspace_limit_bytes, path, tuning, buffers)
+    plan = plan_on(q.device, p, workspace_limit_bytes, path, tuning)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     tile = plan.query_tile
-    agreement = None if tile is None else new_agreement(p, plan, tile, memory)
-    workspace = new_partials(p, plan, memory) if plan.has_partials else None
+    agreement = None
+    if kept_bytes:
+        agreement = kept_agreement(p, plan, memory.answer(kept_bytes, dtype=torch.uint8), is_new=True)
+    elif tile is not None:
+        agreement = new_agreement(p, plan, tile, memory)
+    kept_left = None if agreement is None else agreement.kept_left
+    workspace = new_partials(p, plan, memory, kept_left) if plan.has_partials else None
     inversion = None if workspace is None else workspace[0]
     starts = (cu_seqlens_q, cu_seqlens_k)
     for group in groups(p, plan):

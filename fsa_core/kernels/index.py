@@ -45,8 +45,8 @@ class Inversion:
     A row of the lists below is one chunk under one index head: row = head * chunks + chunk.
 
     counts [heads * chunks, segments, plan.counter_ints]: of each segment the first counts; zero between uses.
-    Of the first segment, one more (LEFT) is not zero if query tiles of this group, or one before, left
-    anything; else nothing below is written but that there are no items.
+    left: its number LEFT is not zero if query tiles of this group, or one before, left anything; else nothing
+    below is written but that there are no items. In ``counts``, unless it is kept: in ``kept_left``.
     ranks [heads, tokens, slots]: the pair's place in its segment, -1 for a slot that selects nothing.
     used [heads, tokens, words]: a bit for each slot, set if it selects something; or no words.
     pairs [heads, tokens * slots]: token << SLOT_BITS | slot, the token counted from the chunk's first.
@@ -64,9 +64,19 @@ class Inversion:
     offsets: torch.Tensor
     item_offsets: torch.Tensor
     items: torch.Tensor
+    kept_left: torch.Tensor | None = None
+
+    @property
+    def left(self) -> torch.Tensor:
+        return self.counts if self.kept_left is None else self.kept_left
 
 
-def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor | Memory) -> Inversion:
+def new_inversion(
+    sizes: plan.ForwardPlan,
+    num_slots: int,
+    memory: torch.Tensor | Memory,
+    kept_left: torch.Tensor | None = None,
+) -> Inversion:
     """Buffers of one group of tokens, as ``memory`` makes them; every group reuses them."""
 
     def int32(*shape: int) -> torch.Tensor:
@@ -82,6 +92,7 @@ def new_inversion(sizes: plan.ForwardPlan, num_slots: int, memory: torch.Tensor 
         offsets=int32(rows, sizes.segments + 1),
         item_offsets=int32(rows, sizes.segments + 1),
         items=int32(rows, sizes.max_items, plan.RECORD_INTS if sizes.is_buffered else 1),
+        kept_left=kept_left,
     )
 
 
@@ -117,6 +128,7 @@ def _count(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     counts_ptr,
+    left_ptr,
     ranks_ptr,
     first_token,
     first_row_token,
@@ -138,7 +150,7 @@ def _count(
     OF_LEFTOVER: tl.constexpr,
 ):
     if OF_LEFTOVER:  # noqa: SIM102 - the first condition is known when the kernel is compiled
-        if tl.load(counts_ptr + LEFT) == 0:
+        if tl.load(left_ptr + LEFT) == 0:
             return
     rows, segments, inside, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
@@ -170,6 +182,7 @@ def _count(
 @kernel
 def _scan(
     counts_ptr,
+    left_ptr,
     offsets_ptr,
     item_offsets_ptr,
     num_segments,
@@ -182,7 +195,7 @@ def _scan(
     offsets_ptr += row * (num_segments + 1)
     item_offsets_ptr += row * (num_segments + 1)
     if OF_LEFTOVER:  # noqa: SIM102 - as above
-        if tl.load(counts_ptr + LEFT) == 0:
+        if tl.load(left_ptr + LEFT) == 0:
             tl.store(item_offsets_ptr + num_segments, 0)
             return
     counts_ptr += row * num_segments * counter_ints
@@ -258,6 +271,7 @@ def _scatter(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     counts_ptr,
+    left_ptr,
     ranks_ptr,
     offsets_ptr,
     item_offsets_ptr,
@@ -289,7 +303,7 @@ def _scatter(
     OF_LEFTOVER: tl.constexpr,
 ):
     if OF_LEFTOVER:  # noqa: SIM102 - as above
-        if tl.load(counts_ptr + LEFT) == 0:
+        if tl.load(left_ptr + LEFT) == 0:
             return
     rows, segments, _, places = load_segments(
         indices_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, first_token, first_row_token, num_tokens,
@@ -375,14 +389,16 @@ def invert(
         block_size, pairs_per_item, tokens, slots, mark_unused, words > 0, numbers > 1, causal, of_leftover
     )
     count[grid](
-        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, *sizes, counter_ints
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.left, inversion.ranks, *sizes,
+        counter_ints,
     )  # fmt: skip
     scan[(num_heads * num_chunks,)](
-        inversion.counts, inversion.offsets, inversion.item_offsets, num_segments, counter_ints
+        inversion.counts, inversion.left, inversion.offsets, inversion.item_offsets, num_segments,
+        counter_ints,
     )  # fmt: skip
     scatter[grid](
-        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.ranks, inversion.offsets,
-        inversion.item_offsets, inversion.pairs, inversion.items, inversion.used, *sizes,
+        block_indices, cu_seqlens_q, cu_seqlens_k, inversion.counts, inversion.left, inversion.ranks,
+        inversion.offsets, inversion.item_offsets, inversion.pairs, inversion.items, inversion.used, *sizes,
         inversion.items.shape[1], words,
     )  # fmt: skip
 

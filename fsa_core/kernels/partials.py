@@ -427,10 +427,13 @@ def _kernels(problem: Problem, plan: ForwardPlan, merge_rows: int) -> tuple[Boun
 
 
 def new_partials(
-    problem: Problem, plan: ForwardPlan, memory: Memory
+    problem: Problem, plan: ForwardPlan, memory: Memory, kept_left: torch.Tensor | None = None
 ) -> tuple[Inversion, torch.Tensor, torch.Tensor]:
-    """Index buffers of one group and partials of a chunk or two; every group and every chunk reuses them."""
+    """Index buffers of one group and partials of a chunk or two; every group and every chunk reuses them.
+
+    ``kept_left`` as of ``Inversion``.
+    """
     pairs = (plan.buffers, plan.chunk_heads, plan.chunk_tokens, problem.num_slots, plan.heads_per_pair)
-    inversion = new_inversion(plan, problem.num_slots, memory)
+    inversion = new_inversion(plan, problem.num_slots, memory, kept_left)
     partial_out = memory.new_empty(*pairs, problem.value_dim)
     return inversion, partial_out, memory.new_empty(*pairs, dtype=torch.float32)

@@ -6,8 +6,8 @@ With P = exp(scores - lse) made again from q, k and lse, and delta = sum(out * g
 
 Stages, as the path of the plan says and as the forward pass has them:
 
-1. of tiles: a query tile walks the blocks that its tokens share (agreement.agree) under their masks, its
-   gradients in registers, and writes them once;
+1. of tiles: a query tile walks the blocks that its tokens share (agreement.agree, or what the forward pass
+   kept of it) under their masks, its gradients in registers, and writes them once;
 2. of pairs: for what is left, a work item loads its K/V block once and writes each pair's share of the
    gradient at the pair's own (token, slot);
 3. sum: the shares of a token are added in the order of its slots, to what its tile gave.
@@ -21,9 +21,10 @@ from dataclasses import replace
 
 import torch
 
-from fsa_core.kernels.agreement import agree, index_pairs, new_agreement
+from fsa_core.kernels.agreement import Agreement, agree, index_pairs, new_agreement
 from fsa_core.kernels.block_share import Operands
-from fsa_core.kernels.index import new_inversion
+from fsa_core.kernels.index import Inversion, new_inversion
+from fsa_core.kernels.kept import kept_agreement
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
 from fsa_core.kernels.replay import Memory
@@ -37,7 +38,8 @@ class QueryGradients:
     """Makes grad_q [total_q, q heads, head_dim] of some tile heads, whose delta is in ``given``.
 
     block_indices int32 [index_heads, total_q, slots]. The plan is that of a forward pass whose values are at
-    least as wide as keys: its partials are the shares. Buffers come from ``memory``.
+    least as wide as keys: its partials are the shares. Buffers come from ``memory``. ``kept``: what tiles
+    share, if the forward pass kept it (kept.py).
     """
 
     def __init__(
@@ -49,13 +51,22 @@ class QueryGradients:
         block_indices: torch.Tensor,
         grad_q: torch.Tensor,
         memory: Memory,
+        kept: torch.Tensor | None = None,
     ) -> None:
         p, tile = problem, plan.query_tile
         self._problem, self._plan, self._given = problem, plan, given
         self._block_indices, self._grad_q = block_indices, grad_q
         self._groups = list(_groups_of(p, plan, heads))
-        self._agreement = None if tile is None else new_agreement(p, plan, tile, memory)
-        self._inversion = new_inversion(plan, p.num_slots, memory) if plan.has_partials else None
+        self._is_kept = kept is not None
+        self._agreement: Agreement | None = None
+        if kept is not None:
+            self._agreement = kept_agreement(p, plan, kept, is_new=False)
+        elif tile is not None:
+            self._agreement = new_agreement(p, plan, tile, memory)
+        kept_left = None if self._agreement is None else self._agreement.kept_left
+        self._inversion: Inversion | None = None
+        if plan.has_partials:
+            self._inversion = new_inversion(plan, p.num_slots, memory, kept_left)
         num_shares = plan.buffers * plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
         self._shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
         # What was listed ahead, until it is walked.
@@ -84,8 +95,9 @@ class QueryGradients:
         p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
         if tile is None or self._agreement is None:
             return None
-        agree(self._agreement, p, plan, tile, group, self._block_indices, *given.starts, self._inversion)
-        return tiles_of_group(p, plan, tile, group, self._agreement, given)
+        if not self._is_kept:
+            agree(self._agreement, p, plan, tile, group, self._block_indices, *given.starts, self._inversion)
+        return tiles_of_group(p, plan, tile, group, self._agreement, given, are_kept=self._is_kept)
 
 
 def _groups_of(problem: Problem, plan: ForwardPlan, heads: range) -> Iterator[Group]:

@@ -140,8 +140,7 @@ class Replayed:
             self._function(memory, tensors, *options)
         # Where nothing is launched there may be no driver to ask for its device.
         if launches.noted and launches.are_complete:
-            addresses = [0, *[x.data_ptr() for x in tensors]]
-            program = _program(launches.noted, addresses, memory)
+            program = _program(launches.noted, tensors, memory)
             if program is not None:
                 if self._num_launches > MOST_LAUNCHES:
                     self._programs.clear()
@@ -171,11 +170,12 @@ class _Step:
 # Programs are told apart by what they are, not by what is in them.
 @dataclass(frozen=True, slots=True, eq=False)
 class _Program:
-    """Launches on addresses: none, the tensors, the answers and the buffers.
+    """Launches on addresses: none, the tensors, the answers, the buffers, and what is inside of these.
 
     ``twins``: which tensors were at one address, as pairs of an earlier and a later one; what the launches
     know of the earlier alone has to be at one address again. ``begins``: where in one piece of memory the
-    buffers begin, and how large it is. ``is_graph``: they are launched as one if the addresses come back.
+    buffers begin, and how large it is. ``inside``: what else is pointed to, as a tensor's number and how far
+    behind its address. ``is_graph``: they are launched as one if the addresses come back.
     """
 
     steps: tuple[_Step, ...]
@@ -183,6 +183,7 @@ class _Program:
     twins: tuple[tuple[int, int], ...]
     answers: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
     begins: tuple[int, ...]
+    inside: tuple[tuple[int, int], ...]
     num_bytes: int
     is_graph: bool
     # The hooks of each kernel, empty lists but when somebody watches.
@@ -212,6 +213,7 @@ class _Program:
         key = (self, *addresses, base) if self.is_graph else None
         if key is None or not call_graphs.launch(key):
             addresses += [base + begin for begin in self.begins]
+            addresses += [addresses[number] + distance for number, distance in self.inside]
             self.launch(addresses, driver.active.get_current_stream(device.index))
             if key is not None:
                 call_graphs.note(key, partial(self.record, addresses), device)
@@ -241,19 +243,24 @@ class _Program:
             stream.wait_stream(beside)
 
 
-def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory) -> _Program | None:
+def _program(launches: Sequence[Launched], tensors: Tensors, memory: Memory) -> _Program | None:
     """None if a launch was on another device, or points to what is not the call's own."""
     if memory.like.device.index not in (None, driver.active.get_current_device()):
         return None
-    made = memory.answers + memory.buffers
-    known = addresses + [x.data_ptr() for x in made]
+    known = [*tensors, *memory.answers, *memory.buffers]
+    begin_of = [0, *[x.data_ptr() for x in known]]
     # Of tensors at one address the first stands for all.
-    number = {address: n for n, address in reversed(list(enumerate(known)))}
+    number = {address: n for n, address in reversed(list(enumerate(begin_of)))}
+    inside: list[tuple[int, int]] = []
+    for address in {x for launched in launches for x in launched.addresses} - number.keys():
+        owners = [n for n, x in enumerate(known, 1) if 0 < address - begin_of[n] < x.nbytes]
+        if not owners:
+            return None
+        number[address] = len(begin_of) + len(inside)
+        inside.append((owners[0], address - begin_of[owners[0]]))
     steps = []
     for launched in launches:
-        numbers = [number.get(address) for address in launched.addresses]
-        if None in numbers:
-            return None
+        numbers = [number[address] for address in launched.addresses]
         compiled = launched.compiled
         what = (compiled.function, compiled.metadata, None, None, None)
         rest = (*launched.scalars, *compiled.constants)
@@ -267,16 +274,21 @@ def _program(launches: Sequence[Launched], addresses: list[int], memory: Memory)
     return _Program(
         steps=tuple(steps),
         device=memory.like.device,
-        twins=tuple((x, n) for n, x in enumerate(map(addresses.index, addresses)) if x < n),
+        twins=_twins(begin_of[: len(tensors) + 1]),
         answers=tuple((x.shape, x.stride(), x.dtype) for x in memory.answers),
         begins=tuple(begins),
+        inside=tuple(inside),
         num_bytes=num_bytes,
         is_graph=memory.like.device.type == "cuda" and len(steps) >= FEWEST_LAUNCHES,
         hooks=tuple({id(launched.hooks): launched.hooks for launched in launches}.values()),
     )
 
 
-def _picking(numbers: Sequence[Any]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+def _twins(addresses: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((first, n) for n, first in enumerate(map(addresses.index, addresses)) if first < n)
+
+
+def _picking(numbers: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
     """Takes those numbers of addresses; of one number, ``itemgetter`` makes no tuple."""
     if len(numbers) == 1:
         return lambda addresses: (addresses[numbers[0]],)

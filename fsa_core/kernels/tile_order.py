@@ -78,20 +78,28 @@ def tiles_to_walk(
     cu_seqlens_k: torch.Tensor,
     *,
     are_resident: bool,
+    are_kept: bool = False,
 ) -> Tiles:
-    """What a group's tokens share, for a launch of a program a tile or of resident programs."""
+    """What a group's tokens share, for a launch of a program a tile or of resident programs.
+
+    ``are_kept``: an earlier pass had them for programs of the same kind, and joined and ordered them then.
+    """
     lists = (agreement.blocks, agreement.masks, agreement.counts)
     first, number = tiles_of(problem, tile.tokens, group)
     if not are_resident:
         return Tiles(lists, first, number, lists[2].shape[1])
     if agreement.joined is not None:
-        lists, first, number = join_lists(agreement, problem, tile, group, cu_seqlens_q, cu_seqlens_k)
+        lists = agreement.joined
+        first, number = tiles_of(problem, 2 * tile.tokens, group)
+        if not are_kept:
+            join_lists(agreement, problem, tile, group, cu_seqlens_q, cu_seqlens_k)
     assert agreement.order is not None
     order, begins = agreement.order
     num_lists, of_head = number * group.num_index_heads, lists[2].shape[1]
-    if num_lists > MOST_ORDERED:
-        return Tiles((*lists, order), first, number, of_head)
-    _order[(-(-num_lists // ORDERED_TILES),)](
-        lists[2], order, begins, num_lists, number, of_head, TILES=ORDERED_TILES, BINS=STEP_BINS, num_warps=8
-    )
-    return Tiles((*lists, order), first, number, of_head, is_ordered=True)
+    is_ordered = num_lists <= MOST_ORDERED
+    if is_ordered and not are_kept:
+        _order[(-(-num_lists // ORDERED_TILES),)](
+            lists[2], order, begins, num_lists, number, of_head, TILES=ORDERED_TILES, BINS=STEP_BINS,
+            num_warps=8,
+        )  # fmt: skip
+    return Tiles((*lists, order), first, number, of_head, is_ordered)

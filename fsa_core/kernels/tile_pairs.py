@@ -144,22 +144,21 @@ def join_lists(
     group: Group,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], int, int]:
-    """The lists of a group's tiles, two by two, as kernels take them; the first pair, and how many are asked.
+) -> None:
+    """Joins the lists of a group's tiles, two by two, in the buffers that ``agreement`` has for that.
 
-    The lists are blocks, masks and counts as of ``_join_lists``, in buffers that ``agreement`` has for them.
+    They are blocks, masks and counts as of ``_join_lists``; how many there are, ``tiles_of`` twice as many
+    tokens says.
     """
     p, joined = problem, agreement.joined
     assert joined is not None
     first_tile, num_tiles = tiles_of(p, tile.tokens, group)
     first_pair, num_asked = tiles_of(p, 2 * tile.tokens, group)
-    counts = joined[2]
     _joining(p, tile)[num_asked, group.num_index_heads](
         agreement.blocks, agreement.masks, agreement.counts, *joined, cu_seqlens_q, cu_seqlens_k,
         p.num_sequences, search_steps(p.num_sequences), first_tile, num_tiles, agreement.counts.shape[1],
-        first_pair, counts.shape[1],
+        first_pair, joined[2].shape[1],
     )  # fmt: skip
-    return joined, first_pair, num_asked
 
 
 @lru_cache(maxsize=1024)

@@ -140,10 +140,14 @@ def tiles_of_group(
     group: Group,
     agreement: Agreement,
     given: Operands,
+    *,
+    are_kept: bool,
 ) -> Tiles:
     """What ``gradients_of_tiles`` walks: the blocks that a group's tokens share, in ``agreement``."""
     is_on_hopper = hopper.runs_on(given.q.device) and _on_hopper(problem, plan, tile) is not None
-    return tiles_to_walk(agreement, problem, tile, group, *given.starts, are_resident=is_on_hopper)
+    return tiles_to_walk(
+        agreement, problem, tile, group, *given.starts, are_resident=is_on_hopper, are_kept=are_kept
+    )
 
 
 def gradients_of_tiles(

@@ -7,6 +7,7 @@ import torch
 
 from fsa_core.kernels.agreement import Agreement
 from fsa_core.kernels.tile_pairs import join_lists
+from fsa_core.kernels.tile_tokens import tiles_of
 from fsa_core.plan import Group
 from fsa_core.problem import Problem
 from fsa_core.tiles import QueryTile
@@ -60,7 +61,9 @@ def test_a_joint_list_has_each_block_once_with_the_masks_of_both(
     )
     agreement = Agreement(blocks, masks, counts, full(HEADS, 0, 4), joined, None)
     starts = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, num_keys))
-    (_, _, of_joint), first_pair, asked = join_lists(agreement, problem, tile, group, *starts)
+    join_lists(agreement, problem, tile, group, *starts)
+    of_joint = joined[2]
+    first_pair, asked = tiles_of(problem, 2 * TOKENS, group)
     for head, of_head in enumerate(lists):
         for number in range(asked):
             first = (first_pair + number) * 2

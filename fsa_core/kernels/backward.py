@@ -7,13 +7,14 @@ delta = sum(out * grad_out) - grad_lse:
     grad_k = grad_scores^T q * scale        grad_q = grad_scores k * scale
 
 Stages, no host synchronisation: delta; an index in a fixed order (sorted_index); the gradients of k and v of
-its work items, and each pair's share of grad_q beside (key_gradients), unless the plan says that grad_q is
-made apart (query_gradients).
+its work items, and each pair's share of grad_q beside (key_gradients). Or grad_q is made apart, if the plan
+says so (query_gradients): beside the rest, or before it, and then delta with it.
 
 No atomics: the bits are the same on every run. The gradients of q do not depend on what else is packed into
 the call; those of k and v do not where all tokens ride in one chunk, with items of one size (backward_plan).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -33,8 +34,8 @@ from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR
 from fsa_core.problem import Problem
 from fsa_core.tiles import Tuning
 
-# Of a call: q, k, v, block_indices, two of starts, lse, grad_out and three gradients.
-CALL_TENSORS = 11
+# Of a call: q, k, v, block_indices, two of starts, out, lse, grad_out and three gradients.
+CALL_TENSORS = 12
 
 
 def selected_attention_backward(
@@ -67,16 +68,17 @@ def selected_attention_backward(
     p, device = problem, q.device
     plan, parts_of_heads = _planned(p, device, hopper.runs_on(device), workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads)
-    of_delta = (out,) if grad_lse is None else (out, grad_lse)
-    lists = () if kept is None else (kept,)
+    tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, out, lse, grad_out, *grads)
+    others = [x for x in (grad_lse, kept) if x is not None]
     options = (p, plan, grad_lse is not None, kept is not None)
     for kv_heads in parts_of_heads:
-        # Two calls, if not of few bytes: what the first took is free again before the second takes as much.
-        deltas = _replayed_keys((*tensors, *of_delta, *lists), *options, kv_heads)
-        if deltas:
-            _replayed_queries((*tensors, *deltas, *lists), *options, kv_heads)
-        del deltas
+        if plan.queries is None or plan.at_once:
+            _replayed((*tensors, *others), *options, kv_heads)
+            continue
+        # Two calls: what the first took is free again before the second takes as much.
+        (delta,) = _replayed_queries((*tensors, *others), *options, kv_heads)
+        _replayed_keys((*tensors, delta), p, plan, kv_heads)
+        del delta
     return grads
 
 
@@ -146,7 +148,7 @@ def _query_tile_rows_on_hopper(problem: Problem) -> int:
     return ROWS if hopper_tile_query_gradients.fills(problem) else QUERY_ROWS
 
 
-def _key_gradients(
+def _gradients(
     memory: Memory,
     tensors: tuple[torch.Tensor, ...],
     problem: Problem,
@@ -155,31 +157,20 @@ def _key_gradients(
     with_kept: bool,
     kv_heads: range,
 ) -> None:
-    """Gradients of k and v under some KV heads, and of q too or, for the call that makes it, their delta.
-
-    That delta is the one answer. After the tensors of the call come out and, if they are there, grad_lse and
-    what was kept.
-    """
-    out, *others = tensors[CALL_TENSORS:]
-    kept = others.pop() if with_kept else None
-    grad_lse = others.pop() if with_grad_lse else None
-    new = memory.new_empty if plan.queries is None or plan.at_once else memory.answer
-    delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
-    call = Call.of(problem, plan, kv_heads, tensors[:CALL_TENSORS], delta)
-    keys, workspace = plan.keys, Workspace.of(call, memory)
+    """All under some KV heads: those of q from the same products as those of k and v, or beside them."""
+    call, kept = _call(memory.new_empty, tensors, problem, plan, with_grad_lse, with_kept, kv_heads)
+    workspace, given = Workspace.of(call, memory), call.given
     queries = _queries(memory, call, kv_heads, kept) if plan.at_once else None
     with aside():
-        sort(call, workspace, next(parts(kv_heads, keys.kv_heads)))
-    write_delta(out, call.given.grad_out, grad_lse, delta, call.given.first_delta_head)
+        sort(call, workspace, next(parts(kv_heads, plan.keys.kv_heads)))
+    write_delta(given.out, given.grad_out, given.grad_lse, given.delta, given.first_delta_head)
     if queries is not None:
         queries.list_ahead()
     rejoin()
     if queries is not None:
         with aside():
-            queries.write()
-    for indexed_heads in parts(kv_heads, keys.kv_heads):
-        for start in range(0, plan.segments, keys.range_segments):
-            walk(call, workspace, indexed_heads, start)
+            queries.write(with_delta=False)
+    _write_keys(call, workspace, kv_heads)
 
 
 def _query_gradients(
@@ -187,17 +178,42 @@ def _query_gradients(
     tensors: tuple[torch.Tensor, ...],
     problem: Problem,
     plan: BackwardPlan,
-    _with_grad_lse: bool,
+    with_grad_lse: bool,
     with_kept: bool,
     kv_heads: range,
 ) -> None:
-    """The gradient of q under some KV heads, made apart.
+    """The gradient of q under some KV heads, made apart; the answer is their delta."""
+    call, kept = _call(memory.answer, tensors, problem, plan, with_grad_lse, with_kept, kv_heads)
+    _queries(memory, call, kv_heads, kept).write(with_delta=True)
 
-    After the tensors of the call come delta and, if it is there, what was kept.
+
+def _key_gradients(
+    memory: Memory, tensors: tuple[torch.Tensor, ...], problem: Problem, plan: BackwardPlan, kv_heads: range
+) -> None:
+    """Gradients of k and v under some KV heads; the last of ``tensors`` is their delta."""
+    *others, delta = tensors
+    call = Call.of(problem, plan, kv_heads, tuple(others), delta, None)
+    _write_keys(call, Workspace.of(call, memory), kv_heads)
+
+
+def _call(
+    new: Callable[..., torch.Tensor],
+    tensors: tuple[torch.Tensor, ...],
+    problem: Problem,
+    plan: BackwardPlan,
+    with_grad_lse: bool,
+    with_kept: bool,
+    kv_heads: range,
+) -> tuple[Call, torch.Tensor | None]:
+    """The call with room for delta, which ``new`` makes, and what was kept.
+
+    Behind the ``tensors`` of a call come grad_lse and what was kept, if they are there.
     """
-    delta, *others = tensors[CALL_TENSORS:]
-    call = Call.of(problem, plan, kv_heads, tensors[:CALL_TENSORS], delta)
-    _queries(memory, call, kv_heads, others.pop() if with_kept else None).write()
+    others = list(tensors[CALL_TENSORS:])
+    kept = others.pop() if with_kept else None
+    grad_lse = others.pop() if with_grad_lse else None
+    delta = new(problem.num_q_tokens, len(kv_heads) * problem.group_size, dtype=torch.float32)
+    return Call.of(problem, plan, kv_heads, tensors[:CALL_TENSORS], delta, grad_lse), kept
 
 
 def _queries(memory: Memory, call: Call, kv_heads: range, kept: torch.Tensor | None) -> QueryGradients:
@@ -209,4 +225,12 @@ def _queries(memory: Memory, call: Call, kv_heads: range, kept: torch.Tensor | N
     )
 
 
-_replayed_keys, _replayed_queries = Replayed(_key_gradients), Replayed(_query_gradients)
+def _write_keys(call: Call, workspace: Workspace, kv_heads: range) -> None:
+    plan = call.plan
+    for indexed_heads in parts(kv_heads, plan.keys.kv_heads):
+        for start in range(0, plan.segments, plan.keys.range_segments):
+            walk(call, workspace, indexed_heads, start)
+
+
+_replayed = Replayed(_gradients)
+_replayed_queries, _replayed_keys = Replayed(_query_gradients), Replayed(_key_gradients)

@@ -13,16 +13,18 @@ from fsa_core.kernels.primitives import LOG2_E
 class Operands:
     """What gradients are made from; every tensor contiguous.
 
-    q [total_q, q heads, head_dim], k [total_k, KV heads, head_dim], v [total_k, KV heads, value_dim],
-    grad_out [total_q, q heads, value_dim], lse float32 [total_q, q heads]. delta float32 [total_q, heads], of
-    query heads from ``first_delta_head`` on.
+    q [total_q, q heads, head_dim], k [total_k, KV heads, head_dim], v [total_k, KV heads, value_dim], out,
+    grad_out [total_q, q heads, value_dim], lse float32 [total_q, q heads], and grad_lse or None for zeros.
+    delta float32 [total_q, heads], of query heads from ``first_delta_head`` on, is made from these.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    out: torch.Tensor
     grad_out: torch.Tensor
     lse: torch.Tensor
+    grad_lse: torch.Tensor | None
     delta: torch.Tensor
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor

@@ -6,7 +6,11 @@ as many steps ahead as shared memory has room for. Two multiply, 64 rows each. B
 gradients of its weights they still multiply what the step before adds to grad_q, so that weights are computed
 beside products.
 
-A tile's rows see their steps in order: the bits are those of the twins in ``tl``.
+Where nobody needs delta before (MAKES_DELTA), the multiplying groups make it, from rows that they read anyway
+and from those of out, which take the places of two steps' values.
+
+A tile's rows see their steps in order: the bits are those of the twins in ``tl``, and delta's are those of
+``delta._delta``.
 """
 
 from triton.experimental import gluon
@@ -38,7 +42,7 @@ def new_gradient_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: 
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, VALUE_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, HEAD_DIM], k_layout)
-    out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], v_layout)
+    grad_out_tiles = gl.allocate_shared_memory(dtype, [2, SIDE, VALUE_DIM], v_layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [2, SIDE], flat)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [2, SIDE], flat)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, SIDE, HEAD_DIM], k_layout)
@@ -53,7 +57,7 @@ def new_gradient_shared(dtype: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: 
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=32 * COPYING_WARPS)
         mbarrier.init(free.index(stage), count=2)
-    return (q_tiles, k_tiles, v_tiles, q_ready, q_free, ready, free), (out_tiles, lse_tiles, delta_tiles)
+    return (q_tiles, k_tiles, v_tiles, q_ready, q_free, ready, free), (grad_out_tiles, lse_tiles, delta_tiles)
 
 
 @gluon.jit
@@ -62,6 +66,7 @@ def copy_gradient_rows(
     shared,
     beside,
     taken,
+    n,
     num_tokens,
     num_delta_heads,
     NUM_Q_HEADS: gl.constexpr,
@@ -69,11 +74,15 @@ def copy_gradient_rows(
     TOKENS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
+    MAKES_DELTA: gl.constexpr,
 ):
-    """Begins to copy what the rows of up to TOKENS tokens have; ``taken`` tiles were before this one."""
-    q_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
-    q_tiles, _k, _v, q_ready, q_free, _ready, _free = shared
-    out_tiles, lse_tiles, delta_tiles = beside
+    """Begins to copy what the rows of up to TOKENS tokens have; ``taken`` tiles were before, and ``n`` steps.
+
+    Either delta, or rows of out, which are two steps more.
+    """
+    q_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr = pointers
+    q_tiles, _k, v_tiles, q_ready, q_free, ready, free = shared
+    grad_out_tiles, lse_tiles, delta_tiles = beside
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [COPYING_WARPS, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [COPYING_WARPS], [0])
     for half in gl.static_range(2):
@@ -85,14 +94,62 @@ def copy_gradient_rows(
         flat_token = flat_rows // HEADS
         flat_is_there = (flat_token < TOKENS) & (flat_token < num_tokens)
         lse_ptrs = lse_ptr + (flat_token * NUM_Q_HEADS + flat_rows % HEADS)
-        delta_ptrs = delta_ptr + (flat_token * num_delta_heads + flat_rows % HEADS)
         mbarrier.wait(q_free.index(half), (taken & 1) ^ 1)
         copy_rows(q_ptr, q_tiles.index(half), places * HEAD_DIM, is_there, HEAD_DIM, layout)
-        copy_rows(grad_out_ptr, out_tiles.index(half), places * VALUE_DIM, is_there, VALUE_DIM, layout)
+        copy_rows(grad_out_ptr, grad_out_tiles.index(half), places * VALUE_DIM, is_there, VALUE_DIM, layout)
         async_copy.async_copy_global_to_shared(lse_tiles.index(half), lse_ptrs, flat_is_there)
-        async_copy.async_copy_global_to_shared(delta_tiles.index(half), delta_ptrs, flat_is_there)
+        if not MAKES_DELTA:
+            delta_ptrs = delta_ptr + (flat_token * num_delta_heads + flat_rows % HEADS)
+            async_copy.async_copy_global_to_shared(delta_tiles.index(half), delta_ptrs, flat_is_there)
         # Every thread arrives when its own copies have.
         async_copy.mbarrier_arrive(q_ready.index(half), increment_count=False)
+        if MAKES_DELTA:
+            step = n + half
+            mbarrier.wait(free.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+            copy_rows(out_ptr, v_tiles.index(step % STAGES), places * VALUE_DIM, is_there, VALUE_DIM, layout)
+            async_copy.mbarrier_arrive(ready.index(step % STAGES), increment_count=False)
+
+
+@gluon.jit
+def find_delta(
+    grad_lse_ptr,
+    delta_ptr,
+    num_delta_heads,
+    shared,
+    grad_out_tile,
+    n,
+    first_asked,
+    end_asked,
+    with_grad_lse,
+    row_layout: gl.constexpr,
+    NUM_Q_HEADS: gl.constexpr,
+    HEADS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    HALF: gl.constexpr,
+):
+    """delta [SIDE] of half of a tile's rows, written for its tokens from ``first_asked`` to ``end_asked``.
+
+    From grad_out, which is there, and out, of which ``copy_gradient_rows`` made two steps after ``n``.
+    """
+    _q, _k, v_tiles, _q_ready, _q_free, ready, free = shared
+    rows = HALF * SIDE + gl.arange(0, SIDE, row_layout)
+    token = rows // HEADS
+    asked = (token < TOKENS) & (token >= first_asked) & (token < end_asked)
+    is_given = asked & (with_grad_lse != 0)
+    grad_lse = gl.load(grad_lse_ptr + (token * NUM_Q_HEADS + rows % HEADS), mask=is_given, other=0.0)
+    delta = grad_lse
+    # A thread adds up what ``delta._delta`` has it add up, in the same order.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    for half in gl.static_range(2):
+        step = n + half
+        mbarrier.wait(ready.index(step % STAGES), (step // STAGES) & 1)
+        if half == HALF:
+            out = v_tiles.index(step % STAGES).load(layout).to(gl.float32)
+            total = gl.sum(out * grad_out_tile.load(layout).to(gl.float32), 1)
+            delta = gl.convert_layout(total, row_layout) - grad_lse
+        mbarrier.arrive(free.index(step % STAGES), count=1)
+    gl.store(delta_ptr + (token * num_delta_heads + rows % HEADS), delta, mask=asked)
+    return delta
 
 
 @gluon.jit

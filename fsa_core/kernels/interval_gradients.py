@@ -211,9 +211,8 @@ def _backward(
     windows = Windows.of(sizes, rest)
     grads = [memory.answer(*x.shape) for x in (q, k, v)]
     delta = memory.new_empty(*lse.shape, dtype=torch.float32)
-    write_delta(out, grad_out, grad_lse, delta)
     given = (q, k, v, grad_out, lse, delta)
-    _gradient_of_queries(problem, windows, given, grads[0])
+    _gradient_of_queries(problem, windows, given, out, grad_lse, grads[0])
     gradients_of_keys(problem, windows, given, (grads[1], grads[2]), memory, workspace_limit_bytes)
 
 
@@ -221,30 +220,48 @@ _replayed = Replayed(_backward)
 
 
 def _gradient_of_queries(
-    problem: Problem, windows: Windows, given: tuple[torch.Tensor, ...], grad_q: torch.Tensor
+    problem: Problem,
+    windows: Windows,
+    given: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    grad_q: torch.Tensor,
 ) -> None:
-    """Of q, the first of what is given; all of it as ``_of_queries`` takes it."""
+    """Of q, the first of what is given; all of it as ``_of_queries`` takes it. Writes the last, delta."""
     p = problem
-    arguments = (
-        *given, grad_q, *windows.starts, p.softmax_scale, p.num_sequences, search_steps(p.num_sequences),
-    )  # fmt: skip
-    if hopper.runs_on(grad_q.device) and _launch_on_hopper(p, windows, arguments):
+    starts = (*windows.starts, p.softmax_scale, p.num_sequences, search_steps(p.num_sequences))
+    if hopper.runs_on(grad_q.device) and _launch_on_hopper(p, windows, given, out, grad_lse, grad_q, starts):
         return
+    *_, grad_out, _lse, delta = given
+    write_delta(out, grad_out, grad_lse, delta)
     # On an H200, 64K tokens, D = 128, g = 4: 3.16 ms, and 3.93 of 128 rows in 8 warps with 64 keys in two
     # stages; with 128 keys 3.36. In a sliding window of 512: 1.07 and 1.19.
     narrow = TileShape(64, 64, num_warps=4) if windows.reach else TileShape(256, 32, 16, num_stages=3)
     tile = gradient_tile(p, narrow, wide=TileShape(64, 32))
     num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
     _of_queries[num_tiles, p.num_kv_heads * tile.parts](
-        *arguments, **walk_constants(p, windows, tile), num_warps=tile.num_warps
+        *given, grad_q, *starts, **walk_constants(p, windows, tile), num_warps=tile.num_warps
     )
 
 
-def _launch_on_hopper(problem: Problem, windows: Windows, arguments: tuple[Any, ...]) -> bool:
+def _launch_on_hopper(
+    problem: Problem,
+    windows: Windows,
+    given: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    grad_q: torch.Tensor,
+    starts: tuple[Any, ...],
+) -> bool:
     """Launches the kernel for Hopper alone, if it takes the problem, and says so."""
     from fsa_core.kernels import hopper_interval_query_gradients, hopper_windows
 
     if not hopper_windows.takes(problem):
         return False
-    hopper_windows.launch(hopper_interval_query_gradients.of_queries, problem, windows, arguments)
+    q, k, v, grad_out, lse, delta = given
+    tensors = (q, k, v, out, grad_out, lse, lse if grad_lse is None else grad_lse, delta, grad_q)
+    hopper_windows.launch(
+        hopper_interval_query_gradients.of_queries, problem, windows,
+        (*tensors, *starts, int(grad_lse is not None)),
+    )  # fmt: skip
     return True

@@ -306,11 +306,14 @@ class Call:
         kv_heads: range,
         tensors: tuple[torch.Tensor, ...],
         delta: torch.Tensor,
+        grad_lse: torch.Tensor | None,
     ) -> "Call":
         """``tensors`` as ``selected_attention_backward`` has them; ``delta`` is that of ``kv_heads``."""
-        q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, lse, grad_out, *grads = tensors
-        first_delta_head = kv_heads.start * problem.group_size
-        given = Operands(q, k, v, grad_out, lse, delta, cu_seqlens_q, cu_seqlens_k, first_delta_head)
+        q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, out, lse, grad_out, *grads = tensors
+        given = Operands(
+            q, k, v, out, grad_out, lse, grad_lse, delta, cu_seqlens_q, cu_seqlens_k,
+            first_delta_head=kv_heads.start * problem.group_size,
+        )  # fmt: skip
         return cls(problem, plan, given, (grads[0], grads[1], grads[2]), block_indices)
 
 

@@ -7,7 +7,8 @@ With P = exp(scores - lse) made again from q, k and lse, and delta = sum(out * g
 Stages, as the path of the plan says and as the forward pass has them:
 
 1. of tiles: a query tile walks the blocks that its tokens share (agreement.agree, or what the forward pass
-   kept of it) under their masks, its gradients in registers, and writes them once;
+   kept of it) under their masks, its gradients in registers, and writes them once; on Hopper it can make
+   delta as well;
 2. of pairs: for what is left, a work item loads its K/V block once and writes each pair's share of the
    gradient at the pair's own (token, slot);
 3. sum: the shares of a token are added in the order of its slots, to what its tile gave.
@@ -23,19 +24,20 @@ import torch
 
 from fsa_core.kernels.agreement import Agreement, agree, index_pairs, new_agreement
 from fsa_core.kernels.block_share import Operands
+from fsa_core.kernels.delta import write_delta
 from fsa_core.kernels.index import Inversion, new_inversion
 from fsa_core.kernels.kept import kept_agreement
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import gradients_of_pairs
 from fsa_core.kernels.replay import Memory
 from fsa_core.kernels.tile_order import Tiles
-from fsa_core.kernels.tile_query_gradients import gradients_of_tiles, tiles_of_group
+from fsa_core.kernels.tile_query_gradients import gradients_of_tiles, tiles_make_delta, tiles_of_group
 from fsa_core.plan import ForwardPlan, Group, groups
 from fsa_core.problem import Problem
 
 
 class QueryGradients:
-    """Makes grad_q [total_q, q heads, head_dim] of some tile heads, whose delta is in ``given``.
+    """Makes grad_q [total_q, q heads, head_dim] of some tile heads; their delta is in ``given``.
 
     block_indices int32 [index_heads, total_q, slots]. The plan is that of a forward pass whose values are at
     least as wide as keys: its partials are the shares. Buffers come from ``memory``. ``kept``: what tiles
@@ -76,16 +78,20 @@ class QueryGradients:
         """Finds what the tiles of the first group share, which takes no delta, before ``write`` asks."""
         self._listed = self._list(self._groups[0])
 
-    def write(self) -> None:
+    def write(self, *, with_delta: bool) -> None:
+        """Writes grad_q and, ``with_delta``, the delta of its rows; else that is there."""
         p, plan, tile, given = self._problem, self._plan, self._plan.query_tile, self._given
         agreement, inversion = self._agreement, self._inversion
+        makes_delta = with_delta and tiles_make_delta(p, plan, self._grad_q.device)
+        if with_delta and not makes_delta:
+            write_delta(given.out, given.grad_out, given.grad_lse, given.delta, given.first_delta_head)
         for group in self._groups:
             tiles, self._listed = self._listed or self._list(group), None
             if inversion is not None:
                 with aside():
                     index_pairs(inversion, agreement, p, plan, group, self._block_indices, *given.starts)
             if tile is not None and tiles is not None:
-                gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q)
+                gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q, makes_delta=makes_delta)
             if inversion is not None:
                 used = inversion.ranks if agreement is None else agreement.leftover
                 rejoin()

@@ -150,6 +150,12 @@ def tiles_of_group(
     )
 
 
+def tiles_make_delta(problem: Problem, plan: ForwardPlan, device: torch.device) -> bool:
+    """Whether ``gradients_of_tiles`` can make delta, which it is given else."""
+    tile = plan.query_tile
+    return tile is not None and hopper.runs_on(device) and _on_hopper(problem, plan, tile) is not None
+
+
 def gradients_of_tiles(
     problem: Problem,
     plan: ForwardPlan,
@@ -158,28 +164,36 @@ def gradients_of_tiles(
     tiles: Tiles,
     given: Operands,
     grad_q: torch.Tensor,
+    *,
+    makes_delta: bool,
 ) -> None:
-    """Writes grad_q of a group's tokens over the blocks they share."""
+    """Writes grad_q of a group's tokens over the blocks they share, and delta if it ``makes_delta``."""
     p = problem
-    of_tiles = _on_hopper(p, plan, tile) if hopper.runs_on(grad_q.device) else None
+    of_tiles = _on_hopper(p, plan, tile, makes_delta) if hopper.runs_on(grad_q.device) else None
     arguments = (
-        *given.tensors, grad_q, *tiles.lists, *given.starts, p.softmax_scale, group.first_token,
+        given.delta, grad_q, *tiles.lists, *given.starts, p.softmax_scale, group.first_token,
         group.num_tokens, p.num_sequences, search_steps(p.num_sequences), tiles.first, tiles.of_head,
         group.first_head, given.first_delta_head, given.delta.shape[1],
     )  # fmt: skip
     if of_tiles is not None:
         programs = min(multiprocessors(grad_q.device), tiles.number * group.num_heads)
-        of_tiles[(programs,)](*arguments, tiles.number, group.num_heads, int(tiles.is_ordered))
+        grad_lse = given.lse if given.grad_lse is None else given.grad_lse
+        of_tiles[(programs,)](
+            given.q, given.k, given.v, given.out, given.grad_out, given.lse, grad_lse, *arguments,
+            tiles.number, group.num_heads, int(tiles.is_ordered), int(given.grad_lse is not None),
+        )  # fmt: skip
         return
     _of_tiles[tiles.number, group.num_heads](
-        *arguments, **attention_constants(p, plan), TOKENS=tile.tokens, ROWS=tile.rows, KEYS=tile.keys,
-        MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        *given.tensors[:-1], *arguments, **attention_constants(p, plan), TOKENS=tile.tokens, ROWS=tile.rows,
+        KEYS=tile.keys, MAX_SHARED=tile.max_shared, STAGES=tile.num_stages, num_warps=tile.num_warps,
         maxnreg=tile.max_registers,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKernel | None:
+def _on_hopper(
+    problem: Problem, plan: ForwardPlan, tile: QueryTile, makes_delta: bool = False
+) -> BoundKernel | None:
     """The kernel for Hopper alone with what is the same for all groups, if it takes the tile."""
     from fsa_core.kernels import hopper_query_tiles, hopper_tile_query_gradients
     from fsa_core.kernels.hopper_tiles import exact_dims
@@ -187,4 +201,6 @@ def _on_hopper(problem: Problem, plan: ForwardPlan, tile: QueryTile) -> BoundKer
     if not hopper_query_tiles.takes(problem, tile):
         return None
     shared = exact_dims(attention_constants(problem, plan))
-    return hopper_tile_query_gradients.of_tiles.bind(**shared, **hopper_tile_query_gradients.constants(tile))
+    return hopper_tile_query_gradients.of_tiles.bind(
+        **shared, **hopper_tile_query_gradients.constants(tile), MAKES_DELTA=makes_delta
+    )

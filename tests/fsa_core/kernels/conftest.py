@@ -150,6 +150,7 @@ def _forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (forward, compressed, selection):
         monkeypatch.setattr(module, "_replayed", Replayed(module._forward))
+    monkeypatch.setattr(backward, "_replayed", Replayed(backward._gradients))
     monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
     monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
     monkeypatch.setattr(backward, "_planned", lru_cache(backward._planned.__wrapped__))

@@ -97,7 +97,7 @@ def test_a_backward_pass_takes_what_its_plan_says(
     rows, starts = new(p.index_heads, p.num_q_tokens, p.num_slots), new(p.num_sequences + 1)
     delta = new(p.num_q_tokens, plan.delta_heads * p.group_size, dtype=torch.float32)
     kv_heads = range(plan.delta_heads)
-    call = Call.of(p, plan, kv_heads, (q, k, v, rows, starts, starts, delta, out, q, k, v), delta)
+    call = Call.of(p, plan, kv_heads, (q, k, v, rows, starts, starts, out, delta, out, q, k, v), delta, None)
     keys, queries = new_memory(), new_memory()
     with buffers_alone(on_hopper=on_hopper):
         Workspace.of(call, keys)

@@ -349,6 +349,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     parts = (
         (forward, "_replayed", forward._forward),
         (decode, "_replayed", decode._forward),
+        (backward, "_replayed", backward._gradients),
         (backward, "_replayed_keys", backward._key_gradients),
         (backward, "_replayed_queries", backward._query_gradients),
         (interval_gradients, "_replayed", interval_gradients._backward),

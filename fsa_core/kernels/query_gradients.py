@@ -71,12 +71,18 @@ class QueryGradients:
             self._inversion = new_inversion(plan, p.num_slots, memory, kept_left)
         num_shares = plan.buffers * plan.chunk_heads * plan.chunk_tokens * p.num_slots * plan.heads_per_pair
         self._shares = memory.new_empty(num_shares * plan.has_partials, p.head_dim)
-        # What was listed ahead, until it is walked.
-        self._listed: Tiles | None = None
+        # What was listed ahead, until it is walked, and whether what is left was indexed too.
+        self._ahead: tuple[Tiles | None, bool] | None = None
 
-    def list_ahead(self) -> None:
-        """Finds what the tiles of the first group share, which takes no delta, before ``write`` asks."""
-        self._listed = self._list(self._groups[0])
+    def list_ahead(self, *, with_index: bool) -> None:
+        """Finds what the tiles of the first group share, which takes no delta, before ``write`` asks.
+
+        ``with_index``: and indexes what they leave, so that tiles are the first that ``write`` launches.
+        """
+        group = self._groups[0]
+        self._ahead = (self._list(group), with_index)
+        if with_index:
+            self._index(group)
 
     def write(self, *, with_delta: bool) -> None:
         """Writes grad_q and, ``with_delta``, the delta of its rows; else that is there."""
@@ -86,10 +92,10 @@ class QueryGradients:
         if with_delta and not makes_delta:
             write_delta(given.out, given.grad_out, given.grad_lse, given.delta, given.first_delta_head)
         for group in self._groups:
-            tiles, self._listed = self._listed or self._list(group), None
-            if inversion is not None:
+            (tiles, is_indexed), self._ahead = self._ahead or (self._list(group), False), None
+            if not is_indexed:
                 with aside():
-                    index_pairs(inversion, agreement, p, plan, group, self._block_indices, *given.starts)
+                    self._index(group)
             if tile is not None and tiles is not None:
                 gradients_of_tiles(p, plan, tile, group, tiles, given, self._grad_q, makes_delta=makes_delta)
             if inversion is not None:
@@ -104,6 +110,13 @@ class QueryGradients:
         if not self._is_kept:
             agree(self._agreement, p, plan, tile, group, self._block_indices, *given.starts, self._inversion)
         return tiles_of_group(p, plan, tile, group, self._agreement, given, are_kept=self._is_kept)
+
+    def _index(self, group: Group) -> None:
+        if self._inversion is not None:
+            index_pairs(
+                self._inversion, self._agreement, self._problem, self._plan, group, self._block_indices,
+                *self._given.starts,
+            )  # fmt: skip
 
 
 def _groups_of(problem: Problem, plan: ForwardPlan, heads: range) -> Iterator[Group]:

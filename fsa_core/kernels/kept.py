@@ -1,7 +1,7 @@
 """What a forward pass keeps for its gradients: what query tiles share, which they would have to find again.
 
-Lists are a small part of what a training step keeps anyway: at 64K tokens and 4 KV heads 8 to 30 MB, beside
-134 of q and out for each query head of a group. They are kept in one tensor, for which autograd has to ask
+They are a small part of what a training step keeps anyway: at 64K tokens and 4 KV heads 22 to 32 MiB, beside
+128 of q and out for each query head of a group. They are kept in one tensor, for which autograd has to ask
 once.
 """
 

@@ -36,6 +36,7 @@ class Agreement:
     joined: for what ``tile_pairs.join_lists`` makes of them, where tiles are taken two by two.
     order: for that of ``tile_order.ordered_lists``, and where in it each class of tiles begins.
     kept_left int32 [LEFT + 1]: of what is kept its last says whether anything is left; else the index does.
+        None too where tiles leave nothing.
     """
 
     blocks: torch.Tensor
@@ -245,7 +246,9 @@ def new_agreement(
         leftover=memory.new_empty(heads, leftover_tokens, problem.num_slots, dtype=torch.int32),
         joined=joined,
         order=order,
-        kept_left=memory.new_zeros(LEFT.value + 1, dtype=torch.int32) if is_kept else None,
+        kept_left=memory.new_zeros(LEFT.value + 1, dtype=torch.int32)
+        if is_kept and leftover_tokens
+        else None,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from fsa_core.api import selected_attention
 from fsa_core.kernels import query_gradients
 from fsa_core.kernels.backward import selected_attention_backward, selected_attention_keeping
-from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, TOKEN_MAJOR
+from fsa_core.kernels.kept import kept_agreement
+from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, TOKEN_MAJOR, plan_forward
 from fsa_core.tiles import SharedTuning, default_tuning
 from tests.fsa_core.conftest import Case
 
@@ -80,6 +81,14 @@ def test_nothing_is_kept_that_gradients_would_list_otherwise(make_case: Callable
     # Nor too much of it.
     limit = 4 * whole[2].nbytes
     assert len(keep(case, QUERY_TILE, workspace_limit_bytes=limit - 1)) == 2
+
+
+def test_what_leaves_nothing_has_no_place_to_say_so(make_case: Callable) -> None:
+    """One launch less, and the kernel of calls that keep nothing."""
+    case = make_case(**SIZES | {"group_size": 2})
+    plan = plan_forward(case.problem, path=QUERY_TILE)
+    piece = keep(case, QUERY_TILE)[2]
+    assert kept_agreement(case.problem, plan, piece, is_new=False).kept_left is None
 
 
 def test_autograd_keeps_it_for_as_long_as_gradients_may_be_asked_for(

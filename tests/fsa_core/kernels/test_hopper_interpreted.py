@@ -17,6 +17,7 @@ from fsa_core.kernels import (
     hopper_partials,
     pair_query_gradients,
     partials,
+    query_gradients,
     query_tiles,
     tile_order,
 )
@@ -184,6 +185,64 @@ def test_gradients(
     grads, given = gradients(case, path=path)
     assert_gradients_close_to_oracle(grads, case, *given)
     assert launched.issuperset(kernels)
+
+
+@pytest.fixture
+def parts_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The gradient of q comes before those of keys, and makes delta for them, however small a call is."""
+    plan = backward_plan.plan_backward
+    monkeypatch.setattr(backward, "plan_backward", lambda *sizes: replace(plan(*sizes), at_once=False))
+    backward._planned.cache_clear()
+    yield
+    backward._planned.cache_clear()
+
+
+@pytest.mark.usefixtures("parts_apart")
+@pytest.mark.parametrize("with_grad_lse", [True, False])
+@pytest.mark.parametrize(
+    ("path", "options", "limit"),
+    [
+        (MIXED, {"group_size": 4, "value_dim": 128}, {}),
+        # Rows of a tile that nobody has, and rows and tiles that see no key.
+        (
+            QUERY_TILE,
+            {"group_size": 12, "head_dim": 128, "value_dim": 64, "q_lens": (90, 9), "k_lens": (70, 0)},
+            {},
+        ),
+        (QUERY_TILE, {"group_size": 8, "num_kv_heads": 2, "index_heads": 1}, {}),
+        # Tiles at the border of two groups of tokens; one head of delta after the other.
+        (MIXED, {"group_size": 4, "num_kv_heads": 2}, {"workspace_limit_bytes": 1 << 14}),
+    ],
+    ids=str,
+)
+def test_tiles_make_delta(
+    make_case: Callable,
+    assert_gradients_close_to_oracle: Callable,
+    launched: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    options: dict,
+    limit: dict[str, int],
+    with_grad_lse: bool,
+) -> None:
+    case = make_case(**SIZES | options)
+    monkeypatch.setattr(query_gradients, "write_delta", None)
+    answer = forward.selected_attention_forward(case.problem, *case.tensors)
+    grad_out, grad_lse = case.output_gradients()
+    given = (*answer, grad_out, grad_lse if with_grad_lse else None)
+    grads = backward.selected_attention_backward(case.problem, *case.tensors, *given, path=path, **limit)
+    assert "of_tiles" in launched
+    assert_gradients_close_to_oracle(grads, case, grad_out, grad_lse * with_grad_lse)
+
+
+@pytest.mark.usefixtures("parts_apart")
+def test_tiles_of_rows_that_queries_share_make_delta(
+    make_case: Callable, assert_gradients_close_to_oracle: Callable, launched: set[str]
+) -> None:
+    case = sharing_rows(make_case(**SIZES | {"num_slots": 2}, group_size=4), 64)
+    grads, given = gradients(case, path=QUERY_TILE)
+    assert_gradients_close_to_oracle(grads, case, *given)
+    assert "of_tiles" in launched
 
 
 def test_a_popular_block_is_many_items(

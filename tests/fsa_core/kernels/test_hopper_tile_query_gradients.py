@@ -47,12 +47,15 @@ def test_every_group_size(make_case: Callable, check: Callable, group_size: int)
     check(make_case(**SIZES, group_size=group_size, num_kv_heads=1))
 
 
+# In least memory tiles make delta, in their twins' bits.
+@pytest.mark.parametrize("limit", [{}, {"workspace_limit_bytes": 1}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (64, 128), (128, 64)])
 def test_every_width(
-    make_case: Callable, check: Callable, head_dim: int, value_dim: int, dtype: torch.dtype
+    make_case: Callable, check: Callable, head_dim: int, value_dim: int, dtype: torch.dtype, limit: dict
 ) -> None:
-    check(make_case(**SIZES | {"head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}, group_size=4))
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "dtype": dtype}
+    check(make_case(**SIZES | sizes, group_size=4), **limit)
 
 
 @pytest.mark.parametrize("block_size", [64, 128, 256])

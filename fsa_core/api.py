@@ -75,7 +75,8 @@ def selected_attention(
             device and works inside a CUDA graph. Ids that break the contract are then ignored or give a wrong
             answer, but touch no foreign memory; cu_seqlens must be right.
         workspace_limit_bytes: device memory that the Triton kernels may take beyond inputs and outputs; at
-            least 1, and the least that they need whatever it is.
+            least 1, and the least that they need whatever it is. Up to a quarter of it is kept for the
+            gradients, if any may be asked for, as long as autograd keeps the inputs.
 
     Returns:
         out [num_q_tokens, num_q_heads, value_dim] in q's dtype, and lse float32 [num_q_tokens, num_q_heads],

@@ -203,8 +203,9 @@ def _dense(backend: str) -> Implementation:
 def _kernels(problem: Problem, device: torch.device, path: str, workspace_limit_bytes: int) -> Implementation:
     """The kernels on the path and with the sizes of the problem."""
     # Triton is imported when a kernel is first needed.
-    from fsa_core.kernels.backward import selected_attention_backward, selected_attention_keeping
+    from fsa_core.kernels.backward import selected_attention_backward
     from fsa_core.kernels.forward import selected_attention_forward
+    from fsa_core.kernels.keeping import selected_attention_keeping
 
     choice = choose(problem, device_name(device), path)
     options: dict[str, Any] = {"tuning": choice.tuning, "workspace_limit_bytes": workspace_limit_bytes}

@@ -23,8 +23,6 @@ from fsa_core.backward_plan import QUERY_ROWS, BackwardPlan, plan_backward
 from fsa_core.kernels import hopper
 from fsa_core.kernels.chunk_buffers import chunk_buffers
 from fsa_core.kernels.delta import write_delta
-from fsa_core.kernels.forward import forward_keeping, plan_on
-from fsa_core.kernels.kept import kept_bytes
 from fsa_core.kernels.key_gradients import Call, Workspace, parts, sort, walk
 from fsa_core.kernels.launch import aside, rejoin
 from fsa_core.kernels.pair_query_gradients import MOST_KEYS
@@ -66,7 +64,7 @@ def selected_attention_backward(
     kept, if anything. Returns the gradients of q, k and v, in their shapes and dtypes.
     """
     p, device = problem, q.device
-    plan, parts_of_heads = _planned(p, device, hopper.runs_on(device), workspace_limit_bytes, path, tuning)
+    plan, parts_of_heads = planned(p, device, hopper.runs_on(device), workspace_limit_bytes, path, tuning)
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     tensors = (q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, out, lse, grad_out, *grads)
     others = [x for x in (grad_lse, kept) if x is not None]
@@ -82,42 +80,10 @@ def selected_attention_backward(
     return grads
 
 
-def selected_attention_keeping(
-    problem: Problem,
-    *tensors: torch.Tensor,
-    path: str,
-    backward_path: str,
-    tuning: Tuning | None,
-    workspace_limit_bytes: int,
-) -> tuple[torch.Tensor, ...]:
-    """``selected_attention_forward`` and, behind its answer, what it kept for gradients on ``backward_path``.
-
-    Nothing is kept where these would find other lists, or where it is too much: see ``kept_bytes``.
-    """
-    device = tensors[0].device
-    paths = (path, backward_path)
-    num_bytes = _kept_bytes(problem, device, hopper.runs_on(device), workspace_limit_bytes, paths, tuning)
-    return forward_keeping(tensors, problem, path, tuning, workspace_limit_bytes, num_bytes)
-
-
-@lru_cache(maxsize=1024)
-def _kept_bytes(
-    problem: Problem,
-    device: torch.device,
-    on_hopper: bool,
-    workspace_limit_bytes: int,
-    paths: tuple[str, str],
-    tuning: Tuning | None,
-) -> int:
-    forward = plan_on(device, problem, workspace_limit_bytes, paths[0], tuning)
-    backward, _ = _planned(problem, device, on_hopper, workspace_limit_bytes, paths[1], tuning)
-    return kept_bytes(problem, device, forward, backward, workspace_limit_bytes)
-
-
 # One look-up for all that a call has to know before it is launched. Of more problems than have programs
 # (replay.py): one that is planned anew finds none of its own.
 @lru_cache(maxsize=1 << 15)
-def _planned(
+def planned(
     problem: Problem,
     device: torch.device,
     _on_hopper: bool,

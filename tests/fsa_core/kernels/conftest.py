@@ -153,7 +153,7 @@ def _forget_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "_replayed", Replayed(backward._gradients))
     monkeypatch.setattr(backward, "_replayed_keys", Replayed(backward._key_gradients))
     monkeypatch.setattr(backward, "_replayed_queries", Replayed(backward._query_gradients))
-    monkeypatch.setattr(backward, "_planned", lru_cache(backward._planned.__wrapped__))
+    monkeypatch.setattr(backward, "planned", lru_cache(backward.planned.__wrapped__))
 
 
 @pytest.fixture(params=("tl", "gluon"))

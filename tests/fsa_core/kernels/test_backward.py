@@ -17,9 +17,9 @@ from tests.fsa_core.kernels.conftest import gradients
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """Plans are remembered; those made with other constants must not be."""
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
     yield
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_plans")

@@ -192,9 +192,9 @@ def parts_apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The gradient of q comes before those of keys, and makes delta for them, however small a call is."""
     plan = backward_plan.plan_backward
     monkeypatch.setattr(backward, "plan_backward", lambda *sizes: replace(plan(*sizes), at_once=False))
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
     yield
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
 
 
 @pytest.mark.usefixtures("parts_apart")
@@ -249,11 +249,11 @@ def test_a_popular_block_is_many_items(
     make_case: Callable, assert_gradients_close_to_oracle: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backward_plan, "ITEM_PAIRS", 40)
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
     case = make_case(**SIZES, group_size=4, distribution="same")
     grads, given = gradients(case, path=QUERY_TILE)
     assert_gradients_close_to_oracle(grads, case, *given)
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
 
 
 @pytest.mark.parametrize(

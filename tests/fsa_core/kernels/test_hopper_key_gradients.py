@@ -48,9 +48,9 @@ def check(
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
     """Plans are remembered; those made with other constants must not be."""
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
     yield
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16, 33, 64])

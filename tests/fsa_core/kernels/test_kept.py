@@ -9,7 +9,8 @@ import torch
 
 from fsa_core.api import selected_attention
 from fsa_core.kernels import query_gradients
-from fsa_core.kernels.backward import selected_attention_backward, selected_attention_keeping
+from fsa_core.kernels.backward import selected_attention_backward
+from fsa_core.kernels.keeping import selected_attention_keeping
 from fsa_core.kernels.kept import kept_agreement
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES, KV_MAJOR, MIXED, QUERY_TILE, TOKEN_MAJOR, plan_forward
 from fsa_core.tiles import SharedTuning, default_tuning

@@ -157,7 +157,7 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         patch.setattr(backward_plan, "ITEM_PAIRS", drawn.item_pairs)
         patch.setattr(backward_plan, "LONG_ITEM_PAIRS", 2 * drawn.item_pairs)
         # Plans are remembered; those made with other constants must not be.
-        backward._planned.cache_clear()
+        backward.planned.cache_clear()
         limit_bytes = drawn.workspace_limit_bytes
         while limit_bytes < DEFAULT_WORKSPACE_BYTES:
             if num_programs(case.problem, drawn.path, limit_bytes) <= MAX_PROGRAMS:
@@ -169,5 +169,5 @@ def test_any_problem_has_the_answer_and_the_gradients_of_the_oracle(
         assert_close_to_oracle(*answer, case, factor=FACTOR)
         given = (*answer, *given_gradients)
         grads = selected_attention_backward(case.problem, *case.tensors, *given, path=drawn.path, **limit)
-    backward._planned.cache_clear()
+    backward.planned.cache_clear()
     assert_gradients_close_to_oracle(grads, case, *given_gradients, factor=FACTOR)

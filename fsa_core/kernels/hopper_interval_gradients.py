@@ -71,7 +71,6 @@ def _copy_steps(
     num_tokens,
     NUM_Q_HEADS: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
     HEADS: gl.constexpr,
     PARTS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -112,9 +111,6 @@ def _copy_steps(
         row = token.to(gl.int64) * NUM_Q_HEADS + part_head
         num_here = gl.minimum(num_tokens - token, TOKENS)
         exists, flat_exists = tile_token < num_here, flat_token < num_here
-        if PARTS * HEADS != GROUP_SIZE:
-            exists &= tile_head < GROUP_SIZE - part_head
-            flat_exists &= flat_head < GROUP_SIZE - part_head
         mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
         q_places, out_places = places * HEAD_DIM, places * VALUE_DIM
         copy_rows(q_ptr + row * HEAD_DIM, q_tiles.index(stage), q_places, exists, HEAD_DIM, layout)
@@ -299,7 +295,7 @@ def of_windows(
             )),
             (_copy_steps, (
                 pointers, tiles, blocks, walk, num_windows, q_length - start, NUM_Q_HEADS, NUM_KV_HEADS,
-                GROUP_SIZE, HEADS, PARTS, HEAD_DIM, VALUE_DIM, TOKENS, STAGES,
+                HEADS, PARTS, HEAD_DIM, VALUE_DIM, TOKENS, STAGES,
             )),
         ],
         [4, COPYING_WARPS],
@@ -308,7 +304,7 @@ def of_windows(
 
 
 def tile_of(problem: Problem) -> Tile:
-    return SHAPE.tile(problem.group_size)
+    return SHAPE.full_tile(problem.group_size)
 
 
 def constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fsa_core.kernels.block_share import row_shift
 from fsa_core.kernels.hopper_query_gradients import (
-    COPYING_REGISTERS,
-    REGISTERS,
     add_gradient_steps,
     copy_gradient_rows,
     find_delta,
@@ -22,6 +20,10 @@ from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, by_rows, copy_ste
 from fsa_core.kernels.hopper_windows import find_window_tile
 from fsa_core.kernels.launch import kernel
 from fsa_core.kernels.windows import visible_windows
+
+# Of a multiplying and of a copying thread, which finds out more than that of listed steps; those of the first
+# multiplying group are what is left of 504.
+REGISTERS, COPYING_REGISTERS = gl.constexpr(200), gl.constexpr(104)
 
 
 @gluon.jit

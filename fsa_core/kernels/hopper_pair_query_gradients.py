@@ -52,7 +52,7 @@ from fsa_core.tiles import TileShape
 STAGES, BATCHES = 3, 4
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
-REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 144, 96, 128
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 136, 112, 128
 
 
 @gluon.jit

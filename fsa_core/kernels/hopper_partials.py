@@ -63,7 +63,7 @@ STAGES, BATCHES = {128: 2}, {128: 2}
 MOST_STAGES, MOST_BATCHES = 3, 8
 # Of a multiplying, a copying and a merging thread; those of the first multiplying group are what is left of
 # 512.
-REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 160, 88, 104
+REGISTERS, COPYING_REGISTERS, MERGING_REGISTERS = 152, 104, 104
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ from fsa_core.kernels.hopper_tiles import COPYING_WARPS, SIDE, copy_rows, first_
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 # Of a multiplying and of a copying thread; those of the first multiplying group are what is left of 504.
-REGISTERS, COPYING_REGISTERS = gl.constexpr(216), gl.constexpr(72)
+REGISTERS, COPYING_REGISTERS = gl.constexpr(208), gl.constexpr(88)
 # Steps in shared memory, beside a tile's rows.
 STAGES = gl.constexpr(4)
 

@@ -29,7 +29,7 @@ from fsa_core.kernels.replay import Memory, Replayed
 from fsa_core.kernels.windows import (
     TileShape,
     Windows,
-    gradient_tile,
+    gradient_shape,
     last_tiles_first,
     visible_windows,
     walk_constants,
@@ -237,7 +237,7 @@ def _gradient_of_queries(
     # On an H200, 64K tokens, D = 128, g = 4: 3.16 ms, and 3.93 of 128 rows in 8 warps with 64 keys in two
     # stages; with 128 keys 3.36. In a sliding window of 512: 1.07 and 1.19.
     narrow = TileShape(64, 64, num_warps=4) if windows.reach else TileShape(256, 32, 16, num_stages=3)
-    tile = gradient_tile(p, narrow, wide=TileShape(64, 32))
+    tile = gradient_shape(p, narrow, wide=TileShape(64, 32)).tile(p.group_size)
     num_tiles = p.num_q_tokens // tile.tokens + p.num_sequences
     _of_queries[num_tiles, p.num_kv_heads * tile.parts](
         *given, grad_q, *starts, **walk_constants(p, windows, tile), num_warps=tile.num_warps

@@ -20,7 +20,7 @@ from fsa_core.kernels.tile_tokens import tile_tokens
 from fsa_core.kernels.windows import (
     TileShape,
     Windows,
-    gradient_tile,
+    gradient_shape,
     seeing_tokens,
     split_steps,
     visible_windows,
@@ -133,7 +133,6 @@ def _of_keys(
     q_offsets = (row_offsets * HEAD_DIM)[:, None] + dims[None, :]
     out_offsets = (row_offsets * VALUE_DIM)[:, None] + value_dims[None, :]
     first_row = (q_start + start).to(tl.int64) * NUM_Q_HEADS + kv_head * GROUP_SIZE
-    mask_rows: tl.constexpr = (TOKENS * HEADS != ROWS) | (PARTS * HEADS != GROUP_SIZE)
     mask_dims: tl.constexpr = HEAD_DIM != HEAD_DIM_PADDED
     mask_values: tl.constexpr = VALUE_DIM != VALUE_DIM_PADDED
     step_rows = tl.full((), TOKENS * NUM_Q_HEADS, tl.int64)
@@ -143,13 +142,11 @@ def _of_keys(
     for i in tl.range(start_step * PARTS, end_step * PARTS, num_stages=STAGES):
         part_head = i % PARTS * HEADS
         row = first_row + i // PARTS * step_rows + part_head
-        row_mask = (tile_token < TOKENS) & (part_head + tile_head < GROUP_SIZE)
-        of_rows = row_mask[:, None]
-        q = load_block(q_ptr + row * HEAD_DIM + q_offsets, of_rows, dim_mask, mask_rows, mask_dims)
+        q = load_block(q_ptr + row * HEAD_DIM + q_offsets, True, dim_mask, False, mask_dims)
         grad_out_ptrs = grad_out_ptr + row * VALUE_DIM + out_offsets
-        grad_out = load_block(grad_out_ptrs, of_rows, value_mask, mask_rows, mask_values)
-        lse = tl.load(lse_ptr + row + row_offsets, mask=row_mask, other=float("-inf"))
-        delta = tl.load(delta_ptr + row + row_offsets, mask=row_mask, other=0.0)
+        grad_out = load_block(grad_out_ptrs, True, value_mask, False, mask_values)
+        lse = tl.load(lse_ptr + row + row_offsets)
+        delta = tl.load(delta_ptr + row + row_offsets)
         grad_k, grad_v = _add_rows(grad_k, grad_v, q, grad_out, k, v, lse, delta, True, scale, False)
     # Tokens at both ends, which do not see every window, or which do not exist.
     for i in tl.range(start_cut * PARTS, end_cut * PARTS, num_stages=STAGES):
@@ -157,7 +154,7 @@ def _of_keys(
         part_head = i % PARTS * HEADS
         row = first_row + step * step_rows + part_head
         token = start + step * TOKENS + tile_token
-        row_mask = (tile_token < TOKENS) & (part_head + tile_head < GROUP_SIZE) & (token < q_length)
+        row_mask = token < q_length
         of_rows = row_mask[:, None]
         q = load_block(q_ptr + row * HEAD_DIM + q_offsets, of_rows, dim_mask, True, mask_dims)
         grad_out_ptrs = grad_out_ptr + row * VALUE_DIM + out_offsets
@@ -255,7 +252,7 @@ def _walk(
     # On an H200, 64K tokens, D = 128, g = 4: 4.9 to 5.0 ms, and 5.5 with two stages; 64 or 256 keys, or 128
     # rows, take longer. In a sliding window of 512: 1.32, and 1.96 in the other shape.
     narrow = TileShape(32, 64, 4, num_stages=3) if windows.reach else TileShape(64, 128, num_stages=3)
-    tile = gradient_tile(p, narrow, wide=TileShape(32, 64))
+    tile = gradient_shape(p, narrow, wide=TileShape(32, 64)).full_tile(p.group_size)
     num_tiles = p.num_k_tokens // tile.keys + p.num_sequences
     _of_keys[(num_tiles * num_heads * splits,)](
         *arguments, **walk_constants(p, windows, tile), SPLITS=splits, num_warps=tile.num_warps

@@ -3,6 +3,7 @@
 Keys as they are, are windows of one key at stride 1: sliding-window attention has the same kernels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,17 @@ class TileShape:
         heads = -(-group_size // parts)
         return Tile(self.rows // heads, heads, parts, self.rows, self.keys, self.num_warps, self.num_stages)
 
+    def full_tile(self, group_size: int) -> Tile:
+        """Of rows that are all taken, whatever the group: of a group of five with one head, of six with two.
 
-def gradient_tile(problem: Problem, narrow: TileShape, wide: TileShape) -> Tile:
+        Where a thread's rows lie then differs by constants.
+        """
+        heads = math.gcd(group_size, self.rows)
+        parts, tokens = group_size // heads, self.rows // heads
+        return Tile(tokens, heads, parts, self.rows, self.keys, self.num_warps, self.num_stages)
+
+
+def gradient_shape(problem: Problem, narrow: TileShape, wide: TileShape) -> TileShape:
     """Of 16-bit numbers: narrow where 256 bytes hold those of a row, or wide.
 
     float32, multiplied in three parts, takes shared memory for each part.
@@ -100,10 +110,8 @@ def gradient_tile(problem: Problem, narrow: TileShape, wide: TileShape) -> Tile:
     p = problem
     width = padded_dim(max(p.head_dim, p.value_dim))
     if p.dtype.itemsize == 2:
-        shape = narrow if width <= 128 else wide
-    else:
-        shape = TileShape(2 * wide.rows, 2 * wide.keys) if width <= 64 else TileShape(32, 4096 // width)
-    return shape.tile(p.group_size)
+        return narrow if width <= 128 else wide
+    return TileShape(2 * wide.rows, 2 * wide.keys) if width <= 64 else TileShape(32, 4096 // width)
 
 
 def walk_constants(problem: Problem, windows: Windows, tile: Tile) -> dict[str, int]:

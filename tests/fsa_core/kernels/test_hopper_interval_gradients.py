@@ -65,9 +65,9 @@ def gradients(branch: Branch, **options: int) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(out, operands, grad_out)
 
 
-# Rows that tokens fill, and do not; a token's heads in parts, which fill theirs, and do not.
+# Rows of q that tokens fill, and do not; of keys a token's heads at once, and in parts.
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 16, 33, 64, 100, 128])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 16, 33, 64, 100, 128])
 def test_every_group_size(check: Callable, branch: str, group_size: int) -> None:
     check(branch, group_size=group_size, num_kv_heads=1)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from fsa_core.kernels.windows import TileShape
 from fsa_core.nsa.functional import compressed_attention, sliding_window_attention
 from fsa_core.plan import DEFAULT_WORKSPACE_BYTES
 from tests.fsa_core.nsa.conftest import SMALL, Call
@@ -35,6 +36,12 @@ def gradients(
 def grad_out_of(call: Call) -> torch.Tensor:
     size = (*call.q.shape[:2], call.v.shape[2])
     return torch.randn(size, generator=torch.Generator().manual_seed(1)).to(call.q)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 5, 6, 33, 64, 100, 128])
+def test_steps_of_keys_have_no_row_that_is_not_there(group_size: int) -> None:
+    tile = TileShape(rows=64, keys=128).full_tile(group_size)
+    assert (tile.tokens * tile.heads, tile.heads * tile.parts) == (64, group_size)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)

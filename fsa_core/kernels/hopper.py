@@ -18,7 +18,7 @@ from triton import knobs
 KNOWN_VERSIONS = ("3.6", "3.7")
 CAPABILITY = (9, 0)
 # Partials of a call from which on one launch for all chunks is faster, forward and for grad_q.
-MIN_FORWARD_BYTES, MIN_GRADIENT_BYTES = 32 * 2**20, 256 * 2**20
+MIN_FORWARD_BYTES, MIN_GRADIENT_BYTES = 8 * 2**20, 256 * 2**20
 
 
 # Once a device: every call asks, and whether kernels are interpreted was settled when they were made.

@@ -52,11 +52,11 @@ REGISTERS, COPYING_REGISTERS = 240, 24
 
 
 @gluon.jit
-def _token_of(n, walk, PARTS: gl.constexpr, TOKENS: gl.constexpr):
+def _token_of(n, walk, PARTS: gl.constexpr, TOKENS: gl.constexpr, SPLITS: gl.constexpr):
     """The first token of the n-th step that is walked, from the first of the tile's steps on."""
-    start_step, num_whole, start_cut, num_steps, _num_walked = walk
+    last_whole, num_whole, start_cut, num_steps, _num_walked = walk
     step = n // PARTS
-    step = gl.where(step < num_whole, start_step + step, start_cut + step - num_whole)
+    step = gl.where(step < num_whole, last_whole - step * SPLITS, start_cut + step - num_whole)
     # Those before the whole ones are counted on behind the last.
     return gl.where(step < num_steps, step, step - num_steps) * TOKENS
 
@@ -77,6 +77,7 @@ def _copy_steps(
     VALUE_DIM: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):
     """Fills the stages in turn; all parts of a group under one step's tokens, then the next.
 
@@ -106,7 +107,7 @@ def _copy_steps(
     flat_places = flat_token * NUM_Q_HEADS + flat_head
     for n in range(num_walked):
         stage = n % STAGES
-        token = _token_of(n, walk, PARTS, TOKENS)
+        token = _token_of(n, walk, PARTS, TOKENS, SPLITS)
         part_head = n % PARTS * HEADS
         row = token.to(gl.int64) * NUM_Q_HEADS + part_head
         num_here = gl.minimum(num_tokens - token, TOKENS)
@@ -167,6 +168,7 @@ def _add_half(
     REACH: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLITS: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Writes the gradients of the tile's windows from HALF * SIDE on.
@@ -180,7 +182,7 @@ def _add_half(
     for n in range(walk[4]):
         stage = n % STAGES
         # Of the tile's steps this half sees fewer, and more of them whole.
-        ahead = tile_ahead - HALF * SIDE * STRIDE + _token_of(n, walk, PARTS, TOKENS)
+        ahead = tile_ahead - HALF * SIDE * STRIDE + _token_of(n, walk, PARTS, TOKENS, SPLITS)
         sees_any, is_cut = ahead + TOKENS > 0, ahead < (SIDE - 1) * STRIDE
         if REACH:
             sees_any &= ahead < (SIDE - 1 + REACH) * STRIDE
@@ -255,13 +257,12 @@ def of_windows(
     start, start_all, end_all, end_any = seeing_tokens(
         first_window, last_window, q_position, q_length, KERNEL_SIZE, STRIDE, REACH
     )
-    num_steps, start_step, end_step, start_cut, end_cut = split_steps(
+    num_steps, last_whole, num_whole, start_cut, end_cut = split_steps(
         start, start_all, end_all, end_any, split, TOKENS, SPLITS
     )
     # Where there are fewer steps than splits, the last ones start behind their ends.
-    num_whole = gl.maximum(end_step - start_step, 0)
     num_walked = (num_whole + gl.maximum(end_cut - start_cut, 0)) * PARTS
-    walk = (start_step, num_whole, start_cut, num_steps, num_walked)
+    walk = (last_whole, num_whole, start_cut, num_steps, num_walked)
 
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, HEAD_DIM], dtype)
@@ -287,15 +288,15 @@ def of_windows(
         [
             (_add_half, (
                 tiles, blocks, walk, ahead, row_tokens, answers, scale, PARTS, HEAD_DIM, VALUE_DIM, STRIDE,
-                REACH, TOKENS, STAGES, gl.constexpr(0),
+                REACH, TOKENS, STAGES, SPLITS, gl.constexpr(0),
             )),
             (_add_half, (
                 tiles, blocks, walk, ahead, row_tokens, answers, scale, PARTS, HEAD_DIM, VALUE_DIM, STRIDE,
-                REACH, TOKENS, STAGES, gl.constexpr(1),
+                REACH, TOKENS, STAGES, SPLITS, gl.constexpr(1),
             )),
             (_copy_steps, (
                 pointers, tiles, blocks, walk, num_windows, q_length - start, NUM_Q_HEADS, NUM_KV_HEADS,
-                HEADS, PARTS, HEAD_DIM, VALUE_DIM, TOKENS, STAGES,
+                HEADS, PARTS, HEAD_DIM, VALUE_DIM, TOKENS, STAGES, SPLITS,
             )),
         ],
         [4, COPYING_WARPS],

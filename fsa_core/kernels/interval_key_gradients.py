@@ -110,7 +110,7 @@ def _of_keys(
     start, start_all, end_all, end_any = seeing_tokens(
         first_window, last_window, q_position, q_length, KERNEL_SIZE, STRIDE, REACH
     )
-    num_steps, start_step, end_step, start_cut, end_cut = split_steps(
+    num_steps, last_whole, num_whole, start_cut, end_cut = split_steps(
         start, start_all, end_all, end_any, split, TOKENS, SPLITS
     )
 
@@ -139,9 +139,9 @@ def _of_keys(
     grad_k = tl.zeros((KEYS, HEAD_DIM_PADDED), tl.float32)
     grad_v = tl.zeros((KEYS, VALUE_DIM_PADDED), tl.float32)
     # All parts of a group under one token tile, then the next.
-    for i in tl.range(start_step * PARTS, end_step * PARTS, num_stages=STAGES):
+    for i in tl.range(0, num_whole * PARTS, num_stages=STAGES):
         part_head = i % PARTS * HEADS
-        row = first_row + i // PARTS * step_rows + part_head
+        row = first_row + (last_whole - i // PARTS * SPLITS) * step_rows + part_head
         q = load_block(q_ptr + row * HEAD_DIM + q_offsets, True, dim_mask, False, mask_dims)
         grad_out_ptrs = grad_out_ptr + row * VALUE_DIM + out_offsets
         grad_out = load_block(grad_out_ptrs, True, value_mask, False, mask_values)

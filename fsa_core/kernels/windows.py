@@ -191,17 +191,20 @@ def seeing_tokens(
 def split_steps(start, start_all, end_all, end, split, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
     """Steps of TOKENS tokens from ``start`` to ``end``, and which of them are this split's.
 
-    Returns how many there are, the split's range of those whose tokens see all windows, and its range of
-    those at both ends: those behind the others, then, counted on, those before them.
+    Returns how many there are; of those whose tokens see all windows the split's last one, and how many it
+    has: every SPLITS-th from there back; and its range of those at both ends: those behind the others, then,
+    counted on, those before them.
+
+    Most tiles of a sequence end with the same tokens. Walked back from there by all splits together, rows are
+    read by many programs at a time, and from memory once.
     """
     num_steps = tl.cdiv(tl.maximum(end - start, 0), TOKENS)
     first_whole = tl.minimum(tl.cdiv(tl.maximum(start_all - start, 0), TOKENS), num_steps)
     end_whole = tl.maximum(tl.maximum(end_all - start, 0) // TOKENS, first_whole)
-    whole_steps = tl.cdiv(end_whole - first_whole, SPLITS)
-    start_step = first_whole + split * whole_steps
-    end_step = tl.minimum(start_step + whole_steps, end_whole)
+    last_whole = end_whole - 1 - split
+    num_whole = tl.cdiv(tl.maximum(last_whole + 1 - first_whole, 0), SPLITS)
     last_cut = num_steps + first_whole
     cut_steps = tl.cdiv(last_cut - end_whole, SPLITS)
     start_cut = end_whole + split * cut_steps
     end_cut = tl.minimum(start_cut + cut_steps, last_cut)
-    return num_steps, start_step, end_step, start_cut, end_cut
+    return num_steps, last_whole, num_whole, start_cut, end_cut
